@@ -1,0 +1,83 @@
+"""The seam to the device: streams, events, copies and the gather, and nothing else.
+
+Backends and fences reach hardware through this protocol only, so that the same code runs on CUDA, on the
+CPU engine, and on a virtual device that reorders work to find missing fences.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang_hicache.io_backends.geometry import PoolGeometry
+from sglang_hicache.io_backends.plan import CopyBatch
+
+Stream = Any
+"""A stream of the device's own kind: ``torch.cuda.Stream``, or what the CPU engine uses."""
+
+Event = Any
+"""An event of the device's own kind."""
+
+
+class DeviceUnavailableError(RuntimeError):
+    """This process cannot drive the device; the message says what to do."""
+
+
+class Staging(Protocol):
+    """Device memory that a gather writes and a copy drains."""
+
+    address: int
+    nbytes: int
+
+
+class Device(Protocol):
+    """One process's device. Every method enqueues and returns, except where it says otherwise."""
+
+    name: str
+    """``cuda``, ``cpu`` or ``virtual``."""
+
+    def new_stream(self) -> Stream:
+        """A stream for background work (lowest priority where the device has priorities)."""
+        ...
+
+    def current_stream(self) -> Stream: ...
+
+    def use_stream(self, stream: Stream) -> AbstractContextManager[object]:
+        """Make ``stream`` current inside the block."""
+        ...
+
+    def record(self, stream: Stream) -> Event:
+        """A new event recorded on ``stream`` now."""
+        ...
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        """Work enqueued on ``stream`` from now on waits for ``event``. The host does not wait."""
+        ...
+
+    def query(self, event: Event) -> bool:
+        """Whether the work before ``event`` is done."""
+        ...
+
+    def host_values(self, indices: Any) -> npt.NDArray[np.int64]:
+        """Device indices as host values. May wait on the host for the copy of the indices themselves."""
+        ...
+
+    def allocate_staging(self, nbytes: int) -> Staging: ...
+
+    def gather(
+        self, staged: PoolGeometry, device_slots: Any, first_slot: int, stream: Stream, ctas: int
+    ) -> None:
+        """SM work: copy device rows ``device_slots`` [n] to ``staged``'s slots ``first_slot`` onwards.
+
+        Args:
+            staged: device side of the pool, host side in staging (:func:`~..plan.staging_geometry`).
+            ctas: thread blocks to use at most.
+        """
+        ...
+
+    def copy(self, batch: CopyBatch, stream: Stream) -> None:
+        """Copy-engine work: every entry of ``batch``, in any order among themselves."""
+        ...

@@ -1,0 +1,131 @@
+"""The CPU engine: device memory is ordinary memory, and work is done the moment it is enqueued.
+
+It serves tests and demonstrations of a real server without a GPU. Order is program order, so every fence
+holds trivially here; that fences are *needed* and *there* is shown elsewhere, by counting them and by the
+virtual device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang_hicache.io_backends.geometry import Component, PoolGeometry
+from sglang_hicache.io_backends.plan import CopyBatch
+
+
+@dataclass(frozen=True, slots=True)
+class CpuStream:
+    """Names an order that is the program's own."""
+
+    label: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class CpuEvent:
+    """Always complete: what precedes it ran before it was made."""
+
+
+class CpuStaging:
+    """Ordinary memory standing for device staging."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._memory = np.zeros(nbytes, dtype=np.uint8)
+        self.address = int(self._memory.ctypes.data)
+        self.nbytes = nbytes
+
+
+class CpuDevice:
+    """:class:`~sglang_hicache.io_backends.device.base.Device` on ordinary memory."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self._current: CpuStream = CpuStream()
+
+    def new_stream(self) -> CpuStream:
+        return CpuStream("background")
+
+    def current_stream(self) -> CpuStream:
+        return self._current
+
+    @contextmanager
+    def use_stream(self, stream: CpuStream) -> Iterator[None]:
+        previous, self._current = self._current, stream
+        try:
+            yield
+        finally:
+            self._current = previous
+
+    def record(self, stream: CpuStream) -> CpuEvent:
+        return CpuEvent()
+
+    def wait(self, stream: CpuStream, event: CpuEvent) -> None:
+        """Nothing to do: the work before ``event`` is done."""
+
+    def query(self, event: CpuEvent) -> bool:
+        return True
+
+    def host_values(self, indices: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        return np.asarray(indices, dtype=np.int64)
+
+    def allocate_staging(self, nbytes: int) -> CpuStaging:
+        return CpuStaging(nbytes)
+
+    def gather(
+        self,
+        staged: PoolGeometry,
+        device_slots: npt.ArrayLike,
+        first_slot: int,
+        stream: CpuStream,
+        ctas: int,
+    ) -> None:
+        rows = np.asarray(device_slots, dtype=np.int64)
+        slots = np.arange(first_slot, first_slot + len(rows))
+        page, offset = np.divmod(slots, staged.page_size)
+        for part in staged.components:
+            for layer in range(staged.layers):
+                for piece in range(part.host.pieces):
+                    target = host_view(staged, part, layer, piece)
+                    target[page, offset] = rows_view(staged, part, layer, piece)[rows]
+
+    def copy(self, batch: CopyBatch, stream: CpuStream) -> None:
+        move = ctypes.memmove
+        for dst, src, nbytes in zip(
+            batch.dst.tolist(), batch.src.tolist(), batch.nbytes.tolist(), strict=True
+        ):
+            move(dst, src, nbytes)
+
+
+def rows_view(geometry: PoolGeometry, part: Component, layer: int, piece: int) -> npt.NDArray[np.uint8]:
+    """Device rows of one layer and piece as uint8 [device_slots, piece_bytes], in place."""
+    return _view(
+        part.device_rows[layer] + piece * part.piece_bytes,
+        (geometry.device_slots, part.piece_bytes),
+        (part.device_row_stride, 1),
+    )
+
+
+def host_view(geometry: PoolGeometry, part: Component, layer: int, piece: int) -> npt.NDArray[np.uint8]:
+    """Host rows of one layer and piece as uint8 [pages, page_size, piece_bytes], in place.
+
+    Where the slots are not whole pages (a staging chunk), the last page reaches beyond the buffer and must
+    not be indexed there.
+    """
+    to = part.host
+    return _view(
+        to.base + layer * to.layer + piece * to.piece,
+        (-(-geometry.host_slots // geometry.page_size), geometry.page_size, part.piece_bytes),
+        (to.page, to.token, 1),
+    )
+
+
+def _view(address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    extent = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    memory = np.ctypeslib.as_array((ctypes.c_uint8 * extent).from_address(address))
+    return np.lib.stride_tricks.as_strided(memory, shape, strides)

@@ -1,0 +1,49 @@
+"""``fenced_kernel``: SGLang's own SM copy kernel, fenced on both sides.
+
+Wins nowhere on speed; it is the path with the longest record, and the reference the others are held to.
+Every byte moves through the SMs, so a forward that must not share them waits for the whole transfer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sglang_hicache.io_backends.device.base import Device, Stream
+from sglang_hicache.io_backends.geometry import PoolGeometry
+from sglang_hicache.io_backends.interface import Submission, Transfer
+from sglang_hicache.io_backends.plan import direct_copies
+
+
+class FencedKernelBackend:
+    """Calls SGLang's copy of the pool, then records the event that fenced forwards wait for."""
+
+    name = "fenced_kernel"
+    # page_first_direct has no SM kernel in SGLang: its rows go through `direct`.
+    layouts = frozenset({"layer_first", "page_first", "page_first_direct"})
+
+    def __init__(self, device: Device, options: Mapping[str, Any]) -> None:
+        self._device = device
+
+    def supports(self, geometry: PoolGeometry) -> str | None:
+        if geometry.layout not in self.layouts:
+            return f"fenced_kernel does not know layout {geometry.layout}"
+        return None
+
+    def prepare(self, geometry: PoolGeometry) -> None:
+        """SGLang's pools prepared their own tables."""
+
+    def submit(self, transfer: Transfer, stream: Stream) -> Submission:
+        if self._device.name == "cpu":
+            # SGLang's kernels have no CPU form: the plan's copies stand for them.
+            device_slots = self._device.host_values(transfer.device_slots)
+            batch = direct_copies(transfer.geometry, transfer.host_slots, device_slots)
+            self._device.copy(batch, stream)
+        else:
+            transfer.upstream_copy()
+        return Submission(
+            copies=1,
+            nbytes=len(transfer.host_slots) * transfer.geometry.bytes_per_token,
+            sm_done=self._device.record(stream),
+            keep=(transfer.device_slots,),
+        )

@@ -1,0 +1,87 @@
+"""The interface between SGLang's write-back and whatever moves the bytes.
+
+The invariant: **a backend only enqueues; it never synchronizes.** It is called on the scheduler's thread
+while a forward may be running; a wait there stalls every request.
+
+A backend is made once per process by its factory, ``factory(device, options)``, asked once per pool whether
+it supports the pool's geometry, prepared once per supported pool, and then given one
+:class:`Transfer` per pool and write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from sglang_hicache.io_backends.device.base import Device, Event, Stream
+from sglang_hicache.io_backends.geometry import PoolGeometry
+from sglang_hicache.io_backends.plan import Slots
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One pool's rows in one write to host memory.
+
+    Attributes:
+        geometry: the pool, as given to ``prepare``.
+        host_slots: int64 [n] on the host; where each token goes.
+        device_slots: int64 tensor [n] on the pool's device; where each token is.
+        ready: events that the first read of device rows must wait for (the producer fence). The stream
+            given to ``submit`` has waited for them already; a backend that reads on a stream of its own
+            waits for them there, and not for the given stream, which may still be waiting for an earlier
+            transfer.
+        upstream_copy: SGLang's own copy of the same rows, enqueued on the current stream.
+    """
+
+    geometry: PoolGeometry
+    host_slots: Slots
+    device_slots: Any
+    ready: tuple[Event, ...]
+    upstream_copy: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """What a backend enqueued.
+
+    Attributes:
+        copies: entries handed to the copy engine or rows launched as one kernel counts as one.
+        nbytes: bytes that arrive on the host.
+        sm_done: event recorded after the last work that runs on the GPU's SMs, or None when there is none.
+            Forwards that the decision lists wait for it, and for nothing later.
+        keep: whatever must stay alive until the transfer is done.
+    """
+
+    copies: int
+    nbytes: int
+    sm_done: Event | None = None
+    keep: tuple[object, ...] = field(default=(), repr=False)
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Moves rows of a pool from the device to the host."""
+
+    name: str
+
+    def supports(self, geometry: PoolGeometry) -> str | None:
+        """None if this backend can serve the pool, else why not, as a sentence for the operator."""
+        ...
+
+    def prepare(self, geometry: PoolGeometry) -> None:
+        """Allocate what transfers of this pool need (staging, tables). Called once, before serving."""
+        ...
+
+    def submit(self, transfer: Transfer, stream: Stream) -> Submission:
+        """Enqueue the transfer; everything it does is complete when work recorded on ``stream`` after this
+        call is. ``stream`` is current, and has waited for ``transfer.ready``.
+
+        Raises:
+            ValueError: the transfer does not fit the geometry (an index out of range).
+        """
+        ...
+
+
+BackendFactory = Callable[[Device, Mapping[str, Any]], Backend]
+"""``factory(device, options)``; options come from the policy's ``use.options``."""

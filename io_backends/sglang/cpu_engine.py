@@ -1,0 +1,58 @@
+"""What HiCache lacks to run on SGLang's CPU engine: host allocation without CUDA, and loads back.
+
+Used for tests and demonstrations without a GPU, and installed only in a scheduler whose device is the CPU.
+On a GPU loads (H2D) are SGLang's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from sglang_hicache.io_backends.device.cpu import host_view, rows_view
+from sglang_hicache.io_backends.sglang import versions
+from sglang_hicache.io_backends.sglang.pools import describe
+
+
+def install() -> None:
+    """Supply both, in this process. Idempotent."""
+    from sglang.srt.mem_cache.pool_host import common
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate
+    for pool in (versions.MHA_POOL, versions.MLA_POOL):
+        target = pool + ".load_to_device_per_layer"
+        if not HookRegistry._hooks.get(target):
+            HookRegistry.register(target, _load_layer, HookType.AROUND)
+    HookRegistry.apply_hooks()
+
+
+def _allocate(
+    dims: tuple[int, ...], dtype: Any, device: str, pin_memory: bool, allocator: Any, **_: Any
+) -> Any:
+    return allocator.allocate(dims, dtype=dtype, device=device)
+
+
+def _load_layer(
+    original: Callable[..., None],
+    pool: Any,
+    device_pool: Any,
+    host_indices: Any,
+    device_indices: Any,
+    layer_id: int,
+    io_backend: str,
+    *,
+    is_draft: bool = False,
+) -> None:
+    geometry = describe(pool)
+    if not is_draft and not 0 <= layer_id < pool.target_layer_num:
+        return
+    slots = np.asarray(host_indices, dtype=np.int64)
+    rows = np.asarray(device_indices, dtype=np.int64)
+    page, offset = np.divmod(slots, geometry.page_size)
+    for part in geometry.components:
+        for piece in range(part.host.pieces):
+            target = rows_view(geometry, part, layer_id, piece)
+            target[rows] = host_view(geometry, part, layer_id, piece)[page, offset]

@@ -1,0 +1,110 @@
+"""``--hicache-io-backend`` and ``--hicache-io-policy`` on SGLang's command line, config file and Engine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from sglang_hicache.io_backends.registry import (
+    AUTO,
+    UPSTREAM_NAMES,
+    available_backends,
+    unknown_backend,
+)
+from sglang_hicache.io_backends.sglang.errors import RefusedError
+from sglang_hicache.policy import PolicyError, load_policy
+
+POLICY_ATTRIBUTE = "_hicache_io_policy"
+"""On ``ServerArgs``: the policy file given as an option, or absent. Underscored names travel, unsealed."""
+
+CLI_ATTRIBUTE = "_hicache_io_from_cli"
+"""On ``ServerArgs``: the arguments came from a command line, so a refusal is a line and an exit status."""
+
+
+def is_ours(name: str | None) -> bool:
+    """Whether ``--hicache-io-backend name`` is this plug-in's to serve."""
+    return name is not None and name not in UPSTREAM_NAMES
+
+
+def check_name(name: str, problem: str | None) -> None:
+    """Raises RefusedError if ``name`` is ours to serve and cannot be."""
+    if not is_ours(name):
+        return
+    if problem is not None:
+        raise RefusedError(problem)
+    if name != AUTO and name not in available_backends():
+        raise RefusedError(f"--hicache-io-backend: {unknown_backend(name)}")
+
+
+def extend_parser(problem: str | None) -> Callable[..., None]:
+    """Hook after ``ServerArgs.add_cli_args``: our names beside SGLang's, and the policy option.
+
+    Args:
+        problem: why this SGLang cannot be served, if so: then any of our names is refused with it, at once.
+    """
+
+    def backend(name: str) -> str:
+        try:
+            if is_ours(name) and name != AUTO and name not in available_backends():
+                # argparse would list the choices; the nearest name helps more.
+                raise argparse.ArgumentTypeError(unknown_backend(name))
+            check_name(name, problem)
+        except RefusedError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return name
+
+    def policy_file(path: str) -> str:
+        try:
+            load_policy(path)
+        except PolicyError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return path
+
+    def hook(_result: object, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        action = next(a for a in parser._actions if "--hicache-io-backend" in a.option_strings)
+        action.choices = [*(action.choices or UPSTREAM_NAMES), AUTO, *available_backends()]
+        action.type = backend
+        action.help = f"{action.help}. {AUTO} and what follows it: sglang-hicache-io"
+        parser.add_argument(
+            "--hicache-io-policy",
+            type=policy_file,
+            metavar="FILE",
+            default=None,
+            help="Policy file of sglang-hicache-io: which write-back backend, and which forwards wait "
+            "for it. Default: $SGLANG_HICACHE_IO_POLICY, else the shipped policy.",
+        )
+
+    return hook
+
+
+def keep_policy_option(server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """Hook after ``ServerArgs.from_cli_args``, which keeps declared fields only."""
+    namespace = next(a for a in (*args, *kwargs.values()) if isinstance(a, argparse.Namespace))
+    setattr(server_args, POLICY_ATTRIBUTE, getattr(namespace, "hicache_io_policy", None))
+    setattr(server_args, CLI_ATTRIBUTE, True)
+
+
+def accept_engine_keywords(problem: str | None) -> None:
+    """Let ``sglang.Engine(hicache_io_policy=...)`` through: ``ServerArgs`` has no such field.
+
+    ``Engine.__init__`` loads plug-ins and then calls ``self.server_args_class(**kwargs)``, so that is the
+    place; the class itself stays what it is.
+    """
+    module = sys.modules.get("sglang.srt.entrypoints.engine")
+    if module is None:
+        return
+    engine = module.Engine
+    original = engine.__dict__.get("server_args_class")
+    if original is None or isinstance(original, staticmethod):
+        return
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        policy = kwargs.pop("hicache_io_policy", None)
+        check_name(kwargs.get("hicache_io_backend", UPSTREAM_NAMES[0]), problem)
+        server_args = original(*args, **kwargs)
+        setattr(server_args, POLICY_ATTRIBUTE, policy)
+        return server_args
+
+    engine.server_args_class = staticmethod(make)

@@ -1,0 +1,212 @@
+"""One scheduler process: switch the hooks on, fence the forwards, tell the operator."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_hicache.io_backends.device import open_device
+from sglang_hicache.io_backends.device.base import Device, Stream
+from sglang_hicache.io_backends.registry import get_backend
+from sglang_hicache.io_backends.sglang import cpu_engine, versions
+from sglang_hicache.io_backends.sglang.carried import ATTRIBUTE
+from sglang_hicache.io_backends.sglang.errors import RefusedError, exit_with
+from sglang_hicache.io_backends.sglang.options import is_ours
+from sglang_hicache.io_backends.sglang.writeback import WriteBack
+from sglang_hicache.policy import Decision, describe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Active:
+    """The plug-in at work in this process."""
+
+    decision: Decision
+    device: Device
+    writeback: WriteBack
+    scheduler: Any
+    speculative: bool
+
+    def fence_forward(self, batch: Any) -> None:
+        """Before a forward is launched: wait for SM-side D2H work if the decision says so."""
+        if self.decision.fence_forward and forwards_of(
+            batch.forward_mode, speculative=self.speculative
+        ).intersection(self.decision.fence_forward):
+            event = self.writeback.take_sm_done()
+            if event is not None:
+                for stream in self._launch_streams():
+                    self.device.wait(stream, event)
+                self.writeback.counters.forward_fences += 1
+
+    def _launch_streams(self) -> tuple[Stream, ...]:
+        if self.scheduler.enable_overlap:
+            return (self.scheduler.forward_stream,)
+        # Without overlap SGLang launches on the stream that is current (0.5.18 to 0.5.23), which with
+        # pipeline parallelism is the forward stream.
+        return (self.device.current_stream(), self.scheduler.forward_stream)
+
+    def summary(self) -> dict[str, Any]:
+        """The decision in short, and the counters, for ``/server_info``."""
+        decision = self.decision
+        return {
+            "backend": decision.backend,
+            "fence_forward": list(decision.fence_forward),
+            "rule": decision.rule,
+            "because": decision.because,
+            "upstream_io_backend": decision.upstream_io_backend,
+            "policy": decision.policy,
+            **self.writeback.summary(),
+        }
+
+
+_active: Active | None = None
+
+
+def active() -> Active | None:
+    """What runs in this process; None where none of this project's backends was asked for."""
+    return _active
+
+
+def forwards_of(mode: Any, *, speculative: bool) -> frozenset[str]:
+    """Which of the policy's forwards, ``extend`` and ``decode``, a batch of this ``ForwardMode`` launches.
+
+    As in SGLang's ``HybridAttnBackend``: decode and idle batches use the decode backend, everything else
+    the prefill backend. A speculative step launches drafts, verification and draft extension, so both.
+    """
+    if mode.is_prebuilt():
+        return frozenset()
+    if speculative:
+        return frozenset({"extend", "decode"})
+    return frozenset({"decode"} if mode.is_decode_or_idle() else {"extend"})
+
+
+def register_scheduler_hook() -> None:
+    """Hook the construction of ``Scheduler``. Idempotent; the rest follows there, if asked for."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    target = versions.SCHEDULER + ".__init__"
+    registered = [hook for _, hook, _ in HookRegistry._hooks.get(target, [])]
+    if around_scheduler_init not in registered:
+        HookRegistry.register(target, around_scheduler_init, HookType.AROUND)
+    HookRegistry.apply_hooks()
+
+
+def around_scheduler_init(
+    original: Callable[..., None], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Hook around ``Scheduler.__init__``: nothing unless one of this project's backends was asked for."""
+    carried = getattr(server_args, ATTRIBUTE, None)
+    if carried is None:
+        if is_ours(_effective_io_backend(server_args)):
+            raise exit_with(
+                RefusedError(
+                    "--hicache-io-backend was not resolved in the launching process: the plug-in hicache_io "
+                    "did not run there (is it left out by SGLANG_PLUGINS?)"
+                ),
+                1,
+            )
+        original(scheduler, server_args, *args, **kwargs)
+        return
+    try:
+        _activate(scheduler, Decision.from_dict(carried.decision))
+    except (RefusedError, RuntimeError, ValueError) as error:
+        raise exit_with(error, 1) from error
+    original(scheduler, server_args, *args, **kwargs)
+    _announce(scheduler)
+
+
+def _effective_io_backend(server_args: Any) -> str | None:
+    name = getattr(server_args, "hicache_io_backend", None)
+    for _, fields in reversed(getattr(server_args, "_resolved_overrides", None) or ()):
+        if "hicache_io_backend" in fields:
+            return str(fields["hicache_io_backend"])
+    return name
+
+
+def _activate(scheduler: Any, decision: Decision) -> None:
+    global _active
+    version = versions.installed()
+    problem = versions.problem_with(version) or versions.check_points(
+        versions.SCHEDULER_POINTS + versions.CALLED_POINTS, version
+    )
+    if problem is not None:
+        raise RefusedError(problem)
+    device = open_device(str(decision.facts["device"].value))
+    backend = get_backend(decision.backend)(device, decision.options)
+    writeback = WriteBack(device, backend, lambda: scheduler.forward_stream)
+    if device.name == "cpu":
+        cpu_engine.install()
+    _apply(
+        {
+            versions.SCHEDULER + ".run_batch": ("BEFORE", _before_run_batch),
+            versions.SCHEDULER + ".get_internal_state": ("AFTER", _after_internal_state),
+            versions.ENGINE + ".submit_device_to_host": ("AROUND", _around_submit),
+            versions.CONTROLLER + "._move_write_operation": ("AROUND", _around_move),
+            versions.HYBRID_CONTROLLER + "._move_write_operation": ("AROUND", _around_move),
+        }
+    )
+    _active = Active(decision, device, writeback, scheduler, speculative=False)
+
+
+def _apply(hooks: dict[str, tuple[str, Callable[..., Any]]]) -> None:
+    """Register and apply hooks, and make sure that they are there: SGLang only logs one that fails."""
+    import pkgutil
+
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for target, (kind, hook) in hooks.items():
+        HookRegistry.register(target, hook, HookType[kind])
+    HookRegistry.apply_hooks()
+    for target, (_, hook) in hooks.items():
+        owner, _, name = target.rpartition(".")
+        if not _wraps(getattr(pkgutil.resolve_name(owner), name), hook):
+            raise RefusedError(
+                f"the hook on {target} could not be applied (SGLang's log says why); another plug-in may "
+                "have taken it. Remove that, or start with --hicache-io-backend kernel"
+            )
+
+
+def _wraps(function: Any, hook: Callable[..., Any]) -> bool:
+    while function is not None:
+        cells = getattr(function, "__closure__", None) or ()
+        if any(cell.cell_contents is hook for cell in cells):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def _announce(scheduler: Any) -> None:
+    assert _active is not None
+    spec = getattr(scheduler, "spec_algorithm", None)
+    _active.speculative = spec is not None and not spec.is_none()
+    controller = getattr(scheduler.tree_cache, "cache_controller", None)
+    if controller is not None:
+        group = controller.mem_pool_host
+        for entry in getattr(group, "entries", None) or [None]:
+            # Staging is allocated now, not under the first write.
+            _active.writeback.serves(group if entry is None else entry.host_pool)
+    logger.info("sglang-hicache-io: %s (pid %d)", describe(_active.decision), os.getpid())
+
+
+def _around_submit(original: Callable[..., Any], engine: Any, transfers: Any) -> Any:
+    assert _active is not None
+    return _active.writeback.submit(original, engine, transfers)
+
+
+def _around_move(original: Callable[..., Any], controller: Any, op: Any) -> Any:
+    assert _active is not None
+    return _active.writeback.move_write_operation(original, controller, op)
+
+
+def _before_run_batch(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    assert _active is not None
+    _active.fence_forward(batch)
+
+
+def _after_internal_state(output: Any, *args: Any, **kwargs: Any) -> None:
+    assert _active is not None
+    output.internal_state["hicache_io"] = _active.summary()

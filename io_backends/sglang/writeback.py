@@ -1,0 +1,253 @@
+"""Every write to host memory passes here: producer fence, route per pool, forward fence.
+
+SGLang's ``L2TransferEngine.submit_device_to_host`` keeps its own body (streams, events, error path); it is
+handed pools whose copy method asks the router first. A pool that no backend of ours supports takes SGLang's
+own path, which counts as SM work.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from sglang_hicache.io_backends.device.base import Device, Event, Stream
+from sglang_hicache.io_backends.geometry import PoolGeometry
+from sglang_hicache.io_backends.interface import Backend, Transfer
+from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError, describe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened in this process. ``fallback_writes`` are pools copied by SGLang's own path."""
+
+    bytes: int = 0
+    writes: int = 0
+    copies: int = 0
+    producer_fences: int = 0
+    forward_fences: int = 0
+    fallback_writes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """How one pool is served: by the backend with this geometry, or by SGLang for this reason."""
+
+    fingerprint: tuple[int, ...]
+    geometry: PoolGeometry | None
+    reason: str | None
+
+
+class WriteBack:
+    """The D2H side of one scheduler.
+
+    Args:
+        device: the seam.
+        backend: the decision's backend.
+        forward_stream: gives the stream that forwards run on, once the scheduler has it.
+    """
+
+    def __init__(self, device: Device, backend: Backend, forward_stream: Callable[[], Stream]) -> None:
+        self._device = device
+        self._backend = backend
+        self._forward_stream = forward_stream
+        self._routes: dict[int, _Route] = {}
+        self._in_flight: deque[tuple[Event, tuple[object, ...]]] = deque()
+        self._sm_done: Event | None = None
+        self.counters = Counters()
+
+    def serves(self, host_pool: Any) -> bool:
+        """Whether the backend copies this pool. Asked first, it prepares the backend."""
+        return self._route(host_pool).geometry is not None
+
+    def fallbacks(self) -> list[str]:
+        """Why pools seen so far take SGLang's own path."""
+        return [route.reason for route in self._routes.values() if route.reason is not None]
+
+    def submit(self, original: Callable[..., Any], engine: Any, transfers: Sequence[Any]) -> Any:
+        """Hook around ``submit_device_to_host``: returns SGLang's own ``TransferCompletion``."""
+        device = self._device
+        # Under overlap forwards run on the forward stream; without it they run on the stream that
+        # is current here, as does the work that made the indices.
+        ready = (device.record(self._forward_stream()), device.record(device.current_stream()))
+        for event in ready:
+            device.wait(engine.device_to_host_stream, event)
+        self.counters.producer_fences += 1
+        self.counters.writes += 1
+        kept: list[object] = []
+        routed = [
+            transfer._replace(host_pool=_RoutedPool(self, transfer.host_pool, engine, ready, kept))
+            for transfer in transfers
+        ]
+        completion = original(engine, routed)
+        self._keep(completion.finish_event, tuple(kept))
+        return completion
+
+    def move_write_operation(self, original: Callable[..., Any], controller: Any, operation: Any) -> Any:
+        """Hook around ``_move_write_operation``: leave indices where our backends want them.
+
+        SGLang moves host indices to the GPU or device indices to the host here, the latter with a wait
+        for the forward in flight. Our backends take host indices on the host, device indices on the device.
+        """
+        group = controller.mem_pool_host
+        anchor = getattr(group, "anchor_entry", None)
+        pool = group if anchor is None else anchor.host_pool
+        side = operation.pool_transfers or []
+        sides = [group.entry_map[transfer.name].host_pool for transfer in side]
+        if getattr(controller, "is_kv_sharded", False) or not any(map(self.serves, [pool, *sides])):
+            return original(controller, operation)
+        host, device = self._move(controller, pool, operation.host_indices, operation.device_indices)
+        if anchor is None:
+            return host, device, None
+        moved = None
+        if side:
+            moved = []
+            for transfer, side_pool in zip(side, sides, strict=True):
+                side_host, side_device = self._move(
+                    controller, side_pool, transfer.host_indices, transfer.device_indices
+                )
+                moved.append(replace(transfer, host_indices=side_host, device_indices=side_device))
+        return host, device, moved
+
+    def _move(self, controller: Any, pool: Any, host: Any, device: Any) -> tuple[Any, Any]:
+        if self.serves(pool):
+            return host, device
+        # SGLang's rule for a pool of its own, as in each version's _move_write_operation.
+        per_pool = getattr(controller, "_move_pool_indices", None)
+        if per_pool is not None:
+            moved: tuple[Any, Any] = per_pool(pool, host, device, write_back_jit=True)
+            return moved
+        if getattr(pool, "can_use_write_back_jit", False):
+            return (host.cpu() if host.is_cuda else host), device
+        moved = controller.move_indices(host, device)
+        return moved
+
+    def take_sm_done(self) -> Event | None:
+        """The event after the last SM-side D2H work that no forward has waited for yet; then forget it."""
+        event, self._sm_done = self._sm_done, None
+        return event
+
+    def copy(
+        self,
+        host_pool: Any,
+        upstream: Callable[..., None],
+        engine: Any,
+        ready: tuple[Event, ...],
+        kept: list[object],
+        device_pool: Any,
+        host_indices: Any,
+        device_indices: Any,
+    ) -> None:
+        """Copy one pool's rows; the transfer stream is current."""
+        stream = engine.device_to_host_stream
+
+        def upstream_copy() -> None:
+            upstream(device_pool, host_indices, device_indices, engine.io_backend)
+
+        geometry = self._route(host_pool).geometry
+        if geometry is None or getattr(device_pool, "host_transfer_translate", None) is not None:
+            upstream_copy()
+            self._sm_done = self._device.record(stream)
+            self.counters.fallback_writes += 1
+            self.counters.bytes += len(host_indices) * int(host_pool.size_per_token)
+            return
+        transfer = Transfer(
+            geometry=geometry,
+            host_slots=np.asarray(host_indices, dtype=np.int64),
+            device_slots=device_indices,
+            ready=ready,
+            upstream_copy=upstream_copy,
+        )
+        submission = self._backend.submit(transfer, stream)
+        if submission.sm_done is not None:
+            self._sm_done = submission.sm_done
+        kept.extend(submission.keep)
+        self.counters.copies += submission.copies
+        self.counters.bytes += submission.nbytes
+
+    def _keep(self, finish_event: Event, objects: tuple[object, ...]) -> None:
+        while self._in_flight and self._in_flight[0][0].query():
+            self._in_flight.popleft()
+        self._in_flight.append((finish_event, objects))
+
+    def _route(self, host_pool: Any) -> _Route:
+        known = self._routes.get(id(host_pool))
+        fingerprint = _fingerprint(host_pool)
+        if known is not None and known.fingerprint == fingerprint:
+            return known
+        try:
+            geometry: PoolGeometry | None = describe(host_pool)
+            reason = self._backend.supports(geometry) if geometry is not None else None
+        except UnsupportedPoolError as error:
+            geometry, reason = None, str(error)
+        if reason is not None:
+            geometry = None
+            logger.warning(
+                "sglang-hicache-io: pool %s goes through SGLang's own path, fenced: %s",
+                getattr(host_pool, "pool_label", type(host_pool).__name__),
+                reason,
+            )
+        if geometry is not None:
+            self._backend.prepare(geometry)
+        route = _Route(fingerprint, geometry, reason)
+        self._routes[id(host_pool)] = route
+        return route
+
+    def summary(self) -> dict[str, Any]:
+        """Counters and fallbacks, for ``/server_info``."""
+        return {"counters": asdict(self.counters), "fallbacks": self.fallbacks()}
+
+
+class _RoutedPool:
+    """A host pool, except that its copy to the host asks the router."""
+
+    def __init__(
+        self, router: WriteBack, pool: Any, engine: Any, ready: tuple[Event, ...], kept: list[object]
+    ) -> None:
+        self._router = router
+        self._pool = pool
+        self._engine = engine
+        self._ready = ready
+        self._kept = kept
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def _copy(
+        self, method: str, device_pool: Any, host_indices: Any, device_indices: Any, io_backend: str
+    ) -> None:
+        upstream = getattr(self._pool, method)
+        self._router.copy(
+            self._pool,
+            upstream,
+            self._engine,
+            self._ready,
+            self._kept,
+            device_pool,
+            host_indices,
+            device_indices,
+        )
+
+    def backup_from_device_all_layer(self, *args: Any) -> None:
+        """0.5.18 to 0.5.20 call this."""
+        self._copy("backup_from_device_all_layer", *args)
+
+    def backup_from_device_all_layer_physical(self, *args: Any) -> None:
+        """0.5.21 and later call this."""
+        self._copy("backup_from_device_all_layer_physical", *args)
+
+
+def _fingerprint(host_pool: Any) -> tuple[int, ...]:
+    """Changes when a pool's memory does: a described geometry holds raw addresses."""
+    buffer = getattr(host_pool, "kv_buffer", None)
+    rows = getattr(host_pool, "device_k_buffers", None) or getattr(host_pool, "device_kv_buffers", None)
+    return (
+        buffer.data_ptr() if hasattr(buffer, "data_ptr") else 0,
+        rows[0].data_ptr() if rows else 0,
+    )

@@ -1,0 +1,196 @@
+"""The copy plan, byte for byte: what it moves, what it leaves alone, how few entries it needs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pools import POISON, MemoryPool, make_pool
+from strategies import LAYOUTS, pools, writes
+
+from sglang_hicache.io_backends import CopyBatch, direct_copies
+from sglang_hicache.io_backends.device.cpu import CpuDevice
+from sglang_hicache.io_backends.plan import STAGING_ALIGNMENT, chunks, drain_copies, staging_geometry
+
+DEVICE = CpuDevice()
+
+
+def run(batch: CopyBatch) -> None:
+    assert np.all(batch.nbytes > 0), "an empty entry: cuMemcpyBatchAsync rejects those"
+    DEVICE.copy(batch, DEVICE.current_stream())
+
+
+def assert_host(pool: MemoryPool, expected: list[np.ndarray]) -> None:
+    for part, got, want in zip(pool.geometry.components, pool.host, expected, strict=True):
+        np.testing.assert_array_equal(got, want, err_msg=part.name)
+
+
+def through_staging(pool: MemoryPool, host: np.ndarray, device: np.ndarray, capacity: int) -> int:
+    """Copy through a staging buffer of ``capacity`` bytes with guards around it; the entries used."""
+    guard = 64
+    buffer = np.full(capacity + 2 * guard, POISON, dtype=np.uint8)
+    entries = 0
+    for chunk in chunks(pool.geometry, host, capacity):
+        staged = staging_geometry(pool.geometry, chunk, int(buffer.ctypes.data) + guard)
+        rows = device[chunk.start : chunk.stop]
+        DEVICE.gather(staged, rows, chunk.first_slot, DEVICE.current_stream(), ctas=1)
+        batch = drain_copies(pool.geometry, staged, chunk, host)
+        run(batch)
+        entries += len(batch)
+    assert np.all(buffer[:guard] == POISON), "wrote before the staging buffer"
+    assert np.all(buffer[-guard:] == POISON), "wrote behind the staging buffer"
+    return entries
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_direct_copies_move_exactly_these_rows(data: st.DataObject) -> None:
+    pool = data.draw(pools())
+    host, device = data.draw(writes(pool))
+    expected = pool.expected(host, device)
+    batch = direct_copies(pool.geometry, host, device)
+    assert batch.total_bytes == len(host) * pool.geometry.bytes_per_token
+    run(batch)
+    assert_host(pool, expected)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_gather_and_drain_move_exactly_these_rows(data: st.DataObject) -> None:
+    pool = data.draw(pools())
+    g = pool.geometry
+    host, device = data.draw(writes(pool))
+    expected = pool.expected(host, device)
+    unit = g.bytes_per_token * (g.page_size if g.paged else 1)
+    capacity = unit * data.draw(st.integers(1, 9)) + STAGING_ALIGNMENT * len(g.components)
+    through_staging(pool, host, device, capacity)
+    assert_host(pool, expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_chunks_cover_the_transfer_once_and_in_order(data: st.DataObject) -> None:
+    pool = data.draw(pools())
+    g = pool.geometry
+    host, _ = data.draw(writes(pool))
+    unit = g.bytes_per_token * (g.page_size if g.paged else 1)
+    capacity = unit * data.draw(st.integers(1, 9)) + STAGING_ALIGNMENT * len(g.components)
+    position = 0
+    for chunk in chunks(g, host, capacity):
+        assert chunk.start == position
+        assert chunk.stop > chunk.start
+        assert 0 <= chunk.first_slot < g.page_size
+        if g.paged:
+            offsets = (chunk.first_slot + np.arange(chunk.tokens)) % g.page_size
+            np.testing.assert_array_equal(offsets, host[chunk.start : chunk.stop] % g.page_size)
+        position = chunk.stop
+    assert position == len(host)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_staging_below_one_unit_is_refused(layout: str) -> None:
+    pool = make_pool(layout, layers=2, page_size=4, row_bytes=(16, 16))
+    with pytest.raises(ValueError, match="raise staging_mb"):
+        list(chunks(pool.geometry, np.arange(4), 64))
+
+
+class TestEntries:
+    """How many copies a write costs: the point of choosing a layout."""
+
+    def entries(self, layout: str, page_size: int, host: np.ndarray, device: np.ndarray) -> int:
+        pool = make_pool(
+            layout,
+            layers=3,
+            page_size=page_size,
+            row_bytes=(16, 16),
+            heads=2,
+            pages=4096 // page_size,
+            device_slots=4096,
+        )
+        return len(direct_copies(pool.geometry, host, device))
+
+    def test_layer_first_is_one_entry_per_run_layer_and_component(self) -> None:
+        tokens = np.arange(256)
+        assert self.entries("layer_first", 16, tokens, tokens + 64) == 3 * 2
+
+    def test_scattered_device_pages_split_the_runs(self) -> None:
+        host = np.arange(256)
+        device = (np.arange(16)[::-1, None] * 16 + np.arange(16)).reshape(-1)
+        assert self.entries("layer_first", 16, host, device) == 16 * 3 * 2
+
+    def test_page_first_direct_is_one_entry_per_page(self) -> None:
+        tokens = np.arange(256)
+        assert self.entries("page_first_direct", 16, tokens, tokens) == 16 * 3 * 2
+
+    def test_page_first_cannot_merge_tokens(self) -> None:
+        tokens = np.arange(256)
+        assert self.entries("page_first", 16, tokens, tokens) == 256 * 3 * 2
+
+    def test_page_head_is_one_entry_per_token_layer_and_head(self) -> None:
+        tokens = np.arange(32)
+        assert self.entries("page_head", 16, tokens, tokens) == 32 * 3 * 2 * 2
+
+    @pytest.mark.parametrize(
+        ("layout", "expected"),
+        # layer_first: a copy per layer and component; the others: one per component and chunk.
+        [("layer_first", 6), ("page_first", 2), ("page_first_direct", 2), ("page_head", 2)],
+    )
+    @pytest.mark.parametrize("page_size", [1, 16, 64])
+    def test_staged_with_contiguous_host_slots(self, layout: str, expected: int, page_size: int) -> None:
+        pool = make_pool(
+            layout,
+            layers=3,
+            page_size=page_size,
+            row_bytes=(16, 16),
+            heads=2,
+            pages=4096 // page_size,
+            device_slots=4096,
+        )
+        device = np.random.default_rng(0).permutation(4096)
+        assert through_staging(pool, np.arange(4096), device, 2**20) == expected
+
+    def test_staged_partial_page_costs_a_copy_per_layer(self) -> None:
+        pool = make_pool("page_first_direct", layers=3, page_size=16, row_bytes=(16, 16))
+        host = np.arange(5, 16 + 7)  # the end of one page, the start of the next
+        assert through_staging(pool, host, np.arange(len(host)), 2**20) == 2 * 3 * 2
+
+
+class TestBadIndices:
+    def test_a_host_index_out_of_range_is_refused(self) -> None:
+        pool = make_pool("page_first", layers=1, page_size=4, row_bytes=(8, 8))
+        beyond = np.array([pool.geometry.host_slots])
+        with pytest.raises(ValueError, match=r"host index 32 .* outside 0\.\.31"):
+            direct_copies(pool.geometry, beyond, np.array([0]))
+
+    def test_a_negative_device_index_is_refused(self) -> None:
+        pool = make_pool("page_first", layers=1, page_size=4, row_bytes=(8, 8))
+        with pytest.raises(ValueError, match="device index"):
+            direct_copies(pool.geometry, np.array([0]), np.array([-1]))
+
+    def test_vectors_of_different_length_are_refused(self) -> None:
+        pool = make_pool("page_first", layers=1, page_size=4, row_bytes=(8, 8))
+        with pytest.raises(ValueError, match="2 host indices for 1 device indices"):
+            direct_copies(pool.geometry, np.array([0, 1]), np.array([0]))
+
+
+class TestGeometry:
+    def test_unknown_layout(self) -> None:
+        from sglang_hicache.io_backends import host_strides
+
+        with pytest.raises(ValueError, match="unknown host layout 'page_last'"):
+            host_strides("page_last", base=0, layers=1, page_size=1, slots=1, row_bytes=1)
+
+    def test_page_head_needs_rows_that_split(self) -> None:
+        from sglang_hicache.io_backends import host_strides
+
+        with pytest.raises(ValueError, match="cannot split a row of 10 bytes into 4 heads"):
+            host_strides("page_head", base=0, layers=1, page_size=1, slots=1, row_bytes=10, heads=4)
+
+    def test_overlapping_device_rows_are_refused(self) -> None:
+        from dataclasses import replace
+
+        pool = make_pool("layer_first", layers=1, page_size=1, row_bytes=(8, 8))
+        k, v = pool.geometry.components
+        with pytest.raises(ValueError, match="overlap"):
+            replace(pool.geometry, components=(replace(k, device_row_stride=4), v))
