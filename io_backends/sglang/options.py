@@ -14,7 +14,7 @@ from sglang_hicache.io_backends.registry import (
     unknown_backend,
 )
 from sglang_hicache.io_backends.sglang.errors import RefusedError
-from sglang_hicache.policy import PolicyError, load_policy
+from sglang_hicache.policy.load import PolicyError, load_policy
 
 POLICY_ATTRIBUTE = "_hicache_io_policy"
 """On ``ServerArgs``: the policy file given as an option, or absent. Underscored names travel, unsealed."""

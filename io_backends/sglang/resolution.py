@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,21 +17,11 @@ from sglang_hicache.io_backends.sglang.options import (
     check_name,
     is_ours,
 )
-from sglang_hicache.policy import (
-    Decision,
-    Fact,
-    Facts,
-    Policy,
-    PolicyError,
-    decide,
-    default_policy,
-    detect,
-    load_policy,
-)
+from sglang_hicache.policy.decide import Decision, decide
+from sglang_hicache.policy.facts import Fact, Facts, detect
+from sglang_hicache.policy.load import PolicyError, policy_in_force
 
 logger = logging.getLogger(__name__)
-
-POLICY_VARIABLE = "SGLANG_HICACHE_IO_POLICY"
 
 _SOURCE = "sglang-hicache-io"
 
@@ -81,7 +70,7 @@ def _resolve(original: Callable[[Any], None], server_args: Any) -> None:
         return
 
     _refuse_what_is_not_covered(config, name)
-    policy = _policy(option)
+    policy = policy_in_force(option)
     # SGLang knows only its own names. What it is told serves H2D, and pools that our backend does not.
     layout = config.hicache_mem_layout
     _declare(server_args, hicache_io_backend="direct" if layout == "page_first_direct" else "kernel")
@@ -137,11 +126,6 @@ def _refuse_layout(name: str, decision: Decision, layout: str) -> None:
         )
 
 
-def _policy(option: str | None) -> Policy:
-    path = option or os.environ.get(POLICY_VARIABLE)
-    return load_policy(path) if path else default_policy()
-
-
 def _facts(server_args: Any, config: Any) -> Facts:
     resolved = "resolved by SGLang"
     device = str(config.device).partition(":")[0]
@@ -154,9 +138,7 @@ def _facts(server_args: Any, config: Any) -> Facts:
         "page_size": Fact(config.page_size, resolved),
         "device": Fact(device, resolved),
     }
-    if device == "cpu":
-        facts["gpu_arch"] = Fact("cpu", resolved)
-    return Facts({**detect(), **facts})
+    return Facts({**detect({"device": device}), **facts})
 
 
 def _view(server_args: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from sglang_hicache.io_backends.sglang.carried import ATTRIBUTE
 from sglang_hicache.io_backends.sglang.errors import RefusedError, exit_with
 from sglang_hicache.io_backends.sglang.options import is_ours
 from sglang_hicache.io_backends.sglang.writeback import WriteBack
-from sglang_hicache.policy import Decision, describe
+from sglang_hicache.policy.decide import Decision, describe
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +134,7 @@ def _activate(scheduler: Any, decision: Decision) -> None:
     )
     if problem is not None:
         raise RefusedError(problem)
-    device = open_device(str(decision.facts["device"].value))
+    device = open_device(str(decision.facts["device"]["value"]))
     backend = get_backend(decision.backend)(device, decision.options)
     writeback = WriteBack(device, backend, lambda: scheduler.forward_stream)
     if device.name == "cpu":
@@ -189,7 +188,7 @@ def _announce(scheduler: Any) -> None:
         for entry in getattr(group, "entries", None) or [None]:
             # Staging is allocated now, not under the first write.
             _active.writeback.serves(group if entry is None else entry.host_pool)
-    logger.info("sglang-hicache-io: %s (pid %d)", describe(_active.decision), os.getpid())
+    logger.info("%s", describe(_active.decision))
 
 
 def _around_submit(original: Callable[..., Any], engine: Any, transfers: Any) -> Any:

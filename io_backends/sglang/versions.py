@@ -130,9 +130,9 @@ def check_points(points: tuple[HookPoint, ...], version: str) -> str | None:
             found = tuple(inspect.signature(function).parameters)
         except (ImportError, AttributeError, ValueError) as error:
             return _differs(version, f"{point.target} is not there ({error})")
-        # A bound classmethod has lost `cls`.
-        expected = point.parameters[1:] if point.parameters[:1] == ("cls",) else point.parameters
-        if found[: len(expected)] not in (expected, point.parameters[: len(found)]):
+        # A classmethod seen through its class has lost `cls`, or not, when it is wrapped.
+        expected = tuple(name for name in point.parameters if name != "cls")
+        if tuple(name for name in found if name != "cls")[: len(expected)] != expected:
             return _differs(version, f"{point.target} takes {found}, expected {point.parameters}")
     return None
 
