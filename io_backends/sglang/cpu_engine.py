@@ -1,4 +1,4 @@
-"""What HiCache lacks to run on SGLang's CPU engine: host allocation without CUDA, and loads back.
+"""What HiCache lacks to run on SGLang's CPU engine: host allocation, loads back, and streams to wait for.
 
 Used for tests and demonstrations without a GPU, and installed only in a scheduler whose device is the CPU.
 On a GPU loads (H2D) are SGLang's own.
@@ -17,16 +17,26 @@ from sglang_hicache.io_backends.sglang.pools import describe
 
 
 def install() -> None:
-    """Supply both, in this process. Idempotent."""
+    """Supply them, in this process. Idempotent."""
     from sglang.srt.mem_cache.pool_host import common
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate
-    for pool in (versions.MHA_POOL, versions.MLA_POOL):
-        target = pool + ".load_to_device_per_layer"
+    hooks = {
+        versions.ENGINE + ".__init__": (HookType.AFTER, _streams_that_synchronize),
+        versions.MHA_POOL + ".load_to_device_per_layer": (HookType.AROUND, _load_layer),
+        versions.MLA_POOL + ".load_to_device_per_layer": (HookType.AROUND, _load_layer),
+    }
+    for target, (kind, hook) in hooks.items():
         if not HookRegistry._hooks.get(target):
-            HookRegistry.register(target, _load_layer, HookType.AROUND)
+            HookRegistry.register(target, hook, kind)
     HookRegistry.apply_hooks()
+
+
+def _streams_that_synchronize(_result: None, engine: Any, *args: Any, **kwargs: Any) -> None:
+    # torch's CPU streams have no synchronize, which SGLang's error path calls: it would hide the error.
+    for stream in (engine.device_to_host_stream, engine.host_to_device_stream):
+        stream.synchronize = lambda: None
 
 
 def _allocate(

@@ -1,0 +1,45 @@
+"""SGLang on a machine without a driver: everything under this folder needs the installed SGLang."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+from launching import Machine
+
+from sglang_hicache.bench import fake_libcuda
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker("sglang")
+
+
+@pytest.fixture(scope="session")
+def libcuda(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Lets this process import ``sgl_kernel``, driver or not."""
+    if not fake_libcuda.loader_finds_libcuda():
+        folder = fake_libcuda.build(tmp_path_factory.mktemp("libcuda"))
+        ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+
+
+@pytest.fixture(scope="session")
+def cpu_sglang(libcuda: None) -> None:
+    """SGLang in this process, published for the CPU, with what HiCache lacks there."""
+    from sglang.srt.runtime_context import publish
+    from sglang.srt.server_args import ServerArgs
+
+    from sglang_hicache.io_backends.sglang import cpu_engine
+
+    publish(ServerArgs(model_path="dummy", device="cpu"), role="scheduler")
+    cpu_engine.install()
+
+
+@pytest.fixture(scope="session")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    """A folder to start servers from."""
+    return Machine(tmp_path_factory.mktemp("machine"))
