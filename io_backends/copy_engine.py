@@ -38,7 +38,7 @@ class CopyEngineBackend:
         """Nothing to allocate."""
 
     def submit(self, transfer: Transfer, stream: Stream) -> Submission:
-        device_slots = self._device.host_values(transfer.device_slots)
+        device_slots = self._device.host_values(transfer.device_slots, transfer.indices_ready)
         batch = direct_copies(transfer.geometry, transfer.host_slots, device_slots)
         self._device.copy(batch, stream)
         return Submission(copies=len(batch), nbytes=batch.total_bytes, keep=(batch, transfer.device_slots))

@@ -36,7 +36,7 @@ class FencedKernelBackend:
     def submit(self, transfer: Transfer, stream: Stream) -> Submission:
         if self._device.name == "cpu":
             # SGLang's kernels have no CPU form: the plan's copies stand for them.
-            device_slots = self._device.host_values(transfer.device_slots)
+            device_slots = self._device.host_values(transfer.device_slots, transfer.indices_ready)
             batch = direct_copies(transfer.geometry, transfer.host_slots, device_slots)
             self._device.copy(batch, stream)
         else:

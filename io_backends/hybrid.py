@@ -4,19 +4,37 @@ Wins when device rows are scattered or entries would be short (page_first, small
 HBM speed, so a forward that must not share the SMs waits for a fraction of the transfer, and the drain is
 few large copies whatever the device side looked like.
 
-The staging ring has two halves. A half is gathered into only after its previous drain is done, so a write
-larger than the ring is a pipeline: one half drains while the other is filled.
+Three streams: gathers on one, drains on another, and SGLang's transfer stream, which only waits for the last
+drain so that what SGLang records there is the transfer's completion. A write larger than the ring is cut into
+chunks. Where no forward waits for gathers, the chunks are a pipeline: a gather waits on the GPU for the
+drain of the memory it fills. Where forwards do wait, that would make them wait for the link; so there a chunk
+is enqueued only when its memory is free, the rest in later gaps between forwards
+(:meth:`HybridBackend.advance`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from sglang_hicache.io_backends.device.base import Device, Event, Staging, Stream
 from sglang_hicache.io_backends.geometry import PoolGeometry
 from sglang_hicache.io_backends.interface import Submission, Transfer
-from sglang_hicache.io_backends.plan import as_slots, chunks, drain_copies, staging_geometry
+from sglang_hicache.io_backends.plan import (
+    STAGING_ALIGNMENT,
+    Chunk,
+    CopyBatch,
+    as_slots,
+    chunks,
+    drain_copies,
+    staging_geometry,
+    staging_nbytes,
+)
+from sglang_hicache.io_backends.staging import Ring
 
 DEFAULT_STAGING_MB = 256
 """MiB of device memory for the ring; unmeasured, the contract's example value."""
@@ -25,7 +43,46 @@ DEFAULT_GATHER_CTAS = 32
 """Thread blocks of the gather. B200, 592/148/64/32/16 blocks of a D2H kernel: total time was best at 32
 (published by others; for a kernel that writes to the host, not for a gather; unmeasured here)."""
 
-_HALVES = 2
+CHUNKS_PER_RING = 4
+"""A chunk is at most this fraction of the ring, so that one can be filled while others drain; unmeasured."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A chunk and its drain, with sources relative to the chunk's staging."""
+
+    chunk: Chunk
+    drain: CopyBatch
+
+
+class _Write:
+    """One transfer's chunks that are not enqueued yet."""
+
+    def __init__(
+        self, backend: HybridBackend, transfer: Transfer, rest: deque[_Planned], stream: Stream
+    ) -> None:
+        self.transfer = transfer
+        self.rest = rest
+        self.stream = stream
+        self._backend = backend
+        self._then: list[Callable[[], None]] = []
+
+    def enqueued(self) -> bool:
+        return not self.rest
+
+    def flush(self) -> None:
+        self._backend.flush()
+
+    def then(self, action: Callable[[], None]) -> None:
+        if self.enqueued():
+            action()
+        else:
+            self._then.append(action)
+
+    def finish(self) -> None:
+        actions, self._then = self._then, []
+        for action in actions:
+            action()
 
 
 class HybridBackend:
@@ -36,68 +93,129 @@ class HybridBackend:
 
     def __init__(self, device: Device, options: Mapping[str, Any]) -> None:
         self._device = device
-        self._nbytes = int(options.get("staging_mb", DEFAULT_STAGING_MB)) * 2**20 // _HALVES
+        self._ring = Ring(int(options.get("staging_mb", DEFAULT_STAGING_MB)) * 2**20, device.query)
         self._ctas = int(options.get("gather_ctas", DEFAULT_GATHER_CTAS))
-        self._ring: list[Staging] = []
-        self._drained: list[Event | None] = [None] * _HALVES
-        self._next = 0
+        self._staging: Staging | None = None
         self._gather_stream: Stream = None
         self._drain_stream: Stream = None
+        self._waiting: deque[_Write] = deque()
 
     def supports(self, geometry: PoolGeometry) -> str | None:
         if geometry.layout not in self.layouts:
             return f"hybrid does not know layout {geometry.layout}"
         unit = geometry.bytes_per_token * (geometry.page_size if geometry.paged else 1)
-        if unit > self._nbytes // 2:
+        if unit + STAGING_ALIGNMENT * len(geometry.components) > self._chunk_bytes():
             return (
-                f"one {'page' if geometry.paged else 'token'} of {unit} bytes does not fit a staging half "
-                f"of {self._nbytes} bytes; raise staging_mb"
+                f"one {'page' if geometry.paged else 'token'} of {unit} bytes does not fit a chunk "
+                f"of {self._chunk_bytes()} bytes, a quarter of the staging ring; raise staging_mb"
             )
         return None
 
     def prepare(self, geometry: PoolGeometry) -> None:
-        if not self._ring:
-            self._ring = [self._device.allocate_staging(self._nbytes) for _ in range(_HALVES)]
+        self._device.prepare_gather(geometry)
+        if self._staging is None:
+            self._staging = self._device.allocate_staging(self._ring.nbytes)
             # The gather has a stream of its own: behind the drain of an earlier write it would make
             # a fenced forward wait for the link.
             self._gather_stream = self._device.new_stream()
             self._drain_stream = self._device.new_stream()
 
     def submit(self, transfer: Transfer, stream: Stream) -> Submission:
-        device = self._device
         geometry = transfer.geometry
-        host_slots = as_slots(transfer.host_slots, geometry.host_slots, f"{geometry.label} host")
+        slots = as_slots(transfer.host_slots, geometry.host_slots, f"{geometry.label} host")
+        if len(slots) != len(transfer.device_slots):
+            raise ValueError(f"{len(slots)} host indices for {len(transfer.device_slots)} device indices")
         for event in transfer.ready:
-            device.wait(self._gather_stream, event)
-        copies = 0
+            self._device.wait(self._gather_stream, event)
+        rest = deque(
+            _Planned(chunk, drain_copies(geometry, staging_geometry(geometry, chunk, 0), chunk, slots))
+            for chunk in chunks(geometry, slots, self._chunk_bytes())
+        )
+        copies = sum(len(planned.drain) for planned in rest)
+        write = _Write(self, transfer, rest, stream)
         gathered: Event | None = None
-        for chunk in chunks(geometry, host_slots, self._nbytes):
-            half = self._next
-            self._next = (half + 1) % _HALVES
-            drained = self._drained[half]
-            if drained is not None:
-                device.wait(self._gather_stream, drained)
-            staged = staging_geometry(geometry, chunk, self._ring[half].address)
-            with device.use_stream(self._gather_stream):
-                device.gather(
-                    staged,
-                    transfer.device_slots[chunk.start : chunk.stop],
-                    chunk.first_slot,
-                    self._gather_stream,
-                    self._ctas,
-                )
-            gathered = device.record(self._gather_stream)
-            device.wait(self._drain_stream, gathered)
-            batch = drain_copies(geometry, staged, chunk, host_slots)
-            device.copy(batch, self._drain_stream)
-            self._drained[half] = device.record(self._drain_stream)
-            copies += len(batch)
-        if gathered is not None:
-            # What SGLang records on its stream next is the transfer's completion.
-            device.wait(stream, device.record(self._drain_stream))
+        if write.rest:
+            self._waiting.append(write)
+            gathered = self._enqueue(wait=not transfer.forwards_wait)
         return Submission(
             copies=copies,
-            nbytes=len(host_slots) * geometry.bytes_per_token,
+            nbytes=len(slots) * geometry.bytes_per_token,
             sm_done=gathered,
             keep=(transfer.device_slots,),
+            pending=None if write.enqueued() else write,
         )
+
+    def advance(self, ready: tuple[Event, ...]) -> Event | None:
+        """Enqueue chunks whose memory has become free; they run after ``ready``, in a gap between forwards.
+
+        Returns:
+            The event after the last gather, if there was one: forwards that wait for gathers wait for it.
+        """
+        if not self._waiting:
+            return None
+        for event in ready:
+            self._device.wait(self._gather_stream, event)
+        return self._enqueue(wait=False)
+
+    def flush(self) -> None:
+        """Enqueue everything that is left now, waiting on the GPU for memory. Somebody needs it done."""
+        self._enqueue(wait=True)
+
+    def abandon(self) -> None:
+        """Forget what is not enqueued: its rows and slots are about to be given to others."""
+        for write in self._waiting:
+            write.rest.clear()
+            write.finish()
+        self._waiting.clear()
+
+    def _chunk_bytes(self) -> int:
+        return self._ring.nbytes // CHUNKS_PER_RING
+
+    def _enqueue(self, *, wait: bool) -> Event | None:
+        """Gathers and drains of waiting writes, oldest first, as far as memory allows."""
+        gathered: Event | None = None
+        while self._waiting:
+            write = self._waiting[0]
+            while write.rest:
+                try:
+                    event = self._enqueue_chunk(write.transfer, write.rest[0], wait=wait)
+                except BaseException:
+                    # The transfer fails as a whole: SGLang sees the error and acknowledges nothing.
+                    self._waiting.popleft()
+                    raise
+                if event is None:
+                    return gathered
+                gathered = event
+                write.rest.popleft()
+            self._waiting.popleft()
+            self._device.wait(write.stream, self._device.record(self._drain_stream))
+            write.finish()
+        return gathered
+
+    def _enqueue_chunk(self, transfer: Transfer, planned: _Planned, *, wait: bool) -> Event | None:
+        device = self._device
+        chunk, drain = planned.chunk, planned.drain
+        assert self._staging is not None
+        taken = self._ring.take(staging_nbytes(transfer.geometry, chunk), wait=wait)
+        if taken is None:
+            return None
+        region, drained = taken
+        for event in drained:
+            device.wait(self._gather_stream, event)
+        base = self._staging.address + region.start
+        rows = transfer.device_slots[chunk.start : chunk.stop]
+        try:
+            device.gather(
+                staging_geometry(transfer.geometry, chunk, base),
+                rows,
+                chunk.first_slot,
+                self._gather_stream,
+                self._ctas,
+            )
+            gathered = device.record(self._gather_stream)
+            device.wait(self._drain_stream, gathered)
+            device.copy(CopyBatch(drain.dst, drain.src + np.uint64(base), drain.nbytes), self._drain_stream)
+        finally:
+            # After an error too: whoever gets the region next must wait for what was enqueued.
+            region.drained = device.record(self._drain_stream)
+        return gathered

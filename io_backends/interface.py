@@ -31,6 +31,10 @@ class Transfer:
             given to ``submit`` has waited for them already; a backend that reads on a stream of its own
             waits for them there, and not for the given stream, which may still be waiting for an earlier
             transfer.
+        indices_ready: the event among them that follows the work which made ``device_slots``; it waits for no
+            forward, so whoever must wait on the host for the indices waits for this one only.
+        forwards_wait: whether forwards may wait for this transfer's SM work. Then that work must never wait
+            for the link to the host.
         upstream_copy: SGLang's own copy of the same rows, enqueued on the current stream.
     """
 
@@ -38,7 +42,25 @@ class Transfer:
     host_slots: Slots
     device_slots: Any
     ready: tuple[Event, ...]
+    indices_ready: Event | None
+    forwards_wait: bool
     upstream_copy: Callable[[], None]
+
+
+class Pending(Protocol):
+    """The part of a transfer that is not enqueued yet."""
+
+    def enqueued(self) -> bool:
+        """Whether everything is enqueued by now."""
+        ...
+
+    def flush(self) -> None:
+        """Enqueue the rest at once."""
+        ...
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Call ``action`` as soon as everything is enqueued (at once if it is)."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +68,19 @@ class Submission:
     """What a backend enqueued.
 
     Attributes:
-        copies: entries handed to the copy engine or rows launched as one kernel counts as one.
+        copies: entries for the copy engine; a kernel counts as one.
         nbytes: bytes that arrive on the host.
         sm_done: event recorded after the last work that runs on the GPU's SMs, or None when there is none.
             Forwards that the decision lists wait for it, and for nothing later.
         keep: whatever must stay alive until the transfer is done.
+        pending: what is left to enqueue later, or None. Only a backend with ``advance`` may leave something.
     """
 
     copies: int
     nbytes: int
     sm_done: Event | None = None
     keep: tuple[object, ...] = field(default=(), repr=False)
+    pending: Pending | None = None
 
 
 @runtime_checkable
@@ -80,6 +104,20 @@ class Backend(Protocol):
         Raises:
             ValueError: the transfer does not fit the geometry (an index out of range).
         """
+        ...
+
+
+@runtime_checkable
+class Deferring(Protocol):
+    """What a backend has besides if it leaves parts of a transfer for later gaps between forwards."""
+
+    def advance(self, ready: tuple[Event, ...]) -> Event | None:
+        """Enqueue what can be now, behind ``ready``. Called before each forward is launched and while the
+        scheduler polls. Returns the event after the last SM-side work it enqueued, if any."""
+        ...
+
+    def abandon(self) -> None:
+        """Forget what is not enqueued (the cache is being reset)."""
         ...
 
 

@@ -158,24 +158,27 @@ def chunks(geometry: PoolGeometry, host_slots: Slots, capacity_bytes: int) -> It
 
 def staging_geometry(geometry: PoolGeometry, chunk: Chunk, base: int) -> PoolGeometry:
     """Geometry of ``chunk`` with its host side in a staging buffer at address ``base``; same device side."""
-    page = geometry.page_size
-    slots = chunk.first_slot + chunk.tokens
-    if geometry.paged:
-        slots = -(-slots // page) * page
+    slots = _staging_slots(geometry, chunk)
     parts: list[Component] = []
     for part in geometry.components:
         strides = host_strides(
             geometry.layout,
             base=base,
             layers=geometry.layers,
-            page_size=page,
+            page_size=geometry.page_size,
             slots=slots,
             row_bytes=part.row_bytes,
             heads=geometry.heads,
         )
         parts.append(replace(part, host=strides))
-        base += -(-geometry.layers * slots * part.row_bytes // STAGING_ALIGNMENT) * STAGING_ALIGNMENT
+        base += _aligned(geometry.layers * slots * part.row_bytes)
     return replace(geometry, host_slots=slots, components=tuple(parts))
+
+
+def staging_nbytes(geometry: PoolGeometry, chunk: Chunk) -> int:
+    """Bytes that :func:`staging_geometry` of ``chunk`` occupies, padding included."""
+    slots = _staging_slots(geometry, chunk)
+    return sum(_aligned(geometry.layers * slots * part.row_bytes) for part in geometry.components)
 
 
 def drain_copies(geometry: PoolGeometry, staged: PoolGeometry, chunk: Chunk, host_slots: Slots) -> CopyBatch:
@@ -198,6 +201,15 @@ def drain_copies(geometry: PoolGeometry, staged: PoolGeometry, chunk: Chunk, hos
         for part, staged_part in zip(geometry.components, staged.components, strict=True):
             parts.append(_token_runs(geometry, part, staged_part, host, local))
     return _concatenate(parts)
+
+
+def _staging_slots(geometry: PoolGeometry, chunk: Chunk) -> int:
+    slots = chunk.first_slot + chunk.tokens
+    return -(-slots // geometry.page_size) * geometry.page_size if geometry.paged else slots
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // STAGING_ALIGNMENT) * STAGING_ALIGNMENT
 
 
 def _whole_pages(host: Slots, local: Slots, page: int) -> tuple[tuple[Slots, Slots], tuple[Slots, Slots]]:

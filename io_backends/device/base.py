@@ -6,6 +6,7 @@ CPU engine, and on a virtual device that reorders work to find missing fences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -61,8 +62,24 @@ class Device(Protocol):
         """Whether the work before ``event`` is done."""
         ...
 
-    def host_values(self, indices: Any) -> npt.NDArray[np.int64]:
-        """Device indices as host values. May wait on the host for the copy of the indices themselves."""
+    def prepare_copies(self, geometry: PoolGeometry, registered: Sequence[tuple[int, int]] = ()) -> None:
+        """Check that copies can write the pool's host memory. Once per pool, before its first copy.
+
+        Args:
+            registered: (address, bytes) of each registration of that memory, where it is known.
+
+        Raises:
+            DeviceUnavailableError: they cannot.
+        """
+        ...
+
+    def prepare_gather(self, geometry: PoolGeometry) -> None:
+        """Build what gathers of the pool need. Once per pool, before its first gather."""
+        ...
+
+    def host_values(self, indices: Any, after: Event | None = None) -> npt.NDArray[np.int64]:
+        """Device indices as host values int64 [n]. The host waits for their copy, which waits for ``after``
+        (for the current stream's work without it)."""
         ...
 
     def allocate_staging(self, nbytes: int) -> Staging: ...

@@ -8,7 +8,7 @@ virtual device.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -71,7 +71,13 @@ class CpuDevice:
     def query(self, event: CpuEvent) -> bool:
         return True
 
-    def host_values(self, indices: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    def prepare_copies(self, geometry: PoolGeometry, registered: Sequence[tuple[int, int]] = ()) -> None:
+        """Ordinary memory can always be written."""
+
+    def prepare_gather(self, geometry: PoolGeometry) -> None:
+        """Nothing to build."""
+
+    def host_values(self, indices: npt.ArrayLike, after: CpuEvent | None = None) -> npt.NDArray[np.int64]:
         return np.asarray(indices, dtype=np.int64)
 
     def allocate_staging(self, nbytes: int) -> CpuStaging:

@@ -32,6 +32,8 @@ class Active:
 
     def fence_forward(self, batch: Any) -> None:
         """Before a forward is launched: wait for SM-side D2H work if the decision says so."""
+        # The gap before this forward is where gathers of a long write may run.
+        self.writeback.advance()
         if self.decision.fence_forward and forwards_of(
             batch.forward_mode, speculative=self.speculative
         ).intersection(self.decision.fence_forward):
@@ -136,7 +138,9 @@ def _activate(scheduler: Any, decision: Decision) -> None:
         raise RefusedError(problem)
     device = open_device(str(decision.facts["device"]["value"]))
     backend = get_backend(decision.backend)(device, decision.options)
-    writeback = WriteBack(device, backend, lambda: scheduler.forward_stream)
+    writeback = WriteBack(
+        device, backend, lambda: scheduler.forward_stream, forwards_wait=bool(decision.fence_forward)
+    )
     if device.name == "cpu":
         cpu_engine.install()
     _apply(
@@ -144,6 +148,7 @@ def _activate(scheduler: Any, decision: Decision) -> None:
             versions.SCHEDULER + ".run_batch": ("BEFORE", _before_run_batch),
             versions.SCHEDULER + ".get_internal_state": ("AFTER", _after_internal_state),
             versions.ENGINE + ".submit_device_to_host": ("AROUND", _around_submit),
+            versions.CONTROLLER + ".reset": ("BEFORE", _before_reset),
             versions.CONTROLLER + "._move_write_operation": ("AROUND", _around_move),
             versions.HYBRID_CONTROLLER + "._move_write_operation": ("AROUND", _around_move),
         }
@@ -199,6 +204,11 @@ def _around_submit(original: Callable[..., Any], engine: Any, transfers: Any) ->
 def _around_move(original: Callable[..., Any], controller: Any, op: Any) -> Any:
     assert _active is not None
     return _active.writeback.move_write_operation(original, controller, op)
+
+
+def _before_reset(controller: Any, *args: Any, **kwargs: Any) -> None:
+    assert _active is not None
+    _active.writeback.abandon()
 
 
 def _before_run_batch(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:

@@ -61,6 +61,7 @@ SCHEDULER_POINTS = (
     HookPoint(SCHEDULER + ".run_batch", ("self", "batch")),
     HookPoint(SCHEDULER + ".get_internal_state", ("self", "recv_req")),
     HookPoint(ENGINE + ".submit_device_to_host", ("self", "transfers")),
+    HookPoint(CONTROLLER + ".reset", ("self",)),
     HookPoint(CONTROLLER + "._move_write_operation", ("self", "op")),
     HookPoint(HYBRID_CONTROLLER + "._move_write_operation", ("self", "op")),
 )

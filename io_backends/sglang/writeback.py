@@ -17,10 +17,14 @@ import numpy as np
 
 from sglang_hicache.io_backends.device.base import Device, Event, Stream
 from sglang_hicache.io_backends.geometry import PoolGeometry
-from sglang_hicache.io_backends.interface import Backend, Transfer
+from sglang_hicache.io_backends.interface import Backend, Deferring, Pending, Transfer
+from sglang_hicache.io_backends.sglang.completion import deferred
 from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError, describe
 
 logger = logging.getLogger(__name__)
+
+_REGISTERED_RANGES = "_sglang_cuda_host_registered_ranges"
+"""Where SGLang leaves (address, bytes) of each registration of a host buffer."""
 
 
 @dataclass(slots=True)
@@ -51,12 +55,22 @@ class WriteBack:
         device: the seam.
         backend: the decision's backend.
         forward_stream: gives the stream that forwards run on, once the scheduler has it.
+        forwards_wait: whether any forward waits for SM-side D2H work.
     """
 
-    def __init__(self, device: Device, backend: Backend, forward_stream: Callable[[], Stream]) -> None:
+    def __init__(
+        self,
+        device: Device,
+        backend: Backend,
+        forward_stream: Callable[[], Stream],
+        *,
+        forwards_wait: bool = False,
+    ) -> None:
         self._device = device
         self._backend = backend
         self._forward_stream = forward_stream
+        self._forwards_wait = forwards_wait
+        self._pending: list[Pending] = []
         self._routes: dict[int, _Route] = {}
         self._in_flight: deque[tuple[Event, tuple[object, ...]]] = deque()
         self._sm_done: Event | None = None
@@ -73,21 +87,56 @@ class WriteBack:
     def submit(self, original: Callable[..., Any], engine: Any, transfers: Sequence[Any]) -> Any:
         """Hook around ``submit_device_to_host``: returns SGLang's own ``TransferCompletion``."""
         device = self._device
-        # Under overlap forwards run on the forward stream; without it they run on the stream that
-        # is current here, as does the work that made the indices.
-        ready = (device.record(self._forward_stream()), device.record(device.current_stream()))
+        ready = self._ready()
         for event in ready:
             device.wait(engine.device_to_host_stream, event)
         self.counters.producer_fences += 1
         self.counters.writes += 1
         kept: list[object] = []
+        self._pending = [part for part in self._pending if not part.enqueued()]
+        earlier = len(self._pending)
         routed = [
             transfer._replace(host_pool=_RoutedPool(self, transfer.host_pool, engine, ready, kept))
             for transfer in transfers
         ]
         completion = original(engine, routed)
+        pending = self._pending[earlier:]
+        if pending:
+            completion = completion._replace(
+                finish_event=deferred(
+                    completion.finish_event,
+                    completion.timing_enabled,
+                    engine.device_to_host_stream,
+                    pending,
+                    self.advance,
+                )
+            )
         self._keep(completion.finish_event, tuple(kept))
         return completion
+
+    def advance(self) -> None:
+        """Enqueue what earlier writes left for a gap between forwards, if there is anything."""
+        if not self._pending or not isinstance(self._backend, Deferring):
+            return
+        gathered = self._backend.advance(self._ready())
+        if gathered is not None:
+            self._sm_done = gathered
+        self._pending = [part for part in self._pending if not part.enqueued()]
+
+    def abandon(self) -> None:
+        """The cache is being reset: nobody will ask for what is not enqueued."""
+        if isinstance(self._backend, Deferring):
+            self._backend.abandon()
+        self._pending.clear()
+
+    def _ready(self) -> tuple[Event, Event]:
+        """Events that a read of device rows must wait for: the producer fence.
+
+        Under overlap forwards run on the forward stream; without it they run on the stream that is current
+        here, as does the work that made the indices.
+        """
+        device = self._device
+        return device.record(self._forward_stream()), device.record(device.current_stream())
 
     def move_write_operation(self, original: Callable[..., Any], controller: Any, operation: Any) -> Any:
         """Hook around ``_move_write_operation``: leave indices where our backends want them.
@@ -162,11 +211,15 @@ class WriteBack:
             host_slots=np.asarray(host_indices, dtype=np.int64),
             device_slots=device_indices,
             ready=ready,
+            indices_ready=ready[-1],
+            forwards_wait=self._forwards_wait,
             upstream_copy=upstream_copy,
         )
         submission = self._backend.submit(transfer, stream)
         if submission.sm_done is not None:
             self._sm_done = submission.sm_done
+        if submission.pending is not None:
+            self._pending.append(submission.pending)
         kept.extend(submission.keep)
         self.counters.copies += submission.copies
         self.counters.bytes += submission.nbytes
@@ -194,6 +247,8 @@ class WriteBack:
                 reason,
             )
         if geometry is not None:
+            buffer = host_pool.kv_buffer
+            self._device.prepare_copies(geometry, getattr(buffer, _REGISTERED_RANGES, ()))
             self._backend.prepare(geometry)
         route = _Route(fingerprint, geometry, reason)
         self._routes[id(host_pool)] = route
@@ -248,6 +303,6 @@ def _fingerprint(host_pool: Any) -> tuple[int, ...]:
     buffer = getattr(host_pool, "kv_buffer", None)
     rows = getattr(host_pool, "device_k_buffers", None) or getattr(host_pool, "device_kv_buffers", None)
     return (
-        buffer.data_ptr() if hasattr(buffer, "data_ptr") else 0,
+        buffer.data_ptr() if buffer is not None and hasattr(buffer, "data_ptr") else 0,
         rows[0].data_ptr() if rows else 0,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ class RecordingDevice(CpuDevice):
 
     log: list[tuple[Any, ...]] = field(default_factory=list)
     name: str = "cpu"
+    done: set[Any] | None = None
+    """Events that are complete; None: all."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -48,6 +50,9 @@ class RecordingDevice(CpuDevice):
     def wait(self, stream: Any, event: Any) -> None:
         self.log.append(("wait", stream, event))
 
+    def query(self, event: Any) -> bool:
+        return self.done is None or event in self.done
+
     def gather(self, staged: Any, device_slots: Any, first_slot: int, stream: Any, ctas: int) -> None:
         self.log.append(("gather", stream, len(device_slots)))
         super().gather(staged, device_slots, first_slot, stream, ctas)
@@ -60,8 +65,18 @@ class RecordingDevice(CpuDevice):
         return [entry for entry in self.log if entry[1] == stream]
 
 
-def transfer_of(pool: MemoryPool, host: np.ndarray, device: np.ndarray, ready: tuple[Any, ...]) -> Transfer:
-    return Transfer(pool.geometry, host, device, ready, upstream_copy=lambda: pytest.fail("not on the CPU"))
+def transfer_of(
+    pool: MemoryPool, host: np.ndarray, device: np.ndarray, ready: tuple[Any, ...], *, wait: bool = False
+) -> Transfer:
+    return Transfer(
+        geometry=pool.geometry,
+        host_slots=host,
+        device_slots=device,
+        ready=ready,
+        indices_ready=None,
+        forwards_wait=wait,
+        upstream_copy=lambda: pytest.fail("not on the CPU"),
+    )
 
 
 def make(name: str, device: RecordingDevice, **options: Any) -> Backend:
@@ -112,76 +127,189 @@ def test_copy_engine_has_no_sm_work_and_copies_on_the_given_stream() -> None:
 def test_fenced_kernel_calls_sglangs_kernel_and_records_its_end_after_it() -> None:
     device = RecordingDevice(name="cuda")
     pool = make_pool("layer_first", layers=2, page_size=4, row_bytes=(16, 16))
-    transfer = Transfer(
-        pool.geometry,
-        np.arange(8),
-        np.arange(8),
-        (),
+    transfer = replace(
+        transfer_of(pool, np.arange(8), np.arange(8), ()),
         upstream_copy=lambda: device.log.append(("kernel", "d2h", 1)),
     )
     done = make("fenced_kernel", device).submit(transfer, "d2h")
     assert device.log == [("kernel", "d2h", 1), ("record", "d2h", done.sm_done)]
 
 
+FORWARD, SCHEDULE = NamedEvent("forward", -1), NamedEvent("schedule", -2)
+GATHER, DRAIN = "background1", "background2"
+
+
+class Hybrid:
+    """A hybrid backend whose ring of 2 MiB takes 4 chunks of 7 tokens; nothing drains by itself."""
+
+    def __init__(self) -> None:
+        self.device = RecordingDevice()
+        self.device.done = set()
+        # 64 KiB a token: a chunk of 512 KiB holds 7, its alignment padding taken off.
+        self.pool = make_pool(
+            "page_first", layers=4, page_size=1, row_bytes=(8192, 8192), pages=64, device_slots=64
+        )
+        self.backend = make("hybrid", self.device, staging_mb=2)
+        self.backend.prepare(self.pool.geometry)
+
+    def submit(self, tokens: int, *, wait: bool) -> Any:
+        self.rows = np.random.default_rng(0).permutation(64)[:tokens]
+        self.expected = self.pool.expected(np.arange(tokens), self.rows)
+        transfer = transfer_of(self.pool, np.arange(tokens), self.rows, (FORWARD, SCHEDULE), wait=wait)
+        return self.backend.submit(transfer, "d2h")
+
+    def drain_all(self) -> None:
+        assert self.device.done is not None
+        self.device.done |= {entry[2] for entry in self.device.on(DRAIN) if entry[0] == "record"}
+
+    def gathers(self) -> int:
+        return sum(entry[0] == "gather" for entry in self.device.log)
+
+    def assert_copied(self) -> None:
+        for got, want in zip(self.pool.host, self.expected, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
 class TestHybridFences:
     """gather stream: after the producer; drain stream: after its gather; ring: after its drain."""
 
-    def submit(self, tokens: int) -> tuple[RecordingDevice, Any]:
-        device = RecordingDevice()
-        # 64 KiB a token: a half of a 2 MiB ring holds 15, its alignment padding taken off.
-        pool = make_pool(
-            "page_first", layers=4, page_size=1, row_bytes=(8192, 8192), pages=64, device_slots=64
-        )
-        backend = make("hybrid", device, staging_mb=2)
-        backend.prepare(pool.geometry)
-        ready = (NamedEvent("forward", -1), NamedEvent("schedule", -2))
-        rows = np.random.default_rng(0).permutation(64)[:tokens]
-        expected = pool.expected(np.arange(tokens), rows)
-        done = backend.submit(transfer_of(pool, np.arange(tokens), rows, ready), "d2h")
-        for got, want in zip(pool.host, expected, strict=True):
-            np.testing.assert_array_equal(got, want)
-        return device, done
-
     def test_the_gather_waits_for_the_producer_and_for_nothing_else(self) -> None:
-        device, _ = self.submit(8)
-        gather, _drain = "background1", "background2"
-        assert [entry[0] for entry in device.on(gather)] == ["wait", "wait", "gather", "record"]
-        assert [entry[2].stream for entry in device.on(gather)[:2]] == ["forward", "schedule"]
+        hybrid = Hybrid()
+        hybrid.submit(7, wait=False)
+        assert [entry[0] for entry in hybrid.device.on(GATHER)] == ["wait", "wait", "gather", "record"]
+        assert [entry[2] for entry in hybrid.device.on(GATHER)[:2]] == [FORWARD, SCHEDULE]
 
     def test_the_forward_fence_is_after_the_last_gather_not_after_the_drain(self) -> None:
-        device, done = self.submit(64)
-        gathers = [i for i, entry in enumerate(device.log) if entry[0] == "gather"]
-        assert len(gathers) == 5
-        assert done.sm_done.stream == "background1"
-        assert device.log.index(("record", "background1", done.sm_done)) == gathers[-1] + 1
+        hybrid = Hybrid()
+        done = hybrid.submit(28, wait=True)
+        log = hybrid.device.log
+        assert hybrid.gathers() == 4
+        last = max(i for i, entry in enumerate(log) if entry[0] == "gather")
+        assert done.sm_done.stream == GATHER
+        assert log.index(("record", GATHER, done.sm_done)) == last + 1
 
     def test_every_drain_waits_for_its_gather(self) -> None:
-        device, _ = self.submit(64)
-        drain = device.on("background2")
+        hybrid = Hybrid()
+        hybrid.submit(28, wait=False)
+        drain = hybrid.device.on(DRAIN)
         copies = [i for i, entry in enumerate(drain) if entry[0] == "copy"]
-        assert len(copies) == 5
+        assert len(copies) == 4
         for position in copies:
             assert drain[position - 1][0] == "wait"
-            assert drain[position - 1][2].stream == "background1"
-
-    def test_a_half_is_filled_again_only_after_its_drain(self) -> None:
-        device, _ = self.submit(64)
-        drained = [entry[2] for entry in device.on("background2") if entry[0] == "record"]
-        waits = [entry[2] for entry in device.on("background1") if entry[0] == "wait"]
-        # Two producer events, then the drains of chunks 0, 1 and 2 before chunks 2, 3 and 4.
-        assert waits[2:] == drained[:3]
+            assert drain[position - 1][2].stream == GATHER
 
     def test_the_transfer_stream_waits_for_the_last_drain(self) -> None:
-        device, _ = self.submit(64)
-        assert device.log[-1][:2] == ("wait", "d2h")
-        assert device.log[-1][2].stream == "background2"
-        last_copy = max(i for i, entry in enumerate(device.log) if entry[0] == "copy")
-        assert device.log[-1][2].index > last_copy
+        hybrid = Hybrid()
+        hybrid.submit(28, wait=False)
+        log = hybrid.device.log
+        assert log[-1][:2] == ("wait", "d2h")
+        assert log[-1][2].stream == DRAIN
+        assert log[-1][2].index > max(i for i, entry in enumerate(log) if entry[0] == "copy")
 
     def test_nothing_to_copy_enqueues_no_work(self) -> None:
-        device, done = self.submit(0)
+        hybrid = Hybrid()
+        done = hybrid.submit(0, wait=False)
         assert done.sm_done is None
-        assert not [entry for entry in device.log if entry[0] in ("gather", "copy")]
+        assert done.pending is None
+        assert not [entry for entry in hybrid.device.log if entry[0] in ("gather", "copy")]
+
+
+class TestWriteLargerThanTheRing:
+    """64 tokens are 10 chunks; the ring takes 4."""
+
+    def test_where_no_forward_waits_a_gather_waits_for_the_drain_of_its_memory(self) -> None:
+        hybrid = Hybrid()
+        done = hybrid.submit(64, wait=False)
+        assert done.pending is None
+        assert hybrid.gathers() == 10
+        waits = [entry[2] for entry in hybrid.device.on(GATHER) if entry[0] == "wait"]
+        drained = [
+            entry[2] for entry in hybrid.device.on(DRAIN) if entry[0] == "record" and entry[2] in waits
+        ]
+        assert waits[2:] == drained
+        assert len(drained) == 6
+        hybrid.assert_copied()
+
+    def test_where_forwards_wait_nothing_that_they_wait_for_waits_for_the_link(self) -> None:
+        hybrid = Hybrid()
+        done = hybrid.submit(64, wait=True)
+        assert hybrid.gathers() == 4
+        assert {entry[2].stream for entry in hybrid.device.on(GATHER) if entry[0] == "wait"} == {
+            "forward",
+            "schedule",
+        }
+        assert not done.pending.enqueued()
+        # The transfer stream is not told to wait for a part: its completion would come too early.
+        assert not hybrid.device.on("d2h")
+
+    def test_later_gaps_take_the_rest_as_memory_becomes_free(self) -> None:
+        hybrid = Hybrid()
+        done = hybrid.submit(64, wait=True)
+        finished: list[int] = []
+        done.pending.then(lambda: finished.append(hybrid.gathers()))
+        later = NamedEvent("forward", -3)
+        assert hybrid.backend.advance((later,)) is None  # type: ignore[attr-defined]
+        assert hybrid.gathers() == 4
+        hybrid.drain_all()
+        gathered = hybrid.backend.advance((later,))  # type: ignore[attr-defined]
+        assert hybrid.gathers() == 8
+        assert gathered.stream == GATHER
+        assert ("wait", GATHER, later) in hybrid.device.log
+        assert finished == []
+        hybrid.drain_all()
+        hybrid.backend.advance((later,))  # type: ignore[attr-defined]
+        assert hybrid.gathers() == 10
+        assert finished == [10]
+        assert done.pending.enqueued()
+        assert hybrid.device.log[-1][:2] == ("wait", "d2h")
+        assert hybrid.backend.advance((later,)) is None  # type: ignore[attr-defined]
+        hybrid.assert_copied()
+
+    def test_flush_enqueues_the_rest_at_once(self) -> None:
+        hybrid = Hybrid()
+        done = hybrid.submit(64, wait=True)
+        done.pending.flush()
+        assert done.pending.enqueued()
+        assert hybrid.gathers() == 10
+        hybrid.assert_copied()
+
+    def test_a_second_write_queues_behind_the_first(self) -> None:
+        hybrid = Hybrid()
+        first = hybrid.submit(64, wait=True)
+        second = hybrid.submit(7, wait=True)
+        assert second.sm_done is None
+        assert second.pending is not None
+        second.pending.flush()
+        assert first.pending.enqueued()
+        assert hybrid.gathers() == 11
+
+    def test_abandon_leaves_nothing_behind(self) -> None:
+        hybrid = Hybrid()
+        done = hybrid.submit(64, wait=True)
+        hybrid.backend.abandon()  # type: ignore[attr-defined]
+        hybrid.drain_all()
+        assert done.pending.enqueued()
+        assert hybrid.backend.advance(()) is None  # type: ignore[attr-defined]
+        assert hybrid.gathers() == 4
+        # And the ring is whole again.
+        hybrid.submit(28, wait=True)
+        assert hybrid.gathers() == 8
+
+    def test_after_a_failed_copy_the_ring_still_works(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        hybrid = Hybrid()
+
+        def fail(batch: Any, stream: Any) -> None:
+            raise RuntimeError("cuMemcpyBatchAsync failed")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(hybrid.device, "copy", fail)
+            with pytest.raises(RuntimeError, match="cuMemcpyBatchAsync"):
+                hybrid.submit(7, wait=True)
+        hybrid.drain_all()
+        for _ in range(3):
+            hybrid.submit(28, wait=True)
+            hybrid.assert_copied()
+            hybrid.drain_all()
 
 
 @pytest.mark.parametrize("name", ["copy_engine", "fenced_kernel"])

@@ -81,17 +81,14 @@ def inject(folder: Path, where: str, module: str, code: str) -> dict[str, str]:
         import sys
         child = any("multiprocessing.spawn" in word for word in getattr(sys, "orig_argv", []))
         if child == {where == CHILDREN!r}:
-            import importlib.abc, importlib.machinery
+            import importlib.abc, importlib.util
 
             class Finder(importlib.abc.MetaPathFinder):
                 def find_spec(self, name, path, target=None):
                     if name != {module!r}:
                         return None
                     sys.meta_path.remove(self)
-                    spec = importlib.machinery.PathFinder.find_spec(name, path)
-                    if spec is None:
-                        import importlib.util
-                        spec = importlib.util.find_spec(name)
+                    spec = importlib.util.find_spec(name)
                     run = spec.loader.exec_module
 
                     def exec_module(module):

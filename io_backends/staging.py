@@ -1,0 +1,79 @@
+"""The staging ring: a bounded piece of device memory that gathers fill and copies drain, in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sglang_hicache.io_backends.device.base import Event
+from sglang_hicache.io_backends.plan import STAGING_ALIGNMENT
+
+
+@dataclass(slots=True)
+class Region:
+    """Bytes ``[start, stop)`` of the ring, in use until ``drained``; None: not even enqueued."""
+
+    start: int
+    stop: int
+    drained: Event | None = None
+
+
+class Ring:
+    """Hands out regions first in, first out.
+
+    Args:
+        nbytes: size of the ring.
+        done: whether an event is complete.
+    """
+
+    def __init__(self, nbytes: int, done: Callable[[Event], bool]) -> None:
+        self.nbytes = nbytes
+        self._done = done
+        self._regions: deque[Region] = deque()
+
+    def take(self, nbytes: int, *, wait: bool) -> tuple[Region, tuple[Event, ...]] | None:
+        """A region of ``nbytes``, and the events its writer must wait for first.
+
+        Args:
+            nbytes: size of the region, rounded up to :data:`~.plan.STAGING_ALIGNMENT`.
+            wait: whether memory that is still being drained may be handed out, with its event to wait for.
+                Without it, None is returned when no drained memory is free.
+
+        Raises:
+            ValueError: the ring is smaller than that.
+        """
+        size = -(-nbytes // STAGING_ALIGNMENT) * STAGING_ALIGNMENT
+        if size > self.nbytes:
+            raise ValueError(f"a region of {size} bytes does not fit a ring of {self.nbytes} bytes")
+        self._retire()
+        start = self._regions[-1].stop if self._regions else 0
+        if start + size > self.nbytes:
+            start = 0
+        # Regions are retired in order, so whatever overlaps is at the old end.
+        overlapping = [
+            region for region in self._regions if region.start < start + size and start < region.stop
+        ]
+        if overlapping and not wait:
+            return None
+        events: list[Event] = []
+        if overlapping:
+            last = overlapping[-1]
+            while True:
+                oldest = self._regions.popleft()
+                if oldest.drained is None:
+                    raise RuntimeError("a region was handed out again before its drain was enqueued")
+                # Drains run in order on one stream: the last event covers the others.
+                events = [oldest.drained]
+                if oldest is last:
+                    break
+        region = Region(start, start + size)
+        self._regions.append(region)
+        return region, tuple(events)
+
+    def _retire(self) -> None:
+        while self._regions:
+            drained = self._regions[0].drained
+            if drained is None or not self._done(drained):
+                return
+            self._regions.popleft()
