@@ -25,6 +25,7 @@ class CopyEngineBackend:
 
     def __init__(self, device: Device, options: Mapping[str, Any]) -> None:
         self._device = device
+        self._limit: int | None = options.get("max_copies_per_batch")
 
     def supports(self, geometry: PoolGeometry) -> str | None:
         if geometry.layout not in self.layouts:
@@ -40,5 +41,6 @@ class CopyEngineBackend:
     def submit(self, transfer: Transfer, stream: Stream) -> Submission:
         device_slots = self._device.host_values(transfer.device_slots, transfer.indices_ready)
         batch = direct_copies(transfer.geometry, transfer.host_slots, device_slots)
-        self._device.copy(batch, stream)
+        for part in batch.split(self._limit):
+            self._device.copy(part, stream)
         return Submission(copies=len(batch), nbytes=batch.total_bytes, keep=(batch, transfer.device_slots))

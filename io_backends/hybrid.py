@@ -94,6 +94,7 @@ class HybridBackend:
     def __init__(self, device: Device, options: Mapping[str, Any]) -> None:
         self._device = device
         self._ring = Ring(int(options.get("staging_mb", DEFAULT_STAGING_MB)) * 2**20, device.query)
+        self._limit: int | None = options.get("max_copies_per_batch")
         self._ctas = int(options.get("gather_ctas", DEFAULT_GATHER_CTAS))
         self._staging: Staging | None = None
         self._gather_stream: Stream = None
@@ -214,7 +215,9 @@ class HybridBackend:
             )
             gathered = device.record(self._gather_stream)
             device.wait(self._drain_stream, gathered)
-            device.copy(CopyBatch(drain.dst, drain.src + np.uint64(base), drain.nbytes), self._drain_stream)
+            batch = CopyBatch(drain.dst, drain.src + np.uint64(base), drain.nbytes)
+            for part in batch.split(self._limit):
+                device.copy(part, self._drain_stream)
         finally:
             # After an error too: whoever gets the region next must wait for what was enqueued.
             region.drained = device.record(self._drain_stream)

@@ -36,6 +36,15 @@ class CopyBatch:
     def __len__(self) -> int:
         return len(self.nbytes)
 
+    def split(self, entries: int | None) -> Iterator[CopyBatch]:
+        """Batches of at most ``entries`` copies; this one as it is for None."""
+        if entries is None or len(self) <= entries:
+            yield self
+            return
+        for start in range(0, len(self), entries):
+            part = slice(start, start + entries)
+            yield CopyBatch(self.dst[part], self.src[part], self.nbytes[part])
+
     @property
     def total_bytes(self) -> int:
         return int(self.nbytes.sum()) if len(self) else 0

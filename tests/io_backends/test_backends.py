@@ -124,6 +124,19 @@ def test_copy_engine_has_no_sm_work_and_copies_on_the_given_stream() -> None:
     assert done.copies == 4
 
 
+@pytest.mark.parametrize("name", ["copy_engine", "hybrid"])
+def test_max_copies_per_batch_cuts_batches_and_loses_nothing(name: str) -> None:
+    device = RecordingDevice()
+    pool = make_pool("layer_first", layers=5, page_size=4, row_bytes=(16, 16))
+    backend = make(name, device, staging_mb=1, max_copies_per_batch=3)
+    backend.prepare(pool.geometry)
+    expected = pool.expected(np.arange(8), np.arange(8))
+    assert backend.submit(transfer_of(pool, np.arange(8), np.arange(8), ()), "d2h").copies == 10
+    assert [entry[2] for entry in device.log if entry[0] == "copy"] == [3, 3, 3, 1]
+    for got, want in zip(pool.host, expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 def test_fenced_kernel_calls_sglangs_kernel_and_records_its_end_after_it() -> None:
     device = RecordingDevice(name="cuda")
     pool = make_pool("layer_first", layers=2, page_size=4, row_bytes=(16, 16))

@@ -1,0 +1,237 @@
+"""One condition of a rule's ``when``, as the set of values it accepts.
+
+Three kinds of set: names, page sizes (whole numbers from 1 up) and versions. Each can say whether it holds a
+value, whether it holds nothing at all, and whether another set of its kind covers it. The last two find rules
+that can never match before a server starts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from packaging.specifiers import InvalidSpecifier, Specifier, SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from sglang_hicache.policy.facts import FactValue
+from sglang_hicache.policy.vocabulary import NameProblem, canonical
+
+
+class Condition(Protocol):
+    """A set of values of one fact."""
+
+    def holds(self, value: FactValue) -> bool:
+        """Whether a known `value` is in the set."""
+
+    def is_empty(self) -> bool:
+        """Whether no value is in the set. False when that cannot be decided."""
+
+    def within(self, other: Self) -> bool:
+        """Whether `other` holds every value of this set. False when that cannot be decided."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """Any of some names, compared under the one name that an alias stands for."""
+
+    key: str
+    values: frozenset[str]
+
+    @classmethod
+    def of(cls, key: str, names: Iterable[str]) -> Names:
+        return cls(key, frozenset(canonical(key, name) for name in names))
+
+    def holds(self, value: FactValue) -> bool:
+        return isinstance(value, str) and canonical(self.key, value) in self.values
+
+    def is_empty(self) -> bool:
+        return not self.values
+
+    def within(self, other: Names) -> bool:
+        return self.values <= other.values
+
+
+_COMPARISON = re.compile(r"\s*(<=|>=|==|!=|<|>)?\s*(\d+)\s*", re.ASCII)
+Span = tuple[int, int | None]  # both ends included; None: no upper end
+
+
+@dataclass(frozen=True)
+class PageSizes:
+    """Page sizes, as disjoint spans in ascending order; every span starts at 1 or above."""
+
+    spans: tuple[Span, ...]
+
+    @classmethod
+    def of(cls, entries: Iterable[int | str]) -> PageSizes:
+        """Any of `entries`: numbers, or comparisons such as ``<64`` and ``>=16,<64`` (all of its parts hold).
+
+        Raises NameProblem for a comparison that cannot be read.
+        """
+        spans: list[Span] = []
+        for entry in entries:
+            parts = str(entry).split(",")
+            allowed: tuple[Span, ...] = ((1, None),)
+            for part in parts:
+                allowed = _intersect(allowed, _spans_of(part, str(entry)))
+            spans.extend(allowed)
+        return cls(_merged(spans))
+
+    def holds(self, value: FactValue) -> bool:
+        return isinstance(value, int) and any(
+            low <= value and (high is None or value <= high) for low, high in self.spans
+        )
+
+    def is_empty(self) -> bool:
+        return not self.spans
+
+    def within(self, other: PageSizes) -> bool:
+        # Both are merged, so a span that is covered is covered by one span.
+        return all(
+            any(_intersect((span,), (cover,)) == (span,) for cover in other.spans) for span in self.spans
+        )
+
+
+def _spans_of(part: str, entry: str) -> tuple[Span, ...]:
+    found = _COMPARISON.fullmatch(part)
+    if not found:
+        swapped = entry.replace("=<", "<=").replace("=>", ">=")
+        raise NameProblem(
+            f"'{entry}' is not a page size: a number, or a comparison such as <64 or >=16,<64",
+            swapped if swapped != entry else None,
+        )
+    number = int(found[2])
+    match found[1]:
+        case "<":
+            return _merged([(1, number - 1)])
+        case "<=":
+            return _merged([(1, number)])
+        case ">":
+            return _merged([(number + 1, None)])
+        case ">=":
+            return _merged([(number, None)])
+        case "!=":
+            return _merged([(1, number - 1), (number + 1, None)])
+        case _:
+            return _merged([(number, number)])
+
+
+def _intersect(left: Iterable[Span], right: Iterable[Span]) -> tuple[Span, ...]:
+    right = tuple(right)
+    spans: list[Span] = []
+    for low_a, high_a in left:
+        for low_b, high_b in right:
+            high = high_b if high_a is None else high_a if high_b is None else min(high_a, high_b)
+            spans.append((max(low_a, low_b), high))
+    return _merged(spans)
+
+
+def _merged(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """`spans` without the empty ones, clipped to sizes from 1 up, joined where they touch, in ascending
+    order.
+    """
+    clipped = [(max(low, 1), high) for low, high in spans if high is None or high >= max(low, 1)]
+    merged: list[Span] = []
+    for low, high in sorted(clipped, key=lambda span: span[0]):
+        if merged and (merged[-1][1] is None or low <= merged[-1][1] + 1):
+            before = merged[-1][1]
+            merged[-1] = (merged[-1][0], None if before is None or high is None else max(before, high))
+        else:
+            merged.append((low, high))
+    return tuple(merged)
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Versions that satisfy any of some PEP 440 specifier sets; pre-releases count like any other version."""
+
+    sets: tuple[SpecifierSet, ...]
+
+    @classmethod
+    def of(cls, entries: Iterable[str]) -> Versions:
+        """Any of `entries`. Raises NameProblem for one that is not a specifier."""
+        return cls(tuple(_specifiers(entry) for entry in entries))
+
+    def holds(self, value: FactValue) -> bool:
+        if not isinstance(value, str):
+            return False
+        try:
+            version = Version(value)
+        except InvalidVersion:
+            return False
+        return self._accepts(version)
+
+    def is_empty(self) -> bool:
+        return self._decidable() and not any(self._accepts(version) for version in _probes(self.sets))
+
+    def within(self, other: Versions) -> bool:
+        if {str(entry) for entry in self.sets} <= {str(entry) for entry in other.sets}:
+            return True
+        if not (self._decidable() and other._decidable()):
+            return False
+        return all(other._accepts(v) for v in _probes(self.sets + other.sets) if self._accepts(v))
+
+    def _accepts(self, version: Version) -> bool:
+        return any(entry.contains(version, prereleases=True) for entry in self.sets)
+
+    def _decidable(self) -> bool:
+        """Whether the probes below cover these sets: plain and post releases, no epoch, and no ``===``."""
+        return all(_boundary(part) is not None for entry in self.sets for part in entry)
+
+
+def _specifiers(entry: str) -> SpecifierSet:
+    try:
+        found = SpecifierSet(entry)
+    except InvalidSpecifier:
+        hint = None
+        with suppress(InvalidVersion):
+            hint = f"=={Version(entry)}"  # a bare version: the operator was left out
+        raise NameProblem(
+            f"'{entry}' is not a version specifier (PEP 440), such as '>=0.3,<0.5'", hint
+        ) from None
+    if not len(found):
+        raise NameProblem("an empty version specifier; leave the condition out to accept every version")
+    return found
+
+
+def _boundary(part: Specifier) -> Version | None:
+    """The version at which `part` changes its answer, or None for one that the probes do not handle."""
+    if part.operator == "===":
+        return None
+    version = Version(part.version.removesuffix(".*"))
+    return None if version.epoch or version.pre or version.is_devrelease or version.local else version
+
+
+def _probes(sets: Iterable[SpecifierSet]) -> Iterator[Version]:
+    """Versions, at least one in every region between two neighbouring boundaries of `sets`.
+
+    A region starts at a boundary, at a post release after one, just after all its post releases, or where the
+    prefix of ``==1.2.*`` or ``~=1.2`` ends; the lowest and a high version complete the list.
+    """
+    yield Version("0.dev0")
+    yield Version("0")
+    highest = 0
+    for part in (part for entry in sets for part in entry):
+        version = _boundary(part)
+        if version is None:  # the callers have asked _decidable
+            continue
+        release = version.release
+        highest = max(highest, *release)
+        dotted = ".".join(map(str, release))
+        yield Version(f"{dotted}.dev0")
+        yield Version(dotted)
+        yield version
+        # Among one release's post releases: from the first on, and from the one after this boundary on. Each
+        # has a .dev0 before it, which "> the one before" accepts and ">= this one" does not.
+        for post in (0, version.post or 0, (version.post or 0) + 1):
+            yield Version(f"{dotted}.post{post}.dev0")
+            yield Version(f"{dotted}.post{post}")
+        yield Version(f"{dotted}.0.0.0.1")
+        for end in range(1, len(release) + 1):
+            ended = ".".join(map(str, (*release[: end - 1], release[end - 1] + 1)))
+            yield Version(f"{ended}.dev0")
+            yield Version(ended)
+            yield Version(f"{ended}.0.0.0.1")
+    yield Version(str(highest + 2))

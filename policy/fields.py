@@ -1,0 +1,166 @@
+"""The values of a policy file: for each kind a validator that normalises one, or says what is wrong.
+
+A scalar becomes a tuple of one, so that the rest of the package sees one form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
+
+from sglang_hicache.io_backends.registry import available_backends
+from sglang_hicache.policy.conditions import PageSizes, Versions
+from sglang_hicache.policy.vocabulary import FORWARDS, NameProblem, check_gpu_arch, check_name, nearest
+
+USES = "uses"
+PROBLEM = "policy"  # the error type of `problem`, by which `load` knows it
+
+Step = str | int
+_Entry = TypeVar("_Entry")
+
+
+def problem(
+    message: str, hint: str | None = None, *, at: tuple[Step, ...] = (), key: bool = False
+) -> PydanticCustomError:
+    """A validation error whose text is `message`, with the nearest valid name in `hint`.
+
+    `at` is the path from the value being validated to the one that is wrong; with `key`, the wrong thing is
+    the key there and not its value.
+    """
+    context = {"message": message, "hint": hint, "at": at, "key": key}
+    return PydanticCustomError(PROBLEM, "{message}", context)
+
+
+def shown(value: object) -> str:
+    """`value` as the user wrote it, or the kind of thing it is."""
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return str(value).lower()
+        case dict():
+            return "a mapping"
+        case list() | tuple():
+            return "a list"
+        case _:
+            return str(value)
+
+
+def names(what: str, known: tuple[str, ...]) -> BeforeValidator:
+    """One of the names in `known`, or a list of them. `what` is what the message calls such a name."""
+    return _condition(what, known[0], lambda word: check_name(what, word, known))
+
+
+def specifiers(what: str) -> BeforeValidator:
+    """A PEP 440 specifier, or a list of them."""
+    return _condition(what, '">=0.3" in quotes', lambda word: Versions.of([word]))
+
+
+def gpu_archs(value: object) -> tuple[str, ...]:
+    """A GPU architecture, or a list of them."""
+    return _words(value, "gpu_arch", "sm90", check_gpu_arch)
+
+
+def page_sizes(value: object) -> tuple[int | str, ...]:
+    """A page size or a comparison such as ``<64``, or a list of them."""
+    sizes: list[int | str] = []
+    for entry, at in _entries(value, "page_size"):
+        if isinstance(entry, bool) or not isinstance(entry, (int, str)):
+            wanted = "page_size takes a number, or a comparison such as '<64'"
+            raise problem(f"{wanted}, not {shown(entry)}", at=at)
+        _checked(lambda size: PageSizes.of([size]), entry, at)
+        sizes.append(entry)
+    return tuple(sizes)
+
+
+def text(what: str) -> BeforeValidator:
+    """A text that is not empty."""
+
+    def validate(value: object) -> str:
+        if not isinstance(value, str) or not value.strip():
+            raise problem(f"{what} must be a text that is not empty")
+        # A long text is folded over lines in the file; people and logs read it as one line.
+        return " ".join(value.split())
+
+    return BeforeValidator(validate)
+
+
+def version_1(value: object) -> int:
+    """The number 1."""
+    if type(value) is not int or value != 1:
+        written = f"'{value}'" if isinstance(value, str) else shown(value)
+        hint = "1" if value in ("1", 1.0) else None
+        raise problem(f"this release reads version 1 of the policy format, not {written}", hint)
+    return value
+
+
+def backend(value: object) -> str:
+    """The name of a shipped or registered backend."""
+    if not isinstance(value, str):
+        raise problem(f"backend must be the name of a backend, such as hybrid, not {shown(value)}")
+    _checked(lambda name: check_name("backend", name, available_backends()), value, ())
+    return value
+
+
+def fences(value: object) -> tuple[str, ...]:
+    """A list of extend, decode and uses; may be empty. Each name once, in the order written."""
+    if value is None:
+        raise problem("fence_forward is empty; write [] for no forward")
+    if value in ([], ()):
+        return ()
+    words = _words(value, "fence_forward", "extend", _check_forward)
+    return tuple(dict.fromkeys(words))
+
+
+def options(value: object) -> dict[str, Any]:
+    """A mapping; what it may hold depends on the backend."""
+    if not isinstance(value, dict):
+        raise problem(f"options must be a mapping, not {shown(value)}")
+    return dict(value)
+
+
+def _check_forward(word: str) -> None:
+    valid = (*FORWARDS, USES)
+    if word not in valid:
+        # SGLang's own options say prefill, and nothing that difflib compares is near it.
+        hint = "extend" if word == "prefill" else nearest(word, valid)
+        raise NameProblem(f"unknown forward '{word}'; valid: {', '.join(valid)}", hint)
+
+
+def _condition(what: str, example: str, check: Callable[[str], object]) -> BeforeValidator:
+    return BeforeValidator(lambda value: _words(value, what, example, check))
+
+
+def _words(value: object, what: str, example: str, check: Callable[[str], object]) -> tuple[str, ...]:
+    """`value`, a word or a list of words, as a tuple; `check` raises NameProblem for a bad one."""
+    found = []
+    for entry, at in _entries(value, what):
+        if not isinstance(entry, str):
+            raise problem(f"{what} takes words such as {example}, not {shown(entry)}", at=at)
+        _checked(check, entry, at)
+        found.append(entry)
+    return tuple(found)
+
+
+def _entries(value: object, what: str) -> Iterator[tuple[object, tuple[Step, ...]]]:
+    """The entries of a list, or one value as if it were a list, each with its path from `value`."""
+    if value is None:
+        raise problem(f"{what} is empty; leave it out, or give it a value")
+    if not isinstance(value, (list, tuple)):
+        yield value, ()
+        return
+    if not value:
+        raise problem(f"{what} is an empty list: this rule can never match")
+    for index, entry in enumerate(value):
+        yield entry, (index,)
+
+
+def _checked(check: Callable[[_Entry], object], entry: _Entry, at: tuple[Step, ...]) -> None:
+    """Run `check` on `entry`, with its NameProblem turned into a `problem` at `at`."""
+    try:
+        check(entry)
+    except NameProblem as error:
+        raise problem(error.message, error.hint, at=at) from None

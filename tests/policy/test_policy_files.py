@@ -1,0 +1,256 @@
+"""Policy files: what loads, and the one line that says what is wrong with a file that does not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+from policy_bad_files import BAD, DEFAULT, rule, with_rules
+
+from sglang_hicache.policy.load import (
+    PolicyError,
+    default_policy,
+    load_policy,
+    load_policy_text,
+    policy_in_force,
+)
+
+
+def error_of(text: str) -> str:
+    with pytest.raises(PolicyError) as caught:
+        load_policy_text(text, "p.yaml")
+    return str(caught.value)
+
+
+def test_the_contract_example_loads():
+    policy = load_policy_text(
+        dedent(
+            """
+            version: 1
+            rules:                       # first match wins
+              - name: fa3-on-hopper      # unique
+                when:                    # all must hold; a list means any of
+                  attention_backend: [fa3]        # effective prefill or decode backend
+                  gpu_arch: [sm90]
+                  sgl_kernel: ">=0.3"             # PEP 440 specifier
+                  page_size: "<64"                # comparison, or a list
+                  mem_layout: [layer_first, page_first]
+                use:
+                  backend: hybrid
+                  fence_forward: [extend]
+                  options: {staging_mb: 256, gather_ctas: 32}
+                because: "what was seen,
+                  where"
+            default:
+              use: {backend: hybrid, fence_forward: []}
+              because: "…"
+            """
+        ),
+        "p.yaml",
+    )
+    (only,) = policy.rules
+    assert only.name == "fa3-on-hopper"
+    assert only.when.written() == {
+        "attention_backend": ("fa3",),
+        "gpu_arch": ("sm90",),
+        "sgl_kernel": (">=0.3",),
+        "mem_layout": ("layer_first", "page_first"),
+        "page_size": ("<64",),
+    }
+    assert (only.use.backend, only.use.fence_forward) == ("hybrid", ("extend",))
+    assert only.use.options == {"staging_mb": 256, "gather_ctas": 32}
+    assert only.because == "what was seen, where"
+    assert policy.source == "p.yaml"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("version: 1\nrules: []" + DEFAULT, id="no rules"),
+        pytest.param(rule(when="{}"), id="a rule without conditions"),
+        pytest.param(rule(when="{gpu_arch: sm90a, device: cuda}"), id="scalars"),
+        pytest.param(rule(when="{page_size: [1, '>=64', '>=16,<32']}"), id="page sizes"),
+        pytest.param(rule(when="{page_size: 0x10}"), id="hexadecimal"),
+        pytest.param(rule(when="{sglang: ['>=0.5.18,<0.5.20', ==0.5.23]}"), id="specifiers, any of"),
+        pytest.param(rule(when="{sglang: '>=1.0rc1,<1.0rc1'}"), id="undecidable specifiers get the benefit"),
+        pytest.param(rule(use="{backend: fenced_kernel, fence_forward: []}"), id="producer fence only"),
+        pytest.param(rule(use="{backend: hybrid, fence_forward: extend}"), id="one forward as a scalar"),
+        pytest.param(
+            rule(when="{attention_backend: fa3}", use="{backend: hybrid, fence_forward: [uses, decode]}"),
+            id="uses in a list",
+        ),
+        pytest.param(
+            rule(when="{decode_attention_backend: fa3}", use="{backend: hybrid, fence_forward: uses}"),
+            id="uses by a decode condition",
+        ),
+        pytest.param(
+            rule(use="&u {backend: hybrid}").replace("{backend: hybrid, fence_forward: []}", "*u"),
+            id="anchors and aliases",
+        ),
+        pytest.param(
+            rule(
+                when="{attention_backend: fa3, prefill_attention_backend: fa4, decode_attention_backend: fa3}"
+            ),
+            id="attention backends that agree on one forward",
+        ),
+    ],
+)
+def test_loads(text: str):
+    load_policy_text(text, "p.yaml")
+
+
+def test_a_byte_order_mark_is_no_column(tmp_path: Path):
+    path = tmp_path / "p.yaml"
+    path.write_text(rule(), encoding="utf-8-sig")
+    load_policy(path)
+    path.write_text("version: 2\n", encoding="utf-8-sig")
+    with pytest.raises(PolicyError) as caught:
+        load_policy(path)
+    assert (caught.value.line, caught.value.column) == (1, 10)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_one_line_says_what_is_wrong(name: str):
+    text, expected = BAD[name]
+    assert error_of(text) == f"p.yaml:{expected}"
+
+
+TWO_RULES = """
+- name: first
+  when: {first}
+  use: {{backend: hybrid}}
+  because: seen
+- name: second
+  when: {second}
+  use: {{backend: copy_engine}}
+  because: seen
+"""
+
+
+def two_rules(first: str, second: str) -> str:
+    """A file with the rules `first` and `second`; the name of the second is at line 7."""
+    return with_rules(TWO_RULES.format(first=first, second=second))
+
+
+def test_two_rules_of_one_name():
+    text = two_rules("{kv_kind: mla}", "{kv_kind: mha}").replace("second", "first")
+    assert error_of(text) == "p.yaml:7:9: a second rule with the name 'first'"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param("{}", "{gpu_arch: sm90}", id="everything before"),
+        pytest.param("{gpu_arch: sm90}", "{gpu_arch: sm90}", id="the same"),
+        pytest.param("{gpu_arch: sm90a}", "{gpu_arch: [sm90]}", id="the same in other words"),
+        pytest.param("{attention_backend: [fa3, dsa]}", "{attention_backend: nsa}", id="an alias"),
+        pytest.param(
+            "{gpu_arch: [sm90, sm100]}", "{gpu_arch: sm90, kv_kind: mla}", id="narrower in two keys"
+        ),
+        pytest.param(
+            "{attention_backend: fa3}", "{prefill_attention_backend: fa3}", id="one forward of either"
+        ),
+        pytest.param("{page_size: '<=64'}", "{page_size: [1, '>=16,<32']}", id="page sizes within"),
+        pytest.param("{page_size: ['<32', '>=32']}", "{page_size: '>=8'}", id="page sizes joined"),
+        pytest.param("{sglang: '>=0.5'}", "{sglang: '>=0.5.19,<0.5.21'}", id="versions within"),
+        pytest.param("{sglang: ==0.5.*}", "{sglang: ~=0.5.19}", id="versions by prefix"),
+        pytest.param(
+            "{sglang: '>=1.0rc1'}", "{sglang: '>=1.0rc1', device: cuda}", id="the same undecidable one"
+        ),
+    ],
+)
+def test_a_rule_behind_a_broader_one_can_never_match(first: str, second: str):
+    expected = "p.yaml:7:9: rule 'second' can never match: rule 'first' before it matches whenever it does"
+    assert error_of(two_rules(first, second)) == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param("{gpu_arch: sm90, kv_kind: mla}", "{gpu_arch: sm90}", id="broader behind"),
+        pytest.param("{gpu_arch: sm90}", "{attention_backend: fa3}", id="another key"),
+        pytest.param("{prefill_attention_backend: fa3}", "{attention_backend: fa3}", id="either behind one"),
+        pytest.param("{page_size: '<64'}", "{page_size: '<=64'}", id="one page size more"),
+        pytest.param("{sglang: '>0.5.18'}", "{sglang: '>=0.5.18'}", id="one version more"),
+        pytest.param("{sglang: <0.5.19}", "{sglang: <=0.5.19}", id="one version more at the end"),
+    ],
+)
+def test_a_rule_that_some_facts_reach_is_fine(first: str, second: str):
+    assert len(load_policy_text(two_rules(first, second), "p.yaml").rules) == 2
+
+
+def test_the_first_problem_in_the_file_is_reported():
+    text = rule(when="{gpu_arch: sm9}", use="{backend: nope}").replace("[]}", "[x]}")
+    assert error_of(text).startswith("p.yaml:4:20: ")
+
+
+def test_an_error_has_its_parts():
+    with pytest.raises(PolicyError) as caught:
+        load_policy_text(rule(use="{backend: hibrid}"), "p.yaml")
+    error = caught.value
+    assert isinstance(error, ValueError)
+    assert (error.filename, error.line, error.column) == ("p.yaml", 5, 18)
+    assert (error.message, error.hint) == ("unknown backend 'hibrid'", "hybrid")
+
+
+def test_no_error_shows_the_libraries_behind_it():
+    for text, _ in BAD.values():
+        shown = error_of(text)
+        assert "\n" not in shown
+        assert not any(
+            word in shown.lower() for word in ("pydantic", "ruamel", "http", "validation error", "input")
+        )
+
+
+def test_nested_aliases_stay_small():
+    """Ten levels of ten aliases are ten thousand million values to anyone who copies them."""
+    levels = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 11)]
+    assert error_of("version: 1\n" + "\n".join(levels) + "\n").startswith("p.yaml:2:1: unknown key 'a0'")
+
+
+def test_a_file_nested_beyond_reason():
+    text = "version: 1\nrules: " + "[" * 500 + "]" * 500
+    assert error_of(text) == "p.yaml:1:1: is nested too deeply for a policy"
+
+
+def test_a_date_that_is_none():
+    assert error_of("version: 2020-99-99\n").startswith("p.yaml:1:1: not YAML that can be read: ")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path):
+    missing = tmp_path / "missing.yaml"
+    with pytest.raises(PolicyError) as caught:
+        load_policy(missing)
+    assert str(caught.value) == f"{missing}: there is no such file"
+    assert caught.value.line is None
+    with pytest.raises(PolicyError, match="is a directory, not a policy file"):
+        load_policy(tmp_path)
+    (tmp_path / "latin").write_bytes(b"version: \xe9")
+    with pytest.raises(PolicyError, match=r"is not UTF-8 text \(byte 9\)"):
+        load_policy(tmp_path / "latin")
+    with pytest.raises(PolicyError, match="cannot be read: Not a directory"):
+        load_policy(tmp_path / "latin" / "p.yaml")
+    with pytest.raises(PolicyError, match="the name is empty"):
+        load_policy("")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_without_permission(tmp_path: Path):
+    (tmp_path / "p.yaml").touch(mode=0)
+    with pytest.raises(PolicyError, match="cannot be read: Permission denied"):
+        load_policy(tmp_path / "p.yaml")
+
+
+def test_which_policy_is_in_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    by_option, by_variable = tmp_path / "option.yaml", tmp_path / "variable.yaml"
+    by_option.write_text(rule(name="option"))
+    by_variable.write_text(rule(name="variable"))
+    monkeypatch.delenv("SGLANG_HICACHE_IO_POLICY", raising=False)
+    assert policy_in_force() == default_policy()
+    monkeypatch.setenv("SGLANG_HICACHE_IO_POLICY", str(by_variable))
+    assert policy_in_force().rules[0].name == "variable"
+    assert policy_in_force(by_option).rules[0].name == "option"
+    monkeypatch.setenv("SGLANG_HICACHE_IO_POLICY", "")
+    assert policy_in_force() == default_policy()

@@ -1,0 +1,77 @@
+"""``hicache-io policy schema``: a standard validator with it agrees with the loader."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+import jsonschema
+import pytest
+from policy_bad_files import BAD, rule
+from policy_strategies import documents, given
+from ruamel.yaml import YAML
+
+from sglang_hicache.io_backends.registry import register_backend, unregister_backend
+from sglang_hicache.policy.json_schema import policy_json_schema
+
+# What the schema leaves to `policy validate`: broken YAML, values that exclude each other.
+BEYOND = {
+    "not YAML",
+    "a tab",
+    "a control character",
+    "two documents",
+    "an undefined alias",
+    "a key twice",
+    "a nested key twice",
+    "a page size below every one",
+    "page sizes that exclude each other",
+    "versions that exclude each other",
+    "attention backends that exclude each other",
+    "a GPU on the CPU",
+}
+# YAML that is no JSON: a JSON Schema never sees it.
+NOT_JSON = {"a key that is no word", "an alias of itself", "a date", "a tag"}
+
+
+def validator() -> jsonschema.Draft202012Validator:
+    jsonschema.Draft202012Validator.check_schema(policy_json_schema())
+    return jsonschema.Draft202012Validator(policy_json_schema())
+
+
+def parsed(text: str) -> Any:
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def test_it_accepts_the_shipped_policy():
+    text = files("sglang_hicache.policy").joinpath("default.yaml").read_text(encoding="utf-8")
+    validator().validate(parsed(text))
+
+
+CHECK = validator()
+
+
+@given(documents())
+def test_it_accepts_what_the_loader_accepts(written: dict[str, Any]):
+    CHECK.validate(json.loads(json.dumps(written)))
+
+
+@pytest.mark.parametrize("name", sorted(BAD.keys() - BEYOND - NOT_JSON))
+def test_it_rejects_what_the_loader_rejects(name: str):
+    assert not CHECK.is_valid(parsed(BAD[name][0]))
+
+
+@pytest.mark.parametrize("name", sorted(BEYOND & {name for name in BAD if "exclude" in name}))
+def test_what_is_left_to_the_loader_is_so_on_purpose(name: str):
+    """If the schema learns to reject one of these, it belongs in the test above."""
+    assert CHECK.is_valid(parsed(BAD[name][0]))
+
+
+def test_it_names_registered_backends():
+    text = rule(use="{backend: tape, options: {reels: two}}")
+    assert not CHECK.is_valid(parsed(text))
+    register_backend("tape", lambda device, options: None)
+    try:
+        validator().validate(parsed(text))
+    finally:
+        unregister_backend("tape")
