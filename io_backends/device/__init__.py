@@ -17,6 +17,10 @@ def open_device(name: str) -> Device:
         from sglang_hicache.io_backends.device.cpu import CpuDevice
 
         return CpuDevice()
+    if name == "cuda":
+        from sglang_hicache.io_backends.device.cuda import CudaDevice
+
+        return CudaDevice()
     raise DeviceUnavailableError(unavailable(name) or name)
 
 

@@ -54,21 +54,15 @@ def gather_rows(  # type: ignore[no-untyped-def]
     bytes). Programs walk the tiles in a persistent loop, so any grid is right, also a grid of one.
     """
     # Triton has no 16-byte type: two int64 side by side become one 16-byte access.
-    if WIDTH == 16:
+    PER_UNIT: tl.constexpr = 2 if WIDTH == 16 else 1
+    if WIDTH >= 8:
         dtype = tl.int64
-        PER_UNIT: tl.constexpr = 2
-    elif WIDTH == 8:
-        dtype = tl.int64
-        PER_UNIT: tl.constexpr = 1
     elif WIDTH == 4:
         dtype = tl.int32
-        PER_UNIT: tl.constexpr = 1
     elif WIDTH == 2:
         dtype = tl.int16
-        PER_UNIT: tl.constexpr = 1
     else:
         dtype = tl.int8
-        PER_UNIT: tl.constexpr = 1
     BLOCK: tl.constexpr = BLOCK_UNITS * PER_UNIT
     ELEMENTS: tl.constexpr = PIECE_BYTES // WIDTH * PER_UNIT
     PER_BLOCK: tl.constexpr = PARTS * LAYERS * PIECES * SEGMENTS
@@ -96,8 +90,8 @@ def gather_rows(  # type: ignore[no-untyped-def]
         )
         element = segment * BLOCK + tl.arange(0, BLOCK)
         # WIDTH divides every address (that is how it was chosen); the compiler cannot know.
-        source_rows = tl.multiple_of(source, WIDTH).to(tl.pointer_type(dtype))
-        target_rows = tl.multiple_of(target, WIDTH).to(tl.pointer_type(dtype))
+        source_rows = tl.multiple_of(source.to(tl.pointer_type(dtype)), WIDTH)
+        target_rows = tl.multiple_of(target.to(tl.pointer_type(dtype)), WIDTH)
         inside = live[:, None] & (element < ELEMENTS)[None, :]
         values = tl.load(source_rows[:, None] + element[None, :], mask=inside)
         tl.store(target_rows[:, None] + element[None, :], values, mask=inside)

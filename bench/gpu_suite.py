@@ -1,0 +1,88 @@
+"""One call on a machine with a GPU: correctness first, then figures, all of it saved as data.
+
+    python -m sglang_hicache.bench.gpu_suite --out results [--skip-tests] [--budget 300]
+
+Writes ``results/gpu.json`` and prints what it finds. Exit status 1 if a test failed or a byte was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from sglang_hicache.bench import d2h
+from sglang_hicache.bench.d2h import Case
+
+LAYOUTS = ("page_first", "layer_first", "page_first_direct")
+
+
+def cases(model: str, tokens: tuple[int, ...]) -> list[Case]:
+    """The grid of one model, most telling cells first."""
+    return [
+        Case(model, layout, page_size, n, fragmented)
+        for n in tokens
+        for layout in LAYOUTS
+        for page_size in (1, 16, 64)
+        for fragmented in (False, True)
+    ]
+
+
+def run_tests(out: Path) -> int:
+    """``pytest -m gpu``; its output in ``out/gpu_tests.txt``."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/io_backends"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    (out / "gpu_tests.txt").write_text(done.stdout)
+    print(done.stdout[-3000:])
+    return done.returncode
+
+
+def main() -> int:
+    """Run the suite."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--budget", type=float, default=240, help="seconds for the bandwidth grid")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 512, 32768])
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    failed = 0 if args.skip_tests else run_tests(args.out)
+    began = time.monotonic()
+    parts: dict[str, object] = {"hardware": d2h.hardware()}
+    print(parts["hardware"], flush=True)
+    parts["link_gb_per_s"] = d2h.link_ceiling()
+    parts["hbm_gb_per_s"] = d2h.hbm_ceiling()
+    print(f"link {parts['link_gb_per_s']:.1f} GB/s, HBM {parts['hbm_gb_per_s']:.0f} GB/s", flush=True)
+    rows: list[d2h.Row] = []
+    parts["bandwidth"] = rows
+    share = {d2h.QWEN3_8B: 0.75, d2h.DEEPSEEK_V3: 0.25}
+    for model, part in share.items():
+        rows += d2h.bandwidth(
+            model,
+            cases(model.name, tuple(args.tokens)),
+            budget_s=args.budget * part,
+            say=lambda line: print(line, flush=True),
+        )
+        d2h.write(args.out / "gpu.json", parts)
+    found = d2h.interference(Case(d2h.QWEN3_8B.name, "page_first", 16, 8192, True))
+    parts["interference"] = found
+    for each in found:
+        print(
+            f"{each.forward} beside {each.contender}: {each.slow_down:.3f}x, "
+            f"D2H {each.d2h_gb_per_s:.1f} GB/s",
+            flush=True,
+        )
+    parts["seconds"] = time.monotonic() - began
+    d2h.write(args.out / "gpu.json", parts)
+    wrong = [row for row in rows if row.ms is not None and not row.checked]
+    return int(bool(failed or wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

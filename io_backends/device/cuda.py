@@ -1,0 +1,237 @@
+"""The GPU: streams and events are torch's, copies the driver's, the gather Triton's.
+
+Nothing here makes a CUDA context before the first stream, staging buffer or pool: when SGLang opens the
+device its process has not chosen a GPU yet.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang_hicache.io_backends.device.base import DeviceUnavailableError, Event, Stream
+from sglang_hicache.io_backends.device.driver import MAX_ENTRIES, Driver
+from sglang_hicache.io_backends.device.gather import UNITS_PER_THREAD, WARPS, Gather
+from sglang_hicache.io_backends.device.host_ranges import HostRange, HostRanges, host_extents
+from sglang_hicache.io_backends.geometry import PoolGeometry
+from sglang_hicache.io_backends.plan import STAGING_ALIGNMENT, CopyBatch
+
+_INDEX_BYTES = 2**20
+"""131,072 indices, more than the tokens of most writes; a longer one makes the buffer grow."""
+
+
+class CudaStaging:
+    """Device memory of this process's GPU, aligned to 256 bytes, as long as this object lives.
+
+    Attributes:
+        address: of its first byte.
+        nbytes: its length.
+    """
+
+    def __init__(self, torch: Any, nbytes: int) -> None:
+        # torch's allocator aligns to 512 bytes, but it can be replaced by one that does not.
+        self._memory = torch.empty(nbytes + STAGING_ALIGNMENT - 1, dtype=torch.uint8, device="cuda")
+        # The memory may have been another tensor's until now, in work still queued on this stream; gather and
+        # drain run on others. Staging is made before serving, so the wait costs nobody.
+        torch.cuda.current_stream().synchronize()
+        start = int(self._memory.data_ptr())
+        self.address = -(-start // STAGING_ALIGNMENT) * STAGING_ALIGNMENT
+        self.nbytes = nbytes
+
+
+class IndexReader:
+    """Copies index tensors to the host through a pinned buffer that is reused, on a stream of its own.
+
+    Reused, because allocating pinned memory may wait for the whole device.
+    """
+
+    def __init__(self, torch: Any) -> None:
+        self._torch = torch
+        # The host waits for these copies, so nothing in the background should go first.
+        _, greatest = torch.cuda.Stream.priority_range()
+        self._stream: Stream = torch.cuda.Stream(priority=greatest)
+        self._buffer: Any = self._pinned(_INDEX_BYTES)
+
+    def read(self, indices: Any, after: Event | None) -> npt.NDArray[np.int64]:
+        """See :meth:`CudaDevice.host_values`."""
+        torch = self._torch
+        nbytes = indices.numel() * indices.element_size()
+        if nbytes > self._buffer.numel():
+            self._buffer = self._pinned(2 * nbytes)
+        if after is None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        else:
+            self._stream.wait_event(after)
+        values = self._buffer[:nbytes].view(indices.dtype)
+        with torch.cuda.stream(self._stream):
+            values.copy_(indices.view(-1), non_blocking=True)
+            # Unless the caller holds on to them, the allocator could hand the indices' memory out again.
+            indices.record_stream(self._stream)
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        copied.synchronize()
+        return np.array(values.numpy(), dtype=np.int64)
+
+    def _pinned(self, nbytes: int) -> Any:
+        return self._torch.empty(nbytes, dtype=self._torch.uint8, pin_memory=True)
+
+
+class CudaDevice:
+    """:class:`~sglang_hicache.io_backends.device.base.Device` on this process's NVIDIA GPU.
+
+    Beyond the seam's methods it wants to be told of each pool once, before serving:
+    :meth:`prepare_copies` for host memory that copies may write, :meth:`prepare_gather` for device rows.
+
+    Args:
+        max_batch_entries: entries in one driver call at most.
+        gather_warps, gather_units_per_thread: shape of the gather's thread blocks, for measurements.
+
+    Raises:
+        DeviceUnavailableError: no NVIDIA GPU that torch can use, or cuda-python or the driver is missing.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        *,
+        max_batch_entries: int = MAX_ENTRIES,
+        gather_warps: int = WARPS,
+        gather_units_per_thread: int = UNITS_PER_THREAD,
+    ) -> None:
+        try:
+            self._torch: Any = importlib.import_module("torch")
+        except ImportError as error:
+            raise DeviceUnavailableError(f"device cuda needs PyTorch: {error}") from error
+        if self._torch.version.cuda is None:
+            raise DeviceUnavailableError("this PyTorch is not built for CUDA: only NVIDIA GPUs are supported")
+        if not self._torch.cuda.is_available():
+            raise DeviceUnavailableError(
+                "PyTorch finds no CUDA device: check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES"
+            )
+        self._driver = Driver(max_batch_entries)
+        self._host = HostRanges()
+        self._gather = Gather(warps=gather_warps, units_per_thread=gather_units_per_thread)
+        self._indices: IndexReader | None = None
+
+    def prepare_copies(self, geometry: PoolGeometry, registered: Sequence[tuple[int, int]] = ()) -> None:
+        """Check the pool's host memory and remember how to write it. Once a pool, before its first copy.
+
+        Args:
+            geometry: the pool.
+            registered: (address, bytes) of each registration of its host buffer, as SGLang leaves them on
+                the buffer (``_sglang_cuda_host_registered_ranges``). Without it, one registration is assumed.
+
+        Raises:
+            DeviceUnavailableError: the memory is pageable, or not all of it is in ``registered``.
+        """
+        extents = host_extents(geometry)
+        direct = self._driver.host_addresses_work(self._torch.cuda.current_device())
+        ranges: list[HostRange] = []
+        for start, nbytes in registered or extents:
+            for address in (start, start + nbytes - 1):
+                if not self._driver.is_pinned(address):
+                    raise DeviceUnavailableError(
+                        f"host memory of pool {geometry.label} at {address:#x} is pageable: the GPU can only "
+                        "write memory that was registered with CUDA (is the locked-memory limit, ulimit -l, "
+                        "too small?)"
+                    )
+            shift = 0 if direct else self._driver.device_address(start) - start
+            ranges.append(HostRange(start, nbytes, shift))
+        told = HostRanges()
+        told.add(ranges)
+        if not told.covers(extents):
+            raise DeviceUnavailableError(
+                f"host memory of pool {geometry.label} is only partly registered with CUDA: "
+                f"{_extents_text(extents)} against registrations {_extents_text(registered)}"
+            )
+        self._host.add(ranges)
+        if self._indices is None:
+            self._indices = IndexReader(self._torch)
+
+    def prepare_gather(self, geometry: PoolGeometry) -> None:
+        """Upload the pool's row addresses and compile its gather; waits for the upload.
+
+        A pool that was not prepared is at its first gather, where both stall the caller.
+        """
+        torch = self._torch
+        self._gather.prepare(geometry, torch.device("cuda", torch.cuda.current_device()))
+
+    def new_stream(self) -> Stream:
+        least, _ = self._torch.cuda.Stream.priority_range()
+        return self._torch.cuda.Stream(priority=least)
+
+    def current_stream(self) -> Stream:
+        return self._torch.cuda.current_stream()
+
+    def use_stream(self, stream: Stream) -> AbstractContextManager[object]:
+        context: AbstractContextManager[object] = self._torch.cuda.stream(stream)
+        return context
+
+    def record(self, stream: Stream) -> Event:
+        event = self._torch.cuda.Event()
+        event.record(stream)
+        return event
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        stream.wait_event(event)
+
+    def query(self, event: Event) -> bool:
+        return bool(event.query())
+
+    def host_values(self, indices: Any, after: Event | None = None) -> npt.NDArray[np.int64]:
+        """Device indices as host values; **the host waits** for their copy.
+
+        The copy runs on a stream of its own, behind ``after``, or behind what is queued on the current
+        stream when that is not given, and behind whatever occupies the copy engine. It never waits for
+        a forward on another stream; but a current stream that waits for the forward makes the host wait for
+        the forward too. So ask with the event that follows the work which made the indices.
+
+        Args:
+            indices: integer tensor [n], on the device or the host.
+            after: event to wait for instead of the current stream.
+
+        Returns:
+            int64 [n].
+        """
+        if not indices.is_cuda:
+            return np.asarray(indices.numpy(), dtype=np.int64)
+        if self._indices is None:
+            self._indices = IndexReader(self._torch)
+        return self._indices.read(indices, after)
+
+    def allocate_staging(self, nbytes: int) -> CudaStaging:
+        return CudaStaging(self._torch, nbytes)
+
+    def gather(
+        self, staged: PoolGeometry, device_slots: Any, first_slot: int, stream: Stream, ctas: int
+    ) -> None:
+        """SM work, as the seam says. ``device_slots`` (int64 or int32) stays on the GPU.
+
+        Raises:
+            CopyRefusedError: a graph is being captured on ``stream``.
+            ValueError, TypeError: see :meth:`~.gather.Gather.launch`.
+        """
+        self._driver.refuse_capture(int(stream.cuda_stream))
+        with self.use_stream(stream):
+            self._gather.launch(staged, device_slots, first_slot, ctas)
+        device_slots.record_stream(stream)
+
+    def copy(self, batch: CopyBatch, stream: Stream) -> None:
+        """Copy-engine work, as the seam says.
+
+        Raises:
+            UnknownHostMemoryError: an entry writes memory that :meth:`prepare_copies` has not seen.
+            CopyRefusedError: the legacy NULL stream, or a graph is being captured.
+            DriverError: the driver refused.
+        """
+        self._driver.copy(self._host.place(batch), int(stream.cuda_stream))
+
+
+def _extents_text(extents: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{start:#x}+{nbytes:#x}" for start, nbytes in extents)

@@ -1,0 +1,284 @@
+"""Copies through the CUDA driver: one cuMemcpyBatchAsync call for thousands of them.
+
+torch has no binding for it. The entry point comes from cuGetProcAddress at an explicit version, so that its
+signature does not depend on the driver's age, and is called through ctypes with the addresses of numpy
+arrays: turned into lists, each entry would cost 0.3 to 0.6 us of the scheduler's thread (seen, cuda-python
+13 against a stand-in driver).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang_hicache.io_backends.device.base import DeviceUnavailableError
+from sglang_hicache.io_backends.device.host_ranges import drop_empty
+from sglang_hicache.io_backends.plan import CopyBatch
+
+logger = logging.getLogger(__name__)
+
+MAX_ENTRIES = 16_384
+"""Entries a call. A segmentation fault at 51,828 was reported (vLLM #49276); the margin is unmeasured. At
+about 0.6 us an entry the call itself is noise from a few hundred entries on."""
+
+BATCH_VERSION = 12_080
+"""CUDA 12.8 brought cuMemcpyBatchAsync. Asked for at this version, CUDA 12.8 to 13 give the form with
+``failIdx``; CUDA 13's own form has none."""
+
+_LEGACY_STREAMS = (0, 1)
+"""The NULL stream and CU_STREAM_LEGACY, its explicit name."""
+
+_SOURCE_ORDER_STREAM = 1
+_MEMORY_TYPE = 2
+_MEMORY_TYPE_HOST = 1
+_CAN_USE_HOST_POINTER = 91
+_INVALID_VALUE = 1
+_NO_ENTRY = ctypes.c_size_t(-1).value
+
+_size_t = ctypes.c_size_t
+_int = ctypes.c_int
+_pointer = ctypes.c_void_p
+_device_pointer = ctypes.c_uint64
+
+# Name: (version of the form that is called here, argument types). 4000 and the like are the CUDA
+# versions in which the form appeared, as in the toolkit's cudaTypedefs.h.
+_SIGNATURES: dict[str, tuple[int, tuple[Any, ...]]] = {
+    "cuMemcpyBatchAsync": (
+        BATCH_VERSION,
+        # dsts, srcs, sizes, count, attrs, attrsIdxs, numAttrs, failIdx, stream
+        (_pointer, _pointer, _pointer, _size_t, _pointer, _pointer, _size_t, _pointer, _pointer),
+    ),
+    "cuMemcpyAsync": (4_000, (_device_pointer, _device_pointer, _size_t, _pointer)),
+    "cuStreamIsCapturing": (10_000, (_pointer, _pointer)),
+    "cuPointerGetAttribute": (4_000, (_pointer, _int, _device_pointer)),
+    "cuMemHostGetDevicePointer": (3_020, (_pointer, _pointer, ctypes.c_uint)),
+    "cuDeviceGet": (2_000, (_pointer, _int)),
+    "cuDeviceGetAttribute": (2_000, (_pointer, _int, _int)),
+}
+
+
+class CopyRefusedError(RuntimeError):
+    """The copy cannot be enqueued on this stream; nothing of it was."""
+
+
+class DriverError(RuntimeError):
+    """A driver call failed.
+
+    Attributes:
+        call: the function's name.
+        code: its CUresult.
+        name: the code's name, such as ``CUDA_ERROR_INVALID_VALUE``.
+        entry: index into the batch of the copy it blames, or None.
+    """
+
+    def __init__(self, call: str, code: int, name: str, entry: int | None = None, detail: str = "") -> None:
+        super().__init__(f"{call} failed with {code} ({name}){detail}")
+        self.call = call
+        self.code = code
+        self.name = name
+        self.entry = entry
+
+
+class _Location(ctypes.Structure):
+    _fields_ = (("type", _int), ("id", _int))
+
+
+class _CopyAttributes(ctypes.Structure):
+    """CUmemcpyAttributes."""
+
+    _fields_ = (
+        ("src_access_order", _int),
+        ("src_hint", _Location),
+        ("dst_hint", _Location),
+        ("flags", ctypes.c_uint),
+    )
+
+
+class Driver:
+    """The driver calls that copies need; every return code becomes an exception.
+
+    Args:
+        max_entries: entries given to one cuMemcpyBatchAsync call at most.
+
+    Raises:
+        DeviceUnavailableError: cuda-python or the driver is missing, or does not start.
+        ValueError: ``max_entries`` is below 1.
+    """
+
+    def __init__(self, max_entries: int = MAX_ENTRIES) -> None:
+        if max_entries < 1:
+            raise ValueError(f"max_entries must be at least 1, not {max_entries}")
+        self._max_entries = max_entries
+        try:
+            self._bindings: Any = importlib.import_module("cuda.bindings.driver")
+            (code,) = self._bindings.cuInit(0)
+            self._check("cuInit", int(code))
+            code, version = self._bindings.cuDriverGetVersion()
+            self._check("cuDriverGetVersion", int(code))
+        except ImportError as error:
+            raise DeviceUnavailableError(
+                f"copies need cuda-python (pip install cuda-bindings): {error}"
+            ) from error
+        except RuntimeError as error:
+            # cuda-python says "no libcuda.so.1" with a plain RuntimeError.
+            raise DeviceUnavailableError(f"the CUDA driver does not start: {error}") from error
+        self.version = int(version)
+        """As CUDA counts: 12080 is 12.8."""
+        self._memcpy = self._function("cuMemcpyAsync")
+        self._is_capturing = self._function("cuStreamIsCapturing")
+        self._pointer_attribute = self._function("cuPointerGetAttribute")
+        self._host_device_pointer = self._function("cuMemHostGetDevicePointer")
+        self._device = self._function("cuDeviceGet")
+        self._device_attribute = self._function("cuDeviceGetAttribute")
+        self._batch: Callable[..., int] | None = None
+        if self.version >= BATCH_VERSION:
+            self._batch = self._function("cuMemcpyBatchAsync")
+        else:
+            logger.warning(
+                "sglang-hicache-io: driver for CUDA %d.%d has no cuMemcpyBatchAsync (12.8): copies go one by "
+                "one, at 5 to 7 us of CPU each instead of about 0.6; update the driver",
+                self.version // 1000,
+                self.version % 1000 // 10,
+            )
+        # One attribute for all entries: its index array says where it begins to apply, not one per entry.
+        # The source is device memory that earlier work in the stream writes: any other order than STREAM
+        # lets the copy read it early.
+        self._attributes = _CopyAttributes(src_access_order=_SOURCE_ORDER_STREAM)
+        self._attributes_begin = _size_t(0)
+
+    @property
+    def batched(self) -> bool:
+        """Whether copies go in batches; False on a driver older than CUDA 12.8."""
+        return self._batch is not None
+
+    def copy(self, batch: CopyBatch, stream: int) -> None:
+        """Enqueue every entry of ``batch`` on ``stream``, reading sources in stream order.
+
+        The driver has read the arrays when this returns; nothing of them needs to be kept.
+
+        Args:
+            batch: addresses as the GPU sees them. Zero-byte entries are left out.
+            stream: a CUstream's value.
+
+        Raises:
+            CopyRefusedError: the legacy NULL stream, or a stream under graph capture; nothing was enqueued.
+            DriverError: the driver refused. Earlier entries may be under way; record no completion.
+        """
+        batch = drop_empty(batch)
+        if not len(batch):
+            return
+        if stream in _LEGACY_STREAMS:
+            raise CopyRefusedError(
+                "the legacy NULL stream takes no batched copies; make a stream of its own current first"
+            )
+        self.refuse_capture(stream)
+        if self._batch is None:
+            self._one_by_one(batch, stream)
+        else:
+            self._in_batches(self._batch, batch, stream)
+
+    def refuse_capture(self, stream: int) -> None:
+        """Raise if ``stream`` is under graph capture.
+
+        Asked before anything is enqueued, because CUDA 13 answers a batched copy there with an error (900),
+        drops it, and lets the capture go on to a graph without it.
+
+        Raises:
+            CopyRefusedError: it is.
+        """
+        status = _int(0)
+        self._check("cuStreamIsCapturing", self._is_capturing(stream, ctypes.byref(status)))
+        if status.value != 0:
+            raise CopyRefusedError(
+                "a CUDA graph is being captured on this stream: a write to host memory cannot be part of it"
+            )
+
+    def is_pinned(self, address: int) -> bool:
+        """Whether ``address`` is host memory that CUDA allocated or registered."""
+        kind = ctypes.c_uint(0)
+        code = self._pointer_attribute(ctypes.byref(kind), _MEMORY_TYPE, address)
+        if code == _INVALID_VALUE:  # how the driver says that it never heard of this memory
+            return False
+        self._check("cuPointerGetAttribute", code)
+        return kind.value == _MEMORY_TYPE_HOST
+
+    def host_addresses_work(self, ordinal: int) -> bool:
+        """Whether GPU ``ordinal`` reaches registered host memory under the host's own addresses."""
+        device, value = _int(0), _int(0)
+        self._check("cuDeviceGet", self._device(ctypes.byref(device), ordinal))
+        code = self._device_attribute(ctypes.byref(value), _CAN_USE_HOST_POINTER, device)
+        self._check("cuDeviceGetAttribute", code)
+        return value.value != 0
+
+    def device_address(self, address: int) -> int:
+        """The address under which the GPU reaches the registered host memory at ``address``."""
+        result = _device_pointer(0)
+        code = self._host_device_pointer(ctypes.byref(result), address, 0)
+        self._check("cuMemHostGetDevicePointer", code)
+        return result.value
+
+    def _in_batches(self, call: Callable[..., int], batch: CopyBatch, stream: int) -> None:
+        arrays = [_words(array) for array in (batch.dst, batch.src, batch.nbytes)]
+        bases = [int(array.ctypes.data) for array in arrays]
+        total = len(batch)
+        for start in range(0, total, self._max_entries):
+            count = min(self._max_entries, total - start)
+            failed = _size_t(_NO_ENTRY)
+            code = call(
+                *(base + start * 8 for base in bases),
+                count,
+                ctypes.byref(self._attributes),
+                ctypes.byref(self._attributes_begin),
+                1,
+                ctypes.byref(failed),
+                stream,
+            )
+            if code != 0:
+                entry = start + failed.value if failed.value < count else None
+                raise self._error("cuMemcpyBatchAsync", code, batch, entry)
+
+    def _one_by_one(self, batch: CopyBatch, stream: int) -> None:
+        entries = zip(batch.dst.tolist(), batch.src.tolist(), batch.nbytes.tolist(), strict=True)
+        for entry, (dst, src, nbytes) in enumerate(entries):
+            code = self._memcpy(dst, src, nbytes, stream)
+            if code != 0:
+                raise self._error("cuMemcpyAsync", code, batch, entry)
+
+    def _error(self, call: str, code: int, batch: CopyBatch, entry: int | None) -> DriverError:
+        detail = f", one of {len(batch)} copies"
+        if entry is not None:
+            detail = (
+                f" at entry {entry} of {len(batch)}: {int(batch.nbytes[entry])} bytes from "
+                f"{int(batch.src[entry]):#x} to {int(batch.dst[entry]):#x}"
+            )
+        return DriverError(call, code, self._name(code), entry, detail)
+
+    def _function(self, name: str) -> Callable[..., int]:
+        version, arguments = _SIGNATURES[name]
+        code, address, status = self._bindings.cuGetProcAddress(name.encode(), version, 0)
+        if int(code) != 0 or not int(address):
+            raise DeviceUnavailableError(
+                f"the CUDA driver has no {name} at version {version}: {self._name(int(code))}, {status!s}"
+            )
+        # CFUNCTYPE lets other threads run during the call, which takes milliseconds for a full batch.
+        return ctypes.CFUNCTYPE(_int, *arguments)(int(address))
+
+    def _check(self, call: str, code: int) -> None:
+        if code != 0:
+            raise DriverError(call, code, self._name(code))
+
+    def _name(self, code: int) -> str:
+        try:
+            return str(self._bindings.CUresult(code).name)
+        except ValueError:
+            return "a code that this cuda-python does not know"
+
+
+def _words(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    return np.ascontiguousarray(values, dtype=np.uint64)

@@ -1,0 +1,356 @@
+"""What is asked of the CUDA driver, against a stand-in library that moves bytes for real.
+
+Run by test_driver.py in a process that loads the stand-in as libcuda.so.1.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pools import MemoryPool, make_pool
+from strategies import pools, writes
+
+from sglang_hicache.io_backends import CopyBatch, direct_copies
+from sglang_hicache.io_backends.device.base import DeviceUnavailableError
+from sglang_hicache.io_backends.device.driver import CopyRefusedError, Driver, DriverError
+from sglang_hicache.io_backends.device.host_ranges import UnknownHostMemoryError
+
+STREAM = 0x5EED
+BATCH, SINGLE = 1, 2
+STREAM_ORDER = 1
+
+
+class Call(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in ("kind", "stream", "count", "order", "attribute_count", "attribute_index", "flags")
+    )
+
+
+class Fake:
+    """The stand-in's controls and its record."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL("libcuda.so.1")
+        self._library.fake_calls.restype = ctypes.POINTER(Call)
+        self._library.fake_register.argtypes = (ctypes.c_uint64,) * 3
+        self._library.fake_set.argtypes = (ctypes.c_char_p, ctypes.c_longlong)
+
+    def reset(self) -> None:
+        self._library.fake_reset()
+
+    def set(self, **values: int) -> None:
+        for key, value in values.items():
+            assert self._library.fake_set(key.encode(), value) == 0, key
+
+    def register(self, start: int, nbytes: int, shift: int = 0) -> None:
+        self._library.fake_register(start, nbytes, shift)
+
+    @property
+    def calls(self) -> list[Call]:
+        return list(self._library.fake_calls()[: self._library.fake_call_count()])
+
+
+@pytest.fixture
+def fake() -> Iterator[Fake]:
+    fake = Fake()
+    fake.reset()
+    yield fake
+    fake.reset()
+
+
+def rows(count: int, nbytes: int = 8) -> tuple[np.ndarray, np.ndarray, CopyBatch]:
+    """(source, destination, batch): ``count`` copies that reverse the rows' order."""
+    source = np.random.default_rng(count).integers(0, 256, (count, nbytes), dtype=np.uint8)
+    target = np.zeros_like(source)
+    step = np.arange(count, dtype=np.uint64) * np.uint64(nbytes)
+    batch = CopyBatch(
+        dst=np.uint64(target.ctypes.data) + step[::-1],
+        src=np.uint64(source.ctypes.data) + step,
+        nbytes=np.full(count, nbytes, dtype=np.uint64),
+    )
+    return source, target, batch
+
+
+class TestBatch:
+    def test_one_call_with_one_attribute_in_stream_order(self, fake: Fake) -> None:
+        source, target, batch = rows(100)
+        Driver().copy(batch, STREAM)
+        np.testing.assert_array_equal(target, source[::-1])
+        (call,) = fake.calls
+        assert (call.kind, call.stream, call.count) == (BATCH, STREAM, 100)
+        assert (call.order, call.attribute_count, call.attribute_index) == (STREAM_ORDER, 1, 0)
+        assert call.flags == 0
+
+    @pytest.mark.parametrize("version", [12_080, 12_090, 13_000, 13_010])
+    def test_the_same_form_of_the_call_on_cuda_12_and_13(self, fake: Fake, version: int) -> None:
+        fake.set(version=version)
+        _, _, batch = rows(3)
+        driver = Driver()
+        assert driver.batched
+        driver.copy(batch, STREAM)
+        assert [call.kind for call in fake.calls] == [BATCH]
+
+    @pytest.mark.parametrize("count", [1, 16, 17, 32, 33])
+    def test_a_call_takes_no_more_than_the_cap(self, fake: Fake, count: int) -> None:
+        source, target, batch = rows(count)
+        Driver(max_entries=16).copy(batch, STREAM)
+        np.testing.assert_array_equal(target, source[::-1])
+        sizes = [call.count for call in fake.calls]
+        assert sum(sizes) == count
+        assert max(sizes) <= 16
+
+    def test_by_default_a_call_stays_below_what_crashed_elsewhere(self, fake: Fake) -> None:
+        source, target, batch = rows(60_000)
+        Driver().copy(batch, STREAM)
+        np.testing.assert_array_equal(target, source[::-1])
+        assert max(call.count for call in fake.calls) == 16_384
+
+    def test_empty_entries_are_left_out(self, fake: Fake) -> None:
+        source, target, batch = rows(10)
+        batch.nbytes[::2] = 0
+        Driver().copy(batch, STREAM)
+        np.testing.assert_array_equal(target[::-1][1::2], source[1::2])
+        assert not target[::-1][::2].any()
+        assert [call.count for call in fake.calls] == [5]
+
+    @pytest.mark.parametrize("count", [0, 4])
+    def test_nothing_to_copy_calls_nothing(self, fake: Fake, count: int) -> None:
+        _, _, batch = rows(count)
+        batch.nbytes[:] = 0
+        Driver().copy(batch, 0)
+        assert fake.calls == []
+
+    def test_arrays_with_gaps_are_read_right(self, fake: Fake) -> None:
+        source, target, batch = rows(10)
+        Driver().copy(CopyBatch(batch.dst[::2], batch.src[::2], batch.nbytes[::2]), STREAM)
+        np.testing.assert_array_equal(target[::-1][::2], source[::2])
+        assert not target[::-1][1::2].any()
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("stream", [0, 1])
+    @pytest.mark.parametrize("version", [12_040, 13_000])
+    def test_the_legacy_null_stream(self, fake: Fake, stream: int, version: int) -> None:
+        fake.set(version=version)
+        _, target, batch = rows(3)
+        with pytest.raises(CopyRefusedError, match="NULL stream"):
+            Driver().copy(batch, stream)
+        assert fake.calls == []
+        assert not target.any()
+
+    @pytest.mark.parametrize("status", [1, 2], ids=["active", "invalidated"])
+    @pytest.mark.parametrize("version", [12_040, 13_000])
+    def test_graph_capture_before_anything_is_enqueued(self, fake: Fake, status: int, version: int) -> None:
+        fake.set(capturing=status, version=version)
+        _, target, batch = rows(3)
+        with pytest.raises(CopyRefusedError, match="graph is being captured"):
+            Driver(max_entries=1).copy(batch, STREAM)
+        assert fake.calls == []
+        assert not target.any()
+
+    def test_a_cap_below_one(self, fake: Fake) -> None:
+        with pytest.raises(ValueError, match="max_entries must be at least 1, not 0"):
+            Driver(max_entries=0)
+
+    def test_a_driver_that_does_not_start(self, fake: Fake) -> None:
+        fake.set(init=100)
+        with pytest.raises(DeviceUnavailableError, match=r"cuInit failed with 100 \(CUDA_ERROR_NO_DEVICE\)"):
+            Driver()
+
+
+class TestErrors:
+    def test_the_message_names_call_code_and_entry(self, fake: Fake) -> None:
+        fake.set(fail_call=2, fail_code=700, fail_entry=1)
+        _, _, batch = rows(10)
+        with pytest.raises(DriverError) as caught:
+            Driver(max_entries=4).copy(batch, STREAM)
+        error = caught.value
+        assert (error.call, error.code, error.entry) == ("cuMemcpyBatchAsync", 700, 5)
+        assert error.name == "CUDA_ERROR_ILLEGAL_ADDRESS"
+        assert "failed with 700 (CUDA_ERROR_ILLEGAL_ADDRESS) at entry 5 of 10: 8 bytes from 0x" in str(error)
+        assert f"{int(batch.dst[5]):#x}" in str(error)
+        assert len(fake.calls) == 2, "went on after a call that failed"
+
+    def test_an_error_of_no_entry_in_particular(self, fake: Fake) -> None:
+        fake.set(fail_call=1, fail_code=999)
+        _, _, batch = rows(10)
+        with pytest.raises(DriverError, match=r"999 \(CUDA_ERROR_UNKNOWN\), one of 10 copies") as caught:
+            Driver().copy(batch, STREAM)
+        assert caught.value.entry is None
+
+    def test_a_code_that_is_not_in_cuda_python(self, fake: Fake) -> None:
+        fake.set(fail_call=1, fail_code=123_456)
+        with pytest.raises(DriverError, match=r"123456 \(a code that this cuda-python does not know\)"):
+            Driver().copy(rows(1)[2], STREAM)
+
+    def test_a_single_copy_that_fails(self, fake: Fake) -> None:
+        fake.set(version=12_040, fail_call=3, fail_code=1)
+        with pytest.raises(DriverError, match=r"cuMemcpyAsync failed with 1 .* at entry 2 of 10"):
+            Driver().copy(rows(10)[2], STREAM)
+        assert len(fake.calls) == 3
+
+    def test_the_capture_query_itself(self, fake: Fake) -> None:
+        fake.set(status_code=201)
+        with pytest.raises(DriverError, match=r"cuStreamIsCapturing .* 201 \(CUDA_ERROR_INVALID_CONTEXT\)"):
+            Driver().copy(rows(1)[2], STREAM)
+        assert fake.calls == []
+
+    def test_an_entry_across_two_registrations_fails_unless_cut(self, fake: Fake) -> None:
+        """As the real driver does; CudaDevice cuts it."""
+        _, target, batch = rows(1, nbytes=64)
+        fake.register(target.ctypes.data, 24)
+        fake.register(target.ctypes.data + 24, 40)
+        with pytest.raises(DriverError, match="at entry 0 of 1"):
+            Driver().copy(batch, STREAM)
+
+
+class TestOldDriver:
+    def test_copies_one_by_one_and_says_so_once(self, fake: Fake, caplog: pytest.LogCaptureFixture) -> None:
+        fake.set(version=12_040)
+        source, target, batch = rows(20)
+        batch.nbytes[3] = 0
+        with caplog.at_level(logging.WARNING):
+            driver = Driver()
+            driver.copy(batch, STREAM)
+            driver.copy(batch, STREAM)
+        assert not driver.batched
+        (message,) = [record.getMessage() for record in caplog.records]
+        assert "driver for CUDA 12.4 has no cuMemcpyBatchAsync" in message
+        assert [(call.kind, call.stream) for call in fake.calls] == [(SINGLE, STREAM)] * 38
+        expected = source[::-1].copy()
+        expected[-4] = 0
+        np.testing.assert_array_equal(target, expected)
+
+
+class FakeTorch:
+    """As much of torch as CudaDevice touches without a tensor; writes down what it is asked for."""
+
+    def __init__(self, *, available: bool = True, cuda: str | None = "13.0") -> None:
+        self.version = SimpleNamespace(cuda=cuda)
+        self.made: list[int] = []
+        self.here = SimpleNamespace(cuda_stream=STREAM)
+        self.uint8 = np.uint8
+        self.empty = lambda size, dtype, pin_memory: np.empty(size, dtype=dtype)
+        stream = type(
+            "Stream",
+            (),
+            {
+                "__init__": lambda stream, priority: self.made.append(priority),
+                "priority_range": staticmethod(lambda: (0, -5)),
+            },
+        )
+        self.cuda = SimpleNamespace(
+            is_available=lambda: available,
+            current_device=lambda: 0,
+            current_stream=lambda: self.here,
+            stream=lambda stream: nullcontext(stream),
+            Stream=stream,
+        )
+
+
+@pytest.fixture
+def torch(monkeypatch: pytest.MonkeyPatch) -> FakeTorch:
+    torch = FakeTorch()
+    monkeypatch.setitem(sys.modules, "torch", torch)  # type: ignore[arg-type]
+    return torch
+
+
+def open_cuda() -> Any:
+    from sglang_hicache.io_backends.device import open_device
+
+    return open_device("cuda")
+
+
+def registrations(pool: MemoryPool, every: int) -> list[tuple[int, int]]:
+    """The host buffers in pieces of ``every`` bytes, as SGLang registers them."""
+    pieces = []
+    for buffer in pool.host:
+        for offset in range(0, buffer.nbytes, every):
+            pieces.append((int(buffer.ctypes.data) + offset, min(every, buffer.nbytes - offset)))
+    return pieces
+
+
+class TestDevice:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [({"available": False}, "nvidia-smi"), ({"cuda": None}, "not built for CUDA")],
+    )
+    def test_no_gpu_is_one_sentence(
+        self, fake: Fake, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "torch", FakeTorch(**options))  # type: ignore[arg-type]
+        with pytest.raises(DeviceUnavailableError, match=message):
+            open_cuda()
+
+    def test_background_streams_have_the_lowest_priority(self, fake: Fake, torch: FakeTorch) -> None:
+        open_cuda().new_stream()
+        assert torch.made == [0]
+
+    def test_the_stream_that_the_host_waits_for_has_the_highest(self, fake: Fake, torch: FakeTorch) -> None:
+        pool = make_pool("page_first", layers=2, page_size=4, row_bytes=(16,))
+        for start, nbytes in registrations(pool, 2**30):
+            fake.register(start, nbytes)
+        open_cuda().prepare_copies(pool.geometry)
+        assert torch.made == [-5]
+
+    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.data())
+    def test_moves_exactly_these_rows_whatever_was_registered(
+        self, fake: Fake, torch: FakeTorch, data: st.DataObject
+    ) -> None:
+        fake.reset()
+        pool = data.draw(pools())
+        host, device_slots = data.draw(writes(pool))
+        # WSL2: the GPU sees registered memory under another address.
+        shift = data.draw(st.sampled_from([0, 1 << 40]))
+        fake.set(host_pointers=int(not shift))
+        smallest = max(1, max(buffer.nbytes for buffer in pool.host) // 20)
+        pieces = registrations(pool, data.draw(st.integers(smallest, 20 * smallest)))
+        for start, nbytes in pieces:
+            fake.register(start, nbytes, shift)
+        expected = pool.expected(host, device_slots)
+        device = open_cuda()
+        device.prepare_copies(pool.geometry, pieces)
+        device.copy(direct_copies(pool.geometry, host, device_slots), torch.here)
+        for got, want in zip(pool.host, expected, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+    def test_without_registrations_a_buffer_is_taken_as_one(self, fake: Fake, torch: FakeTorch) -> None:
+        pool = make_pool("page_first", layers=2, page_size=4, row_bytes=(16, 16))
+        for start, nbytes in registrations(pool, 2**30):
+            fake.register(start, nbytes)
+        device = open_cuda()
+        device.prepare_copies(pool.geometry)
+        device.copy(direct_copies(pool.geometry, np.arange(4), np.arange(4)), torch.here)
+        assert len(fake.calls) == 1
+
+    def test_pageable_memory_is_refused_before_serving(self, fake: Fake, torch: FakeTorch) -> None:
+        pool = make_pool("page_first", layers=2, page_size=4, row_bytes=(16, 16))
+        fake.register(int(pool.host[0].ctypes.data), pool.host[0].nbytes)
+        with pytest.raises(DeviceUnavailableError, match=r"pool kv at 0x\w+ is pageable"):
+            open_cuda().prepare_copies(pool.geometry)
+
+    def test_a_buffer_registered_in_part_is_refused(self, fake: Fake, torch: FakeTorch) -> None:
+        pool = make_pool("page_first", layers=2, page_size=4, row_bytes=(16,))
+        pieces = registrations(pool, 64)
+        for start, nbytes in pieces:
+            fake.register(start, nbytes)
+        with pytest.raises(DeviceUnavailableError, match="only partly registered"):
+            open_cuda().prepare_copies(pool.geometry, [*pieces[:2], *pieces[3:]])
+
+    def test_memory_nobody_spoke_of_is_refused_and_nothing_copied(self, fake: Fake, torch: FakeTorch) -> None:
+        pool = make_pool("page_first", layers=2, page_size=4, row_bytes=(16,))
+        with pytest.raises(UnknownHostMemoryError, match="prepare_copies"):
+            open_cuda().copy(direct_copies(pool.geometry, np.arange(4), np.arange(4)), torch.here)
+        assert fake.calls == []

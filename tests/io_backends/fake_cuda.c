@@ -1,0 +1,200 @@
+/* A stand-in for libcuda.so.1 on ordinary memory, for tests of what is asked of the driver.
+ *
+ * It copies for real, keeps a record of every call, and is told through fake_set() how to behave. Where the
+ * real driver is strict, so is it: the legacy NULL stream, zero-size entries, a batch under graph capture
+ * and an entry across two registered ranges are refused, with the codes that the real one gives.
+ */
+#include <stddef.h>
+#include <string.h>
+
+typedef unsigned long long u64;
+enum { SUCCESS = 0, INVALID_VALUE = 1, NOT_FOUND = 500, CAPTURE_UNSUPPORTED = 900 };
+
+typedef struct { int type; int id; } location;
+typedef struct { int order; location src, dst; unsigned flags; } attributes;
+
+enum { CALL_BATCH = 1, CALL_SINGLE = 2, CALL_BATCH_CUDA13 = 3 };
+typedef struct { u64 kind, stream, count, order, attribute_count, attribute_index, flags; } call_record;
+typedef struct { u64 start, size, shift; } host_range;
+
+static struct { const char *key; long long value; } settings[] = {
+    {"version", 13000},     /* what cuDriverGetVersion says */
+    {"init", 0},            /* what cuInit returns */
+    {"capturing", 0},       /* status of every stream */
+    {"fail_call", 0},       /* the n-th copy call, from 1, fails ... */
+    {"fail_code", 0},       /* ... with this code ... */
+    {"fail_entry", -1},     /* ... blaming this entry */
+    {"host_pointers", 1},   /* CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM */
+    {"status_code", 0},     /* what cuStreamIsCapturing returns */
+};
+enum { SETTINGS = sizeof settings / sizeof settings[0], MAX_CALLS = 4096, MAX_RANGES = 4096 };
+static long long defaults[SETTINGS];
+static call_record calls[MAX_CALLS];
+static host_range ranges[MAX_RANGES];
+static int call_count, range_count, started;
+
+static long long *setting(const char *key) {
+    for (int i = 0; i < SETTINGS; i++)
+        if (!strcmp(settings[i].key, key)) return &settings[i].value;
+    return NULL;
+}
+
+/* Back to a fresh driver: default settings, no registered memory, nothing recorded. */
+void fake_reset(void) {
+    for (int i = 0; i < SETTINGS; i++) {
+        if (!started) defaults[i] = settings[i].value;
+        settings[i].value = defaults[i];
+    }
+    started = 1;
+    call_count = range_count = 0;
+}
+
+int fake_set(const char *key, long long value) {
+    long long *place = setting(key);
+    if (!place) return 1;
+    *place = value;
+    return 0;
+}
+
+/* Host memory that CUDA knows, `shift` bytes further for the GPU. */
+void fake_register(u64 start, u64 size, u64 shift) {
+    host_range r = {start, size, shift};
+    if (range_count < MAX_RANGES) ranges[range_count++] = r;
+}
+
+int fake_call_count(void) { return call_count; }
+const call_record *fake_calls(void) { return calls; }
+
+/* Where a destination is in this process: inside one registered range as the GPU sees it, or nowhere. */
+static void *destination(u64 dst, size_t size) {
+    if (!range_count) return (void *)dst; /* a test that does not care */
+    for (int i = 0; i < range_count; i++) {
+        u64 start = ranges[i].start + ranges[i].shift;
+        if (dst >= start && dst + size <= start + ranges[i].size) return (void *)(dst - ranges[i].shift);
+    }
+    return NULL;
+}
+
+static int record(u64 kind, void *stream, size_t count, const attributes *attrs, const size_t *indices,
+                  size_t attribute_count) {
+    call_record r = {kind, (u64)stream, count, 0, attribute_count, 0, 0};
+    if (attrs) r.order = attrs->order, r.flags = attrs->flags, r.attribute_index = indices[0];
+    if (call_count < MAX_CALLS) calls[call_count] = r;
+    return ++call_count;
+}
+
+static int batch(u64 kind, u64 *dsts, u64 *srcs, size_t *sizes, size_t count, attributes *attrs,
+                 size_t *indices, size_t attribute_count, size_t *failed, void *stream) {
+    int nth = record(kind, stream, count, attrs, indices, attribute_count);
+    if ((u64)stream <= 1 || !count || attribute_count < 1 || indices[0] != 0) return INVALID_VALUE;
+    if (attrs->order < 1 || attrs->order > 3) return INVALID_VALUE;
+    if (*setting("capturing")) return CAPTURE_UNSUPPORTED;
+    if (nth == *setting("fail_call")) {
+        if (*setting("fail_entry") >= 0) *failed = *setting("fail_entry");
+        return *setting("fail_code");
+    }
+    for (size_t i = 0; i < count; i++)
+        if (!sizes[i] || !destination(dsts[i], sizes[i])) {
+            *failed = i;
+            return INVALID_VALUE;
+        }
+    for (size_t i = 0; i < count; i++) memcpy(destination(dsts[i], sizes[i]), (void *)srcs[i], sizes[i]);
+    return SUCCESS;
+}
+
+int cuMemcpyBatchAsync(u64 *dsts, u64 *srcs, size_t *sizes, size_t count, attributes *attrs,
+                       size_t *indices, size_t attribute_count, size_t *failed, void *stream) {
+    return batch(CALL_BATCH, dsts, srcs, sizes, count, attrs, indices, attribute_count, failed, stream);
+}
+
+/* CUDA 13's own form has no failed index: the stream comes where the index pointer was. */
+int cuMemcpyBatchAsync_v2(u64 *dsts, u64 *srcs, size_t *sizes, size_t count, attributes *attrs,
+                          size_t *indices, size_t attribute_count, void *stream) {
+    size_t failed;
+    return batch(CALL_BATCH_CUDA13, dsts, srcs, sizes, count, attrs, indices, attribute_count, &failed, stream);
+}
+
+int cuMemcpyAsync(u64 dst, u64 src, size_t size, void *stream) {
+    int nth = record(CALL_SINGLE, stream, 1, NULL, NULL, 0);
+    if (nth == *setting("fail_call")) return *setting("fail_code");
+    if (!destination(dst, size)) return INVALID_VALUE;
+    memcpy(destination(dst, size), (void *)src, size);
+    return SUCCESS;
+}
+
+int cuStreamIsCapturing(void *stream, int *status) {
+    *status = *setting("capturing");
+    return *setting("status_code");
+}
+
+int cuPointerGetAttribute(void *data, int attribute, u64 pointer) {
+    for (int i = 0; i < range_count; i++)
+        if (attribute == 2 && pointer >= ranges[i].start && pointer < ranges[i].start + ranges[i].size) {
+            *(unsigned *)data = 1; /* CU_MEMORYTYPE_HOST */
+            return SUCCESS;
+        }
+    return INVALID_VALUE; /* pageable: CUDA never heard of it */
+}
+
+int cuMemHostGetDevicePointer_v2(u64 *result, void *pointer, unsigned flags) {
+    for (int i = 0; i < range_count; i++)
+        if (ranges[i].start == (u64)pointer) {
+            *result = ranges[i].start + ranges[i].shift;
+            return SUCCESS;
+        }
+    return INVALID_VALUE;
+}
+
+int cuDeviceGet(int *device, int ordinal) {
+    *device = ordinal;
+    return SUCCESS;
+}
+
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    *value = attribute == 91 ? *setting("host_pointers") : 0;
+    return SUCCESS;
+}
+
+int cuInit(unsigned flags) { return *setting("init"); }
+
+int cuDriverGetVersion(int *version) {
+    *version = *setting("version");
+    return SUCCESS;
+}
+
+int cuGetProcAddress_v2(const char *symbol, void **function, int version, u64 flags, int *status);
+
+int cuGetProcAddress(const char *symbol, void **function, int version, u64 flags) {
+    return cuGetProcAddress_v2(symbol, function, version, flags, NULL);
+}
+
+/* Each function with the versions that it serves; the real driver picks by the version asked for too. */
+static const struct { const char *name; int from, below; void *function; } table[] = {
+    {"cuMemcpyBatchAsync", 12080, 13000, cuMemcpyBatchAsync},
+    {"cuMemcpyBatchAsync", 13000, 99999, cuMemcpyBatchAsync_v2},
+    {"cuMemcpyAsync", 4000, 99999, cuMemcpyAsync},
+    {"cuStreamIsCapturing", 10000, 99999, cuStreamIsCapturing},
+    {"cuPointerGetAttribute", 4000, 99999, cuPointerGetAttribute},
+    {"cuMemHostGetDevicePointer", 3020, 99999, cuMemHostGetDevicePointer_v2},
+    {"cuDeviceGet", 2000, 99999, cuDeviceGet},
+    {"cuDeviceGetAttribute", 2000, 99999, cuDeviceGetAttribute},
+    {"cuInit", 2000, 99999, cuInit},
+    {"cuDriverGetVersion", 2020, 99999, cuDriverGetVersion},
+    {"cuGetProcAddress", 11030, 12000, cuGetProcAddress},
+    {"cuGetProcAddress", 12000, 99999, cuGetProcAddress_v2},
+};
+
+int cuGetProcAddress_v2(const char *symbol, void **function, int version, u64 flags, int *status) {
+    *function = NULL;
+    if (status) *status = 1; /* symbol not found */
+    for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
+        if (strcmp(table[i].name, symbol)) continue;
+        if (version < table[i].from) {
+            if (status && !*function) *status = 2; /* version not sufficient */
+        } else if (version < table[i].below) {
+            *function = table[i].function;
+            if (status) *status = 0;
+        }
+    }
+    return *function ? SUCCESS : NOT_FOUND;
+}
