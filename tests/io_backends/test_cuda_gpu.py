@@ -147,9 +147,10 @@ class TestBytes:
         device.wait(stream, device.record(device.current_stream()))
 
         def upstream_copy() -> None:
-            torch.cuda._sleep(LONG)
             for layer, source in enumerate(pool.rows[0]):
                 pool.pinned[0][layer, 16:48].copy_(source[rows], non_blocking=True)
+            # Last, because a copy to host memory may make the host wait.
+            torch.cuda._sleep(LONG)
 
         with device.use_stream(stream):
             done = backend.submit(transfer_of(pool, host, slots, upstream_copy=upstream_copy), stream)
