@@ -24,6 +24,7 @@ class FencedKernelBackend:
 
     def __init__(self, device: Device, options: Mapping[str, Any]) -> None:
         self._device = device
+        self.upstream_indices = device.name != "cpu"
 
     def supports(self, geometry: PoolGeometry) -> str | None:
         if geometry.layout not in self.layouts:
@@ -34,7 +35,7 @@ class FencedKernelBackend:
         """SGLang's pools prepared their own tables."""
 
     def submit(self, transfer: Transfer, stream: Stream) -> Submission:
-        if self._device.name == "cpu":
+        if not self.upstream_indices:
             # SGLang's kernels have no CPU form: the plan's copies stand for them.
             device_slots = self._device.host_values(transfer.device_slots, transfer.indices_ready)
             batch = direct_copies(transfer.geometry, transfer.host_slots, device_slots)
@@ -43,7 +44,7 @@ class FencedKernelBackend:
             transfer.upstream_copy()
         return Submission(
             copies=1,
-            nbytes=len(transfer.host_slots) * transfer.geometry.bytes_per_token,
+            nbytes=transfer.tokens * transfer.geometry.bytes_per_token,
             sm_done=self._device.record(stream),
             keep=(transfer.device_slots,),
         )

@@ -25,7 +25,8 @@ class Transfer:
 
     Attributes:
         geometry: the pool, as given to ``prepare``.
-        host_slots: int64 [n] on the host; where each token goes.
+        host_slots: int64 [n] on the host; where each token goes. Empty for a backend with
+            ``upstream_indices``, whose indices are where SGLang's own copy wants them.
         device_slots: int64 tensor [n] on the pool's device; where each token is.
         ready: events that the first read of device rows must wait for (the producer fence). The stream
             given to ``submit`` has waited for them already; a backend that reads on a stream of its own
@@ -45,6 +46,11 @@ class Transfer:
     indices_ready: Event | None
     forwards_wait: bool
     upstream_copy: Callable[[], None]
+
+    @property
+    def tokens(self) -> int:
+        """Rows to copy, in each layer and component."""
+        return len(self.device_slots)
 
 
 class Pending(Protocol):
@@ -85,7 +91,11 @@ class Submission:
 
 @runtime_checkable
 class Backend(Protocol):
-    """Moves rows of a pool from the device to the host."""
+    """Moves rows of a pool from the device to the host.
+
+    A backend that has an attribute ``upstream_indices`` which is true gets indices moved as SGLang's own copy
+    wants them (host indices on the GPU, or device indices on the host), and calls ``upstream_copy``.
+    """
 
     name: str
 

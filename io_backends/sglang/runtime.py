@@ -10,7 +10,7 @@ from typing import Any
 from sglang_hicache.io_backends.device import open_device
 from sglang_hicache.io_backends.device.base import Device, Stream
 from sglang_hicache.io_backends.registry import get_backend
-from sglang_hicache.io_backends.sglang import cpu_engine, versions
+from sglang_hicache.io_backends.sglang import cpu_engine, kernels, versions
 from sglang_hicache.io_backends.sglang.carried import ATTRIBUTE
 from sglang_hicache.io_backends.sglang.errors import RefusedError, exit_with
 from sglang_hicache.io_backends.sglang.options import is_ours
@@ -143,6 +143,8 @@ def _activate(scheduler: Any, decision: Decision) -> None:
     )
     if device.name == "cpu":
         cpu_engine.install()
+    elif "block_quota" in decision.options:
+        kernels.limit_blocks(int(decision.options["block_quota"]))
     _apply(
         {
             versions.SCHEDULER + ".run_batch": ("BEFORE", _before_run_batch),
@@ -191,8 +193,15 @@ def _announce(scheduler: Any) -> None:
     if controller is not None:
         group = controller.mem_pool_host
         for entry in getattr(group, "entries", None) or [None]:
+            pool = group if entry is None else entry.host_pool
             # Staging is allocated now, not under the first write.
-            _active.writeback.serves(group if entry is None else entry.host_pool)
+            _active.writeback.serves(pool)
+            if _active.decision.backend == "fenced_kernel" and _active.device.name == "cuda":
+                logger.info(
+                    "hicache-io: pool %s is written back by SGLang's %s",
+                    getattr(pool, "pool_label", type(pool).__name__),
+                    kernels.kernel_of(pool, controller.io_backend),
+                )
     logger.info("%s", describe(_active.decision))
 
 

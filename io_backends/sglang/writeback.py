@@ -23,6 +23,8 @@ from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError, descri
 
 logger = logging.getLogger(__name__)
 
+_NO_SLOTS = np.empty(0, dtype=np.int64)
+
 _REGISTERED_RANGES = "_sglang_cuda_host_registered_ranges"
 """Where SGLang leaves (address, bytes) of each registration of a host buffer."""
 
@@ -149,7 +151,9 @@ class WriteBack:
         pool = group if anchor is None else anchor.host_pool
         side = operation.pool_transfers or []
         sides = [group.entry_map[transfer.name].host_pool for transfer in side]
-        if getattr(controller, "is_kv_sharded", False) or not any(map(self.serves, [pool, *sides])):
+        if getattr(controller, "is_kv_sharded", False) or not any(
+            map(self._takes_plain_indices, [pool, *sides])
+        ):
             return original(controller, operation)
         host, device = self._move(controller, pool, operation.host_indices, operation.device_indices)
         if anchor is None:
@@ -164,8 +168,11 @@ class WriteBack:
                 moved.append(replace(transfer, host_indices=side_host, device_indices=side_device))
         return host, device, moved
 
+    def _takes_plain_indices(self, pool: Any) -> bool:
+        return self.serves(pool) and not getattr(self._backend, "upstream_indices", False)
+
     def _move(self, controller: Any, pool: Any, host: Any, device: Any) -> tuple[Any, Any]:
-        if self.serves(pool):
+        if self._takes_plain_indices(pool):
             return host, device
         # SGLang's rule for a pool of its own, as in each version's _move_write_operation.
         per_pool = getattr(controller, "_move_pool_indices", None)
@@ -208,7 +215,11 @@ class WriteBack:
             return
         transfer = Transfer(
             geometry=geometry,
-            host_slots=np.asarray(host_indices, dtype=np.int64),
+            host_slots=(
+                _NO_SLOTS
+                if getattr(self._backend, "upstream_indices", False)
+                else np.asarray(host_indices, dtype=np.int64)
+            ),
             device_slots=device_indices,
             ready=ready,
             indices_ready=ready[-1],
