@@ -20,8 +20,12 @@ def describe(host_pool: Any) -> PoolGeometry:
     """
     kind = type(host_pool).__name__
     label = str(getattr(host_pool, "pool_label", "kv"))
-    # By exact class: a subclass may hold its rows differently (MXFP8 scales, asymmetric heads, HiSparse).
-    describe_kind = {"MHATokenToKVPoolHost": _mha, "MLATokenToKVPoolHost": _mla}.get(kind)
+    # By exact class: a subclass may hold its rows differently (MXFP8 scales, HiSparse).
+    describe_kind = {
+        "MHATokenToKVPoolHost": _mha,
+        "AsymmetricMHATokenToKVPoolHost": _mha,
+        "MLATokenToKVPoolHost": _mla,
+    }.get(kind)
     if describe_kind is None:
         raise UnsupportedPoolError(f"{kind} is not a plain MHA or MLA pool")
     if host_pool.layout not in LAYOUTS:
@@ -43,15 +47,13 @@ def describe(host_pool: Any) -> PoolGeometry:
 def _mha(pool: Any, label: str) -> PoolGeometry:
     k_rows = _device_buffers(pool, "k")
     v_rows = _device_buffers(pool, "v")
-    dtype = pool.dtype
-    v_head_dim = getattr(pool, "v_head_dim", None) or pool.head_dim
-    if v_head_dim != pool.head_dim:
-        # SGLang's kv_buffer[1] is v_buffer only while both halves are equal.
-        raise UnsupportedPoolError(f"K rows of {pool.head_dim} and V rows of {v_head_dim} differ in width")
-    row = pool.head_num * pool.head_dim * dtype.itemsize
-    parts = []
-    for name, rows, buffer in (("k", k_rows, pool.k_buffer), ("v", v_rows, pool.v_buffer)):
-        parts.append(_component(pool, name, rows, buffer, row, pool.head_num))
+    element = pool.head_num * pool.dtype.itemsize
+    # K and V of different width have a buffer each, or else each half of one buffer.
+    v_dim = getattr(pool, "v_head_dim", None) or pool.head_dim
+    parts = [
+        _component(pool, "k", k_rows, pool.k_buffer, element * pool.head_dim, pool.head_num),
+        _component(pool, "v", v_rows, pool.v_buffer, element * v_dim, pool.head_num),
+    ]
     return _geometry(pool, label, "mha", k_rows, tuple(parts), pool.head_num)
 
 
@@ -116,6 +118,14 @@ def _component(
         device_row_stride=strides.pop(),
         host=host,
     )
+
+
+def host_buffers(host_pool: Any) -> tuple[Any, ...]:
+    """The tensors that hold a pool's host memory."""
+    buffer = getattr(host_pool, "kv_buffer", None)
+    if buffer is None:
+        return ()
+    return tuple(buffer) if isinstance(buffer, tuple | list) else (buffer,)
 
 
 def _device_buffers(pool: Any, name: str) -> tuple[Any, ...]:

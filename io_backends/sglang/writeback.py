@@ -19,7 +19,7 @@ from sglang_hicache.io_backends.device.base import Device, Event, Stream
 from sglang_hicache.io_backends.geometry import PoolGeometry
 from sglang_hicache.io_backends.interface import Backend, Deferring, Pending, Transfer
 from sglang_hicache.io_backends.sglang.completion import deferred
-from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError, describe
+from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError, describe, host_buffers
 
 logger = logging.getLogger(__name__)
 
@@ -258,8 +258,12 @@ class WriteBack:
                 reason,
             )
         if geometry is not None:
-            buffer = host_pool.kv_buffer
-            self._device.prepare_copies(geometry, getattr(buffer, _REGISTERED_RANGES, ()))
+            registered = [
+                extent
+                for buffer in host_buffers(host_pool)
+                for extent in getattr(buffer, _REGISTERED_RANGES, ())
+            ]
+            self._device.prepare_copies(geometry, registered)
             self._backend.prepare(geometry)
         route = _Route(fingerprint, geometry, reason)
         self._routes[id(host_pool)] = route
@@ -311,9 +315,8 @@ class _RoutedPool:
 
 def _fingerprint(host_pool: Any) -> tuple[int, ...]:
     """Changes when a pool's memory does: a described geometry holds raw addresses."""
-    buffer = getattr(host_pool, "kv_buffer", None)
     rows = getattr(host_pool, "device_k_buffers", None) or getattr(host_pool, "device_kv_buffers", None)
     return (
-        buffer.data_ptr() if buffer is not None and hasattr(buffer, "data_ptr") else 0,
+        *(buffer.data_ptr() for buffer in host_buffers(host_pool)),
         rows[0].data_ptr() if rows else 0,
     )

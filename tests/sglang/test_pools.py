@@ -10,7 +10,7 @@ import pytest
 from sglang_hicache.io_backends import Submission, Transfer, get_backend
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.registry import OWN_NAMES
-from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError, describe
+from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError, describe, host_buffers
 from sglang_hicache.io_backends.sglang.writeback import WriteBack
 
 pytestmark = pytest.mark.usefixtures("cpu_sglang")
@@ -21,6 +21,8 @@ CASES = [
     ("mha", "layer_first"),
     ("mha", "page_first"),
     ("mha", "page_first_direct"),
+    ("wide_k", "page_first"),
+    ("wide_k", "page_first_direct"),
     ("mla", "layer_first"),
     ("mla", "page_first"),
     ("mla", "page_first_direct"),
@@ -33,7 +35,10 @@ class Pools:
     def __init__(self, kind: str, layout: str, page_size: int, dtype: str = "bfloat16") -> None:
         import torch
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
-        from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
+        from sglang.srt.mem_cache.pool_host.mha import (
+            AsymmetricMHATokenToKVPoolHost,
+            MHATokenToKVPoolHost,
+        )
         from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 
         torch.manual_seed(0)
@@ -46,6 +51,13 @@ class Pools:
             self.host = MHATokenToKVPoolHost(
                 self.device._mha_buffer_info(), 2.0, 0, page_size, layout, **size
             )
+        elif kind == "wide_k":
+            self.device = MHATokenToKVPool(
+                DEVICE_TOKENS, page_size, element, 2, 48, LAYERS, "cpu", False, v_head_dim=32
+            )
+            self.host = AsymmetricMHATokenToKVPoolHost(
+                self.device._mha_buffer_info(), 2.0, 0, page_size, layout, **size
+            )
         else:
             self.device = MLATokenToKVPool(DEVICE_TOKENS, page_size, element, 64, 16, LAYERS, "cpu", False)
             self.host = MLATokenToKVPoolHost(
@@ -53,7 +65,8 @@ class Pools:
             )
         for _, rows in self.views():
             rows.view(torch.uint8).random_(0, 256)
-        self.host.kv_buffer.view(torch.uint8).fill_(0xA5)
+        for buffer in host_buffers(self.host):
+            buffer.view(torch.uint8).fill_(0xA5)
 
     def views(self) -> list[tuple[Any, Any]]:
         """(host rows, device rows) of each component and layer; host rows as SGLang itself indexes them."""
