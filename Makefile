@@ -1,0 +1,86 @@
+# make demo        real SGLang servers, with and without HiCache: the outputs must not differ (no GPU needed)
+# make test        all tests; make test-fast: those that need neither SGLang nor a GPU, in seconds
+# make lint        ruff and mypy
+# make versions    the SGLang releases this project supports, unpacked for the tests
+# make clean       remove what was built, not .venv; make distclean: that too
+#
+# PYTHON=...  the Python to build .venv with      MODEL=...  serve this model on this machine's GPU (make demo)
+# ARGS=...    more options for hicache-io demo, or for pytest
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+SGLANG := 0.5.23
+SUPPORTED := 0.5.18 0.5.19 0.5.20 0.5.21 0.5.22 0.5.23
+
+# SGLang publishes wheels for CPython 3.11, 3.12 and 3.13 (0.5.23).
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& { echo "$$p"; break; }; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+STEP := .ci/step
+SOURCES := io_backends policy bench tests
+
+.PHONY: demo test test-fast lint versions clean distclean
+
+demo: $(VENV)/.package
+	$(BIN)/hicache-io demo --cache .demo $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+test: $(VENV)/.test versions
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not sglang and not server and not gpu" $(ARGS)
+
+# The folders are the package only by pyproject.toml's package-dir; mypy finds it through links.
+lint: export MYPYPATH := build/types
+lint: MYPY := $(BIN)/mypy --namespace-packages --explicit-package-bases
+lint: $(VENV)/.test
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	@mkdir -p build/types/sglang_hicache
+	@for folder in io_backends policy bench; do ln -sfn ../../../$$folder build/types/sglang_hicache/$$folder; done
+	$(MYPY) --strict -p sglang_hicache.policy \
+		$(addprefix -m sglang_hicache.io_backends.,geometry plan interface registry copy_engine hybrid fenced_kernel)
+	$(MYPY) --disable-error-code import-untyped --no-warn-unused-ignores \
+		-p sglang_hicache.io_backends -p sglang_hicache.bench
+
+versions: $(SUPPORTED:%=.sglang-versions/%/.complete)
+
+# The tests read these trees, and start a server of one; nothing of them is installed.
+.sglang-versions/%/.complete: | $(BIN)/python
+	@mkdir -p .sglang-versions
+	@rm -rf .sglang-versions/$* .sglang-versions/$*.part
+	@$(STEP) "downloading sglang $*" $(PIP) download -q --no-deps --dest .sglang-versions/$*.part sglang==$*
+	@$(STEP) "unpacking sglang $*" $(BIN)/python -m zipfile -e .sglang-versions/$*.part/*.whl .sglang-versions/$*
+	@rm -rf .sglang-versions/$*.part
+	@touch $@
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 found; name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(STEP) "creating $(VENV) with $(PYTHON)" "$(PYTHON)" -m venv $(VENV)
+
+# The version is in the stamp's name, and what is there already is not installed again.
+$(VENV)/.sglang-$(SGLANG): | $(BIN)/python
+	@if ! $(BIN)/python -c 'from importlib.metadata import version as v; exit(v("sglang") != "$(SGLANG)")' 2>/dev/null; then \
+		$(STEP) "installing sglang $(SGLANG) (11 GB, some minutes)" $(PIP) install sglang==$(SGLANG); fi
+	@touch $@
+
+$(VENV)/.package: pyproject.toml $(VENV)/.sglang-$(SGLANG)
+	@$(STEP) "installing this package" $(PIP) install -q -e .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.package
+	@$(STEP) "installing what the tests need" $(PIP) install -q -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf build dist .demo .whl .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) .sglang-versions *.egg-info
