@@ -22,6 +22,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# Every version that gets installed.
+PINNED := $(PIP) install -c constraints.txt
 STEP := .ci/step
 SOURCES := io_backends policy bench tests
 
@@ -67,15 +69,15 @@ $(BIN)/python:
 # The version is in the stamp's name, and what is there already is not installed again.
 $(VENV)/.sglang-$(SGLANG): | $(BIN)/python
 	@if ! $(BIN)/python -c 'from importlib.metadata import version as v; exit(v("sglang") != "$(SGLANG)")' 2>/dev/null; then \
-		$(STEP) "installing sglang $(SGLANG) (11 GB, some minutes)" $(PIP) install sglang==$(SGLANG); fi
+		$(STEP) "installing sglang $(SGLANG) (11 GB, some minutes)" $(PINNED) sglang==$(SGLANG); fi
 	@touch $@
 
 $(VENV)/.package: pyproject.toml $(VENV)/.sglang-$(SGLANG)
-	@$(STEP) "installing this package" $(PIP) install -q -e .
+	@$(STEP) "installing this package" $(PINNED) -q -e .
 	@touch $@
 
 $(VENV)/.test: pyproject.toml $(VENV)/.package
-	@$(STEP) "installing what the tests need" $(PIP) install -q -e '.[test]'
+	@$(STEP) "installing what the tests need" $(PINNED) -q -e '.[test]'
 	@touch $@
 
 clean:
