@@ -93,7 +93,7 @@ def verdict(setup: Setup, failures: Mapping[str, str], seconds: float) -> str:
     if setup.cpu_engine:
         text += (
             "\nThis ran on SGLang's CPU engine: it shows that the right bytes go out and come back. It says "
-            "nothing about speed on a GPU, nor about ordering, which `hicache-io race` is for."
+            "nothing about speed on a GPU, nor about the order of work on one."
         )
     return f"{text} ({seconds:.0f} s)"
 
