@@ -3,7 +3,7 @@
 Every figure is end to end on the GPU's own clock: from an event before the transfer is submitted, on idle
 streams, to the event that SGLang would take for its completion, Python's planning included. Bytes are
 checked against the device rows once per case, the host buffer poisoned first. Needs torch and an NVIDIA GPU,
-no SGLang.
+no SGLang; its own pools enter the field through :mod:`sglang_hicache.bench.d2h_sglang`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from sglang_hicache.io_backends.device.cuda import CudaDevice
 from sglang_hicache.io_backends.plan import direct_copies
 
 POISON = 0xA5
+ENOUGH_S = 3.0
+"""A contender that is this slow is not repeated any further."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,10 @@ class Memory:
             ]
             for row in model.components
         ]
-        self.host = [
-            torch.empty(model.layers * slots * row, dtype=torch.uint8, pin_memory=True)
-            for row in model.components
-        ]
+        # One allocation, since SGLang's pools hold all components in one buffer.
+        sizes = [model.layers * slots * row for row in model.components]
+        self.pinned = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+        self.host = list(self.pinned.split(sizes))
         self.device = device
 
     def geometry(self, layout: str, page_size: int) -> PoolGeometry:
@@ -185,25 +188,36 @@ def slots_of(case: Case, slots: int, seed: int = 0) -> tuple[np.ndarray, np.ndar
     return some(), some()
 
 
-Submit = Callable[[], tuple[int, Any]]
+Submit = Callable[[], tuple[int | None, Any]]
 """Enqueues one transfer on the current stream; returns copies, and the event a fenced forward waits for."""
 
 
-def contenders(
-    geometry: PoolGeometry,
-    case: Case,
-    device: TimedDevice,
-    host: np.ndarray,
-    rows: np.ndarray,
-    stream: Any,
-    options: Mapping[str, Any],
-) -> Iterator[tuple[str, Submit | str]]:
-    """This project's backends and a plain copy loop; a string is the reason why one is not possible."""
+@dataclass(frozen=True)
+class Task:
+    """What every contender of a case is given."""
+
+    case: Case
+    memory: Memory
+    geometry: PoolGeometry
+    host: np.ndarray
+    rows: np.ndarray
+    stream: Any
+    device: TimedDevice
+    options: Mapping[str, Any]
+
+
+Contenders = Callable[[Task], Iterator[tuple[str, Submit | str]]]
+"""Names and submissions of a task; a string is the reason why one is not possible."""
+
+
+def contenders(task: Task) -> Iterator[tuple[str, Submit | str]]:
+    """This project's backends and a plain copy loop."""
     import torch
 
-    device_slots = torch.from_numpy(rows).cuda()
+    geometry, device, host, stream = task.geometry, task.device, task.host, task.stream
+    device_slots = torch.from_numpy(task.rows).cuda()
     for name in ("hybrid", "copy_engine"):
-        backend = get_backend(name)(device, options)
+        backend = get_backend(name)(device, task.options)
         reason = backend.supports(geometry)
         if reason is not None:
             yield name, reason
@@ -217,7 +231,7 @@ def contenders(
             return done.copies, done.sm_done
 
         yield name, submit
-    batch = direct_copies(geometry, host, rows)
+    batch = direct_copies(geometry, host, task.rows)
     if len(batch) > 20_000:
         yield "memcpy_loop", f"{len(batch)} calls: a loop of single copies would take seconds"
         return
@@ -234,12 +248,19 @@ def contenders(
     yield "memcpy_loop", loop
 
 
-def measure(row: Row, submit: Submit, nbytes: int, stream: Any, repeats: int) -> None:
-    """Fill ``row`` with medians over ``repeats``."""
+def measure(
+    row: Row, submit: Submit, nbytes: int, stream: Any, repeats: int, enough_s: float = ENOUGH_S
+) -> None:
+    """Fill ``row`` with medians over ``repeats``, or fewer (two at least) once ``enough_s`` have passed."""
     import torch
 
-    times, stalls, submits = [], [], []
+    times: list[float] = []
+    stalls: list[float] = []
+    submits: list[float] = []
+    first = time.monotonic()
     for attempt in range(repeats + 1):
+        if len(times) > 1 and time.monotonic() - first > enough_s:
+            break
         torch.cuda.synchronize()
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
@@ -256,7 +277,7 @@ def measure(row: Row, submit: Submit, nbytes: int, stream: Any, repeats: int) ->
         submits.append(submitted * 1e6)
         stalls.append(start.elapsed_time(sm_done) if sm_done is not None else 0.0)
         row.copies = copies
-    row.repeats = repeats
+    row.repeats = len(times)
     row.ms = statistics.median(times)
     row.ms_spread = max(times) - min(times)
     row.gb_per_s = nbytes / row.ms / 1e6
@@ -304,6 +325,7 @@ def bandwidth(
     repeats: int = 5,
     budget_s: float = 120,
     say: Callable[[str], None] = lambda line: None,
+    field_of: Sequence[Contenders] = (contenders,),
 ) -> list[Row]:
     """Every contender in every case, interleaved case by case, until ``budget_s`` is spent."""
     import torch
@@ -320,17 +342,20 @@ def bandwidth(
             continue
         geometry = memory.geometry(case.layout, case.page_size)
         host, device_slots = slots_of(case, slots)
-        for name, submit in contenders(geometry, case, device, host, device_slots, stream, options or {}):
+        task = Task(case, memory, geometry, host, device_slots, stream, device, options or {})
+        for name, submit in chain.from_iterable(found(task) for found in field_of):
             row = Row(case, name)
             rows.append(row)
             if isinstance(submit, str):
                 row.reason = submit
+                say(f"{case} {name}: {submit}")
                 continue
             memory.poison(geometry, host)
             try:
                 measure(row, submit, case.tokens * geometry.bytes_per_token, stream, repeats)
-            except RuntimeError as error:
-                row.reason = str(error).splitlines()[0]
+            except Exception as error:  # a contender that fails is a row with a reason
+                row.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                say(f"{case} {name}: {row.reason}")
                 continue
             torch.cuda.synchronize()
             row.checked = memory.matches(geometry, host, device_slots)
@@ -373,7 +398,12 @@ def forwards() -> dict[str, Callable[[], Any]]:
     }
 
 
-def interference(case: Case, options: Mapping[str, Any] | None = None, rounds: int = 5) -> list[Interference]:
+def interference(
+    case: Case,
+    options: Mapping[str, Any] | None = None,
+    rounds: int = 5,
+    field_of: Sequence[Contenders] = (contenders,),
+) -> list[Interference]:
     """Each stand-in alone, and beside back-to-back transfers of ``case`` by each contender."""
     import torch
 
@@ -386,11 +416,17 @@ def interference(case: Case, options: Mapping[str, Any] | None = None, rounds: i
     forward_stream = torch.cuda.Stream()
     found: list[Interference] = []
     nbytes = case.tokens * geometry.bytes_per_token
-    made = [
-        (name, submit)
-        for name, submit in contenders(geometry, case, device, host, rows, d2h, options or {})
-        if not isinstance(submit, str)
-    ]
+    task = Task(case, memory, geometry, host, rows, d2h, device, options or {})
+    made: list[tuple[str, Submit]] = []
+    for name, submit in chain.from_iterable(each(task) for each in field_of):
+        if isinstance(submit, str):
+            continue
+        try:
+            with torch.cuda.stream(d2h):
+                submit()
+        except Exception:  # the bandwidth grid says why
+            continue
+        made.append((name, submit))
 
     def timed(run: Callable[[], Any], times: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -409,8 +445,12 @@ def interference(case: Case, options: Mapping[str, Any] | None = None, rounds: i
         times = max(3, int(200 / per))
         alone = statistics.median(timed(run, times) for _ in range(rounds))
         for name, submit in made:
-            beside, rates = [], []
+            beside: list[float] = []
+            rates: list[float] = []
+            started = time.monotonic()
             for _ in range(rounds):
+                if len(beside) > 1 and time.monotonic() - started > ENOUGH_S:
+                    break
                 torch.cuda.synchronize()
                 begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -67,7 +67,8 @@ def demo(
         reference = runs.get("reference")
         if reference is not None:
             failures |= _problems(runs, reference)
-            console.print(table(runs, reference))
+            if len(runs) > 1:
+                console.print(table(runs, reference))
         for name, why in failures.items():
             console.print(f"[bold red]{name} failed[/bold red]: ", end="")
             console.print(why, markup=False, soft_wrap=True)

@@ -1,6 +1,8 @@
 """One call on a machine with a GPU: correctness first, then figures, all of it saved as data.
 
-    python -m sglang_hicache.bench.gpu_suite --out results [--skip-tests] [--budget 300]
+    python -m sglang_hicache.bench.gpu_suite --out results [--skip-tests] [--budget 300] [--sglang]
+
+With ``--sglang``, SGLang's own write-back takes part (see :mod:`sglang_hicache.bench.d2h_sglang`).
 
 Writes ``results/gpu.json`` and prints what it finds. Exit status 1 if a test failed or a byte was wrong.
 """
@@ -8,12 +10,13 @@ Writes ``results/gpu.json`` and prints what it finds. Exit status 1 if a test fa
 from __future__ import annotations
 
 import argparse
+import logging
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from sglang_hicache.bench import d2h
+from sglang_hicache.bench import d2h, d2h_sglang
 from sglang_hicache.bench.d2h import Case
 
 LAYOUTS = ("page_first", "layer_first", "page_first_direct")
@@ -43,6 +46,19 @@ def run_tests(out: Path) -> int:
     return done.returncode
 
 
+def prepare_sglang() -> dict[str, object]:
+    """Compile SGLang's kernels; what took part, or why nothing did."""
+    reason = d2h_sglang.why_not()
+    if reason is not None:
+        return {"missing": reason}
+    # One warning for each of some hundred pools, about their size.
+    logging.getLogger("sglang").setLevel(logging.ERROR)
+    began = time.monotonic()
+    rows = {row for model in (d2h.QWEN3_8B, d2h.DEEPSEEK_V3) for row in model.components}
+    failed = d2h_sglang.compile_kernels(rows)
+    return {**d2h_sglang.notes(), "compile_s": time.monotonic() - began, "failed": failed}
+
+
 def main() -> int:
     """Run the suite."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -50,6 +66,8 @@ def main() -> int:
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--budget", type=float, default=240, help="seconds for the bandwidth grid")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 512, 32768])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sglang", action="store_true", help="SGLang's own write-back takes part")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     failed = 0 if args.skip_tests else run_tests(args.out)
@@ -59,6 +77,11 @@ def main() -> int:
     parts["link_gb_per_s"] = d2h.link_ceiling()
     parts["hbm_gb_per_s"] = d2h.hbm_ceiling()
     print(f"link {parts['link_gb_per_s']:.1f} GB/s, HBM {parts['hbm_gb_per_s']:.0f} GB/s", flush=True)
+    field: list[d2h.Contenders] = [d2h.contenders]
+    if args.sglang:
+        parts["sglang"] = prepare_sglang()
+        print(parts["sglang"], flush=True)
+        field.append(d2h_sglang.contenders)
     rows: list[d2h.Row] = []
     parts["bandwidth"] = rows
     share = {d2h.QWEN3_8B: 0.75, d2h.DEEPSEEK_V3: 0.25}
@@ -66,11 +89,13 @@ def main() -> int:
         rows += d2h.bandwidth(
             model,
             cases(model.name, tuple(args.tokens)),
+            repeats=args.repeats,
             budget_s=args.budget * part,
+            field_of=field,
             say=lambda line: print(line, flush=True),
         )
         d2h.write(args.out / "gpu.json", parts)
-    found = d2h.interference(Case(d2h.QWEN3_8B.name, "page_first", 16, 8192, True))
+    found = d2h.interference(Case(d2h.QWEN3_8B.name, "page_first", 16, 8192, True), field_of=field)
     parts["interference"] = found
     for each in found:
         print(

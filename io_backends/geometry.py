@@ -143,6 +143,10 @@ class PoolGeometry:
                     f"{part.device_row_stride}"
                 )
 
+    def __hash__(self) -> int:
+        # Plans are cached by pool, on the scheduler's thread: not over hundreds of row addresses each time.
+        return hash((self.label, self.components[0].host.base))
+
     @property
     def paged(self) -> bool:
         """Whether rows are unevenly spaced across a page boundary on the host."""

@@ -7,8 +7,9 @@ few large copies whatever the device side looked like.
 Three streams: gathers on one, drains on another, and SGLang's transfer stream, which only waits for the last
 drain so that what SGLang records there is the transfer's completion. A write larger than the ring is cut into
 chunks. Where no forward waits for gathers, the chunks are a pipeline: a gather waits on the GPU for the
-drain of the memory it fills. Where forwards do wait, that would make them wait for the link; so there a chunk
-is enqueued only when its memory is free, the rest in later gaps between forwards
+drain of the memory it fills; two chunks fill the ring, so that one is gathered while another drains (see
+:func:`~.chunks.chunk_units`). Where forwards do wait, that would make them wait for the link; so there a
+chunk is enqueued only when its memory is free, the rest in later gaps between forwards
 (:meth:`HybridBackend.advance`).
 """
 
@@ -16,50 +17,32 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from sglang_hicache.io_backends.chunks import ring_units
 from sglang_hicache.io_backends.device.base import Device, Event, Staging, Stream
 from sglang_hicache.io_backends.geometry import PoolGeometry
 from sglang_hicache.io_backends.interface import Submission, Transfer
-from sglang_hicache.io_backends.plan import (
-    STAGING_ALIGNMENT,
-    Chunk,
-    CopyBatch,
-    as_slots,
-    chunks,
-    drain_copies,
-    staging_geometry,
-    staging_nbytes,
-)
+from sglang_hicache.io_backends.plan import CopyBatch
+from sglang_hicache.io_backends.staged_plan import PlannedChunk, plan_write
 from sglang_hicache.io_backends.staging import Ring
 
 DEFAULT_STAGING_MB = 256
-"""MiB of device memory for the ring; unmeasured, the contract's example value."""
+"""MiB of device memory for the ring; the contract's example value. By arithmetic, a chunk of half of it
+drains in 2.4 ms at 55 GB/s (H200): long against what the next one costs the host (bench/submit_cost.py)."""
 
 DEFAULT_GATHER_CTAS = 32
 """Thread blocks of the gather. B200, 592/148/64/32/16 blocks of a D2H kernel: total time was best at 32
 (published by others; for a kernel that writes to the host, not for a gather; unmeasured here)."""
-
-CHUNKS_PER_RING = 4
-"""A chunk is at most this fraction of the ring, so that one can be filled while others drain; unmeasured."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """A chunk and its drain, with sources relative to the chunk's staging."""
-
-    chunk: Chunk
-    drain: CopyBatch
 
 
 class _Write:
     """One transfer's chunks that are not enqueued yet."""
 
     def __init__(
-        self, backend: HybridBackend, transfer: Transfer, rest: deque[_Planned], stream: Stream
+        self, backend: HybridBackend, transfer: Transfer, rest: deque[PlannedChunk], stream: Stream
     ) -> None:
         self.transfer = transfer
         self.rest = rest
@@ -104,11 +87,11 @@ class HybridBackend:
     def supports(self, geometry: PoolGeometry) -> str | None:
         if geometry.layout not in self.layouts:
             return f"hybrid does not know layout {geometry.layout}"
-        unit = geometry.bytes_per_token * (geometry.page_size if geometry.paged else 1)
-        if unit + STAGING_ALIGNMENT * len(geometry.components) > self._chunk_bytes():
+        if ring_units(geometry, self._ring.nbytes) < 2:
+            unit, count = ("page", geometry.page_size) if geometry.paged else ("token", 1)
             return (
-                f"one {'page' if geometry.paged else 'token'} of {unit} bytes does not fit a chunk "
-                f"of {self._chunk_bytes()} bytes, a quarter of the staging ring; raise staging_mb"
+                f"two {unit}s of {geometry.bytes_per_token * count} bytes do not fit the staging ring of "
+                f"{self._ring.nbytes} bytes; raise staging_mb"
             )
         return None
 
@@ -123,15 +106,12 @@ class HybridBackend:
 
     def submit(self, transfer: Transfer, stream: Stream) -> Submission:
         geometry = transfer.geometry
-        slots = as_slots(transfer.host_slots, geometry.host_slots, f"{geometry.label} host")
-        if len(slots) != len(transfer.device_slots):
-            raise ValueError(f"{len(slots)} host indices for {len(transfer.device_slots)} device indices")
+        tokens = len(transfer.host_slots)
+        if tokens != len(transfer.device_slots):
+            raise ValueError(f"{tokens} host indices for {len(transfer.device_slots)} device indices")
+        rest = deque(plan_write(geometry, transfer.host_slots, self._ring.nbytes))
         for event in transfer.ready:
             self._device.wait(self._gather_stream, event)
-        rest = deque(
-            _Planned(chunk, drain_copies(geometry, staging_geometry(geometry, chunk, 0), chunk, slots))
-            for chunk in chunks(geometry, slots, self._chunk_bytes())
-        )
         copies = sum(len(planned.drain) for planned in rest)
         write = _Write(self, transfer, rest, stream)
         gathered: Event | None = None
@@ -140,7 +120,7 @@ class HybridBackend:
             gathered = self._enqueue(wait=not transfer.forwards_wait)
         return Submission(
             copies=copies,
-            nbytes=len(slots) * geometry.bytes_per_token,
+            nbytes=tokens * geometry.bytes_per_token,
             sm_done=gathered,
             keep=(transfer.device_slots,),
             pending=None if write.enqueued() else write,
@@ -169,9 +149,6 @@ class HybridBackend:
             write.finish()
         self._waiting.clear()
 
-    def _chunk_bytes(self) -> int:
-        return self._ring.nbytes // CHUNKS_PER_RING
-
     def _enqueue(self, *, wait: bool) -> Event | None:
         """Gathers and drains of waiting writes, oldest first, as far as memory allows."""
         gathered: Event | None = None
@@ -193,26 +170,19 @@ class HybridBackend:
             write.finish()
         return gathered
 
-    def _enqueue_chunk(self, transfer: Transfer, planned: _Planned, *, wait: bool) -> Event | None:
+    def _enqueue_chunk(self, transfer: Transfer, planned: PlannedChunk, *, wait: bool) -> Event | None:
         device = self._device
-        chunk, drain = planned.chunk, planned.drain
+        chunk, staged, drain = planned.chunk, planned.staged, planned.drain
         assert self._staging is not None
-        taken = self._ring.take(staging_nbytes(transfer.geometry, chunk), wait=wait)
+        taken = self._ring.take(staged.nbytes, wait=wait)
         if taken is None:
             return None
         region, drained = taken
         for event in drained:
             device.wait(self._gather_stream, event)
         base = self._staging.address + region.start
-        rows = transfer.device_slots[chunk.start : chunk.stop]
         try:
-            device.gather(
-                staging_geometry(transfer.geometry, chunk, base),
-                rows,
-                chunk.first_slot,
-                self._gather_stream,
-                self._ctas,
-            )
+            device.gather(staged, base, transfer.device_slots, chunk, self._gather_stream, self._ctas)
             gathered = device.record(self._gather_stream)
             device.wait(self._drain_stream, gathered)
             batch = CopyBatch(drain.dst, drain.src + np.uint64(base), drain.nbytes)

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sglang_hicache.io_backends.chunks import STAGING_ALIGNMENT
 from sglang_hicache.io_backends.device.base import Event
-from sglang_hicache.io_backends.plan import STAGING_ALIGNMENT
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class Ring:
         """A region of ``nbytes``, and the events its writer must wait for first.
 
         Args:
-            nbytes: size of the region, rounded up to :data:`~.plan.STAGING_ALIGNMENT`.
+            nbytes: size of the region, rounded up to :data:`~.chunks.STAGING_ALIGNMENT`.
             wait: whether memory that is still being drained may be handed out, with its event to wait for.
                 Without it, None is returned when no drained memory is free.
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from sglang_hicache.io_backends.chunks import Chunk, Staged
 from sglang_hicache.io_backends.geometry import PoolGeometry
 from sglang_hicache.io_backends.plan import CopyBatch
 
@@ -85,12 +86,20 @@ class Device(Protocol):
     def allocate_staging(self, nbytes: int) -> Staging: ...
 
     def gather(
-        self, staged: PoolGeometry, device_slots: Any, first_slot: int, stream: Stream, ctas: int
+        self,
+        staged: Staged,
+        base: int,
+        device_slots: Any,
+        chunk: Chunk,
+        stream: Stream,
+        ctas: int,
     ) -> None:
-        """SM work: copy device rows ``device_slots`` [n] to ``staged``'s slots ``first_slot`` onwards.
+        """SM work: copy the device rows of ``chunk``'s tokens to its slots in staging.
 
         Args:
-            staged: device side of the pool, host side in staging (:func:`~..plan.staging_geometry`).
+            staged: the pool, and the layout of the destination, which begins at address ``base``.
+            device_slots: where each token of the transfer is, int64 [n] on the device.
+            chunk: which tokens, and their first slot in ``staged``.
             ctas: thread blocks to use at most.
         """
         ...

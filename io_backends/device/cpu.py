@@ -10,12 +10,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from sglang_hicache.io_backends.geometry import Component, PoolGeometry
+from sglang_hicache.io_backends.chunks import Chunk, Staged
+from sglang_hicache.io_backends.geometry import Component, HostStrides, PoolGeometry
 from sglang_hicache.io_backends.plan import CopyBatch
 
 
@@ -85,20 +86,26 @@ class CpuDevice:
 
     def gather(
         self,
-        staged: PoolGeometry,
+        staged: Staged,
+        base: int,
         device_slots: npt.ArrayLike,
-        first_slot: int,
+        chunk: Chunk,
         stream: CpuStream,
         ctas: int,
     ) -> None:
-        rows = np.asarray(device_slots, dtype=np.int64)
-        slots = np.arange(first_slot, first_slot + len(rows))
-        page, offset = np.divmod(slots, staged.page_size)
-        for part in staged.components:
-            for layer in range(staged.layers):
-                for piece in range(part.host.pieces):
-                    target = host_view(staged, part, layer, piece)
-                    target[page, offset] = rows_view(staged, part, layer, piece)[rows]
+        geometry = staged.geometry
+        rows = np.asarray(device_slots, dtype=np.int64)[chunk.start : chunk.stop]
+        page, offset = np.divmod(
+            np.arange(chunk.first_slot, chunk.first_slot + chunk.tokens), geometry.page_size
+        )
+        for part, strides in zip(geometry.components, staged.parts, strict=True):
+            to = replace(strides, base=base + strides.base)
+            for layer in range(geometry.layers):
+                for piece in range(to.pieces):
+                    target = strided_rows(
+                        to, staged.slots, geometry.page_size, part.piece_bytes, layer, piece
+                    )
+                    target[page, offset] = rows_view(geometry, part, layer, piece)[rows]
 
     def copy(self, batch: CopyBatch, stream: CpuStream) -> None:
         move = ctypes.memmove
@@ -120,13 +127,19 @@ def rows_view(geometry: PoolGeometry, part: Component, layer: int, piece: int) -
 def host_view(geometry: PoolGeometry, part: Component, layer: int, piece: int) -> npt.NDArray[np.uint8]:
     """Host rows of one layer and piece as uint8 [pages, page_size, piece_bytes], in place.
 
-    Where the slots are not whole pages (a staging chunk), the last page reaches beyond the buffer and must
-    not be indexed there.
+    Where the slots are not whole pages, the last page reaches beyond the buffer and must not be indexed
+    there.
     """
-    to = part.host
+    return strided_rows(part.host, geometry.host_slots, geometry.page_size, part.piece_bytes, layer, piece)
+
+
+def strided_rows(
+    to: HostStrides, slots: int, page_size: int, piece_bytes: int, layer: int, piece: int
+) -> npt.NDArray[np.uint8]:
+    """:func:`host_view` of any memory with a host layout's strides."""
     return _view(
         to.base + layer * to.layer + piece * to.piece,
-        (-(-geometry.host_slots // geometry.page_size), geometry.page_size, part.piece_bytes),
+        (-(-slots // page_size), page_size, piece_bytes),
         (to.page, to.token, 1),
     )
 

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sglang_hicache.io_backends.chunks import STAGING_ALIGNMENT, Chunk, Staged
 from sglang_hicache.io_backends.device.base import DeviceUnavailableError, Event, Stream
 from sglang_hicache.io_backends.device.driver import MAX_ENTRIES, Driver
-from sglang_hicache.io_backends.device.gather import UNITS_PER_THREAD, WARPS, Gather
+from sglang_hicache.io_backends.device.gather import Gather
+from sglang_hicache.io_backends.device.gather_plan import UNITS_PER_THREAD, WARPS
 from sglang_hicache.io_backends.device.host_ranges import HostRange, HostRanges, host_extents
 from sglang_hicache.io_backends.geometry import PoolGeometry
-from sglang_hicache.io_backends.plan import STAGING_ALIGNMENT, CopyBatch
+from sglang_hicache.io_backends.plan import CopyBatch
 
 _INDEX_BYTES = 2**20
 """131,072 indices, more than the tokens of most writes; a longer one makes the buffer grow."""
@@ -70,11 +72,8 @@ class IndexReader:
         values = self._buffer[:nbytes].view(indices.dtype)
         with torch.cuda.stream(self._stream):
             values.copy_(indices.view(-1), non_blocking=True)
-            # Unless the caller holds on to them, the allocator could hand the indices' memory out again.
-            indices.record_stream(self._stream)
-            copied = torch.cuda.Event()
-            copied.record(self._stream)
-        copied.synchronize()
+        # Nothing else is on this stream; and until the copy is done the caller holds the indices.
+        self._stream.synchronize()
         return np.array(values.numpy(), dtype=np.int64)
 
     def _pinned(self, nbytes: int) -> Any:
@@ -209,7 +208,13 @@ class CudaDevice:
         return CudaStaging(self._torch, nbytes)
 
     def gather(
-        self, staged: PoolGeometry, device_slots: Any, first_slot: int, stream: Stream, ctas: int
+        self,
+        staged: Staged,
+        base: int,
+        device_slots: Any,
+        chunk: Chunk,
+        stream: Stream,
+        ctas: int,
     ) -> None:
         """SM work, as the seam says. ``device_slots`` (int64 or int32) stays on the GPU.
 
@@ -218,8 +223,7 @@ class CudaDevice:
             ValueError, TypeError: see :meth:`~.gather.Gather.launch`.
         """
         self._driver.refuse_capture(int(stream.cuda_stream))
-        with self.use_stream(stream):
-            self._gather.launch(staged, device_slots, first_slot, ctas)
+        self._gather.launch(staged, base, device_slots, chunk, ctas, stream)
         device_slots.record_stream(stream)
 
     def copy(self, batch: CopyBatch, stream: Stream) -> None:

@@ -149,8 +149,8 @@ class Driver:
         # One attribute for all entries: its index array says where it begins to apply, not one per entry.
         # The source is device memory that earlier work in the stream writes: any other order than STREAM
         # lets the copy read it early.
-        self._attributes = _CopyAttributes(src_access_order=_SOURCE_ORDER_STREAM)
-        self._attributes_begin = _size_t(0)
+        self._attributes = ctypes.byref(_CopyAttributes(src_access_order=_SOURCE_ORDER_STREAM))
+        self._attributes_begin = ctypes.byref(_size_t(0))
 
     @property
     def batched(self) -> bool:
@@ -224,17 +224,21 @@ class Driver:
         return result.value
 
     def _in_batches(self, call: Callable[..., int], batch: CopyBatch, stream: int) -> None:
-        arrays = [_words(array) for array in (batch.dst, batch.src, batch.nbytes)]
-        bases = [int(array.ctypes.data) for array in arrays]
+        # Contiguous, and alive until the calls are done.
+        arrays = [np.ascontiguousarray(array) for array in (batch.dst, batch.src, batch.nbytes)]
+        dsts, srcs, sizes = map(_address, arrays)
         total = len(batch)
         for start in range(0, total, self._max_entries):
             count = min(self._max_entries, total - start)
             failed = _size_t(_NO_ENTRY)
+            skip = start * 8
             code = call(
-                *(base + start * 8 for base in bases),
+                dsts + skip,
+                srcs + skip,
+                sizes + skip,
                 count,
-                ctypes.byref(self._attributes),
-                ctypes.byref(self._attributes_begin),
+                self._attributes,
+                self._attributes_begin,
                 1,
                 ctypes.byref(failed),
                 stream,
@@ -280,5 +284,9 @@ class Driver:
             return "a code that this cuda-python does not know"
 
 
-def _words(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    return np.ascontiguousarray(values, dtype=np.uint64)
+def _address(values: npt.NDArray[np.uint64]) -> int:
+    memory: Any = values  # numpy's types do not say that arrays are buffers
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    except TypeError:  # read-only; what numpy offers for that takes four times as long
+        return int(values.ctypes.data)

@@ -11,6 +11,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 
 RUNTIME_INTEGERS = (
     "base",
+    "start",
     "tokens",
     "first_slot",
     "row_stride",
@@ -30,6 +31,7 @@ def gather_rows(  # type: ignore[no-untyped-def]
     table,
     slots,
     base: tl.int64,
+    start: tl.int64,
     tokens: tl.int64,
     first_slot: tl.int64,
     row_stride: tl.int64,
@@ -48,7 +50,7 @@ def gather_rows(  # type: ignore[no-untyped-def]
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
 ):
-    """Copy device rows ``slots[0:tokens]`` to slots ``first_slot`` onwards of a buffer at ``base``.
+    """Copy device rows ``slots[start : start + tokens]`` to slots ``first_slot`` onwards of what ``base`` is.
 
     A tile is ``BLOCK_TOKENS`` tokens of one layer, piece and segment (``BLOCK_UNITS`` accesses of ``WIDTH``
     bytes). Programs walk the tiles in a persistent loop, so any grid is right, also a grid of one.
@@ -77,7 +79,7 @@ def gather_rows(  # type: ignore[no-untyped-def]
 
         token = block.to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
         live = token < tokens
-        slot = tl.load(slots + token, mask=live, other=0).to(tl.int64)
+        slot = tl.load(slots + start + token, mask=live, other=0).to(tl.int64)
         source = tl.load(table + row) + piece.to(tl.int64) * PIECE_BYTES + slot * row_stride
         to = first_slot + token
         target = (

@@ -36,7 +36,8 @@ def install() -> None:
 def _streams_that_synchronize(_result: None, engine: Any, *args: Any, **kwargs: Any) -> None:
     # torch's CPU streams have no synchronize, which SGLang's error path calls: it would hide the error.
     for stream in (engine.device_to_host_stream, engine.host_to_device_stream):
-        stream.synchronize = lambda: None
+        if not hasattr(stream, "synchronize"):
+            stream.synchronize = lambda: None
 
 
 def _allocate(

@@ -137,6 +137,13 @@ class TestBatch:
         np.testing.assert_array_equal(target[::-1][::2], source[::2])
         assert not target[::-1][1::2].any()
 
+    def test_read_only_arrays_are_read_right(self, fake: Fake) -> None:
+        source, target, batch = rows(10)
+        for array in (batch.dst, batch.src, batch.nbytes):
+            array.flags.writeable = False
+        Driver().copy(batch, STREAM)
+        np.testing.assert_array_equal(target, source[::-1])
+
 
 class TestRefusals:
     @pytest.mark.parametrize("stream", [0, 1])

@@ -3,8 +3,10 @@
  * It copies for real, keeps a record of every call, and is told through fake_set() how to behave. Where the
  * real driver is strict, so is it: the legacy NULL stream, zero-size entries, a batch under graph capture
  * and an entry across two registered ranges are refused, with the codes that the real one gives.
+ * Copies run at once, or, after fake_defer(), when whoever was told of them calls fake_run().
  */
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
 
 typedef unsigned long long u64;
@@ -38,6 +40,14 @@ static long long *setting(const char *key) {
         if (!strcmp(settings[i].key, key)) return &settings[i].value;
     return NULL;
 }
+
+/* Copies that were enqueued: the arrays are read by then, the memory they name is not. */
+typedef struct { size_t count; u64 *dsts, *srcs; size_t *sizes; } copies;
+typedef int (*defer_function)(u64 stream, copies *work);
+static defer_function defer;
+
+/* From now on each call's copies go to `function`; what it returns is what the call returns. NULL: at once. */
+void fake_defer(defer_function function) { defer = function; }
 
 /* Back to a fresh driver: default settings, no registered memory, nothing recorded. */
 void fake_reset(void) {
@@ -83,6 +93,27 @@ static int record(u64 kind, void *stream, size_t count, const attributes *attrs,
     return ++call_count;
 }
 
+/* Run deferred copies and forget them. */
+void fake_run(copies *work) {
+    for (size_t i = 0; i < work->count; i++)
+        memcpy(destination(work->dsts[i], work->sizes[i]), (void *)work->srcs[i], work->sizes[i]);
+    free(work->dsts);
+    free(work);
+}
+
+/* The destinations are checked. */
+static int enqueue(u64 *dsts, u64 *srcs, size_t *sizes, size_t count, void *stream) {
+    copies *work = malloc(sizeof *work);
+    u64 *memory = malloc(3 * count * sizeof *memory);
+    *work = (copies){count, memory, memory + count, (size_t *)(memory + 2 * count)};
+    memcpy(work->dsts, dsts, count * sizeof *dsts);
+    memcpy(work->srcs, srcs, count * sizeof *srcs);
+    memcpy(work->sizes, sizes, count * sizeof *sizes);
+    if (defer) return defer((u64)stream, work);
+    fake_run(work);
+    return SUCCESS;
+}
+
 static int batch(u64 kind, u64 *dsts, u64 *srcs, size_t *sizes, size_t count, attributes *attrs,
                  size_t *indices, size_t attribute_count, size_t *failed, void *stream) {
     int nth = record(kind, stream, count, attrs, indices, attribute_count);
@@ -98,8 +129,7 @@ static int batch(u64 kind, u64 *dsts, u64 *srcs, size_t *sizes, size_t count, at
             *failed = i;
             return INVALID_VALUE;
         }
-    for (size_t i = 0; i < count; i++) memcpy(destination(dsts[i], sizes[i]), (void *)srcs[i], sizes[i]);
-    return SUCCESS;
+    return enqueue(dsts, srcs, sizes, count, stream);
 }
 
 int cuMemcpyBatchAsync(u64 *dsts, u64 *srcs, size_t *sizes, size_t count, attributes *attrs,
@@ -118,8 +148,7 @@ int cuMemcpyAsync(u64 dst, u64 src, size_t size, void *stream) {
     int nth = record(CALL_SINGLE, stream, 1, NULL, NULL, 0);
     if (nth == *setting("fail_call")) return *setting("fail_code");
     if (!destination(dst, size)) return INVALID_VALUE;
-    memcpy(destination(dst, size), (void *)src, size);
-    return SUCCESS;
+    return enqueue(&dst, &src, &size, 1, stream);
 }
 
 int cuStreamIsCapturing(void *stream, int *status) {

@@ -15,13 +15,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pools import POISON, MemoryPool, make_pool
+from pools import POISON, MemoryPool, make_pool, on_the_host
 from strategies import LAYOUTS, pools, writes
 
-from sglang_hicache.io_backends import Transfer, get_backend
+from sglang_hicache.io_backends import CopyBatch, Transfer, get_backend
+from sglang_hicache.io_backends.chunks import STAGING_ALIGNMENT, Chunk, staged
 from sglang_hicache.io_backends.device.cpu import CpuDevice
-from sglang_hicache.io_backends.device.gather import Gather, plan
-from sglang_hicache.io_backends.plan import STAGING_ALIGNMENT, chunks, drain_copies, staging_geometry
+from sglang_hicache.io_backends.device.gather import Gather
+from sglang_hicache.io_backends.device.gather_plan import plan
+from sglang_hicache.io_backends.staged_plan import plan_write
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_gather.py"
 
@@ -36,8 +38,8 @@ class InterpretedDevice(CpuDevice):
         super().__init__()
         self.kernel = Gather(warps=warps, units_per_thread=units_per_thread)
 
-    def gather(self, staged: Any, device_slots: Any, first_slot: int, stream: Any, ctas: int) -> None:
-        self.kernel.launch(staged, torch.as_tensor(device_slots), first_slot, ctas)
+    def gather(self, staged: Any, base: int, slots: Any, chunk: Any, stream: Any, ctas: int) -> None:
+        self.kernel.launch(staged, base, torch.as_tensor(slots), chunk, ctas)
 
 
 def through_staging(
@@ -54,10 +56,10 @@ def through_staging(
     guard = 2 * STAGING_ALIGNMENT
     buffer = np.full(capacity + 2 * guard, POISON, dtype=np.uint8)
     base = -(-int(buffer.ctypes.data + 1) // STAGING_ALIGNMENT) * STAGING_ALIGNMENT + offset
-    for chunk in chunks(pool.geometry, host, capacity):
-        staged = staging_geometry(pool.geometry, chunk, base)
-        device.gather(staged, slots[chunk.start : chunk.stop], chunk.first_slot, None, ctas)
-        device.copy(drain_copies(pool.geometry, staged, chunk, host), device.current_stream())
+    stream = device.current_stream()
+    for chunk, place, drain in plan_write(pool.geometry, host, capacity):
+        device.gather(place, base, slots, chunk, stream, ctas)
+        device.copy(CopyBatch(drain.dst, drain.src + np.uint64(base), drain.nbytes), stream)
     start = base - int(buffer.ctypes.data)
     assert np.all(buffer[:start] == POISON), "wrote before the staging buffer"
     assert np.all(buffer[start + capacity :] == POISON), "wrote behind the staging buffer"
@@ -88,7 +90,7 @@ def test_moves_exactly_these_rows(data: st.DataObject) -> None:
         InterpretedDevice(warps, units_per_thread),
         ctas=data.draw(st.sampled_from([1, 3, 32])),
         capacity=unit(pool) * data.draw(st.integers(2, 9))
-        + STAGING_ALIGNMENT * len(pool.geometry.components),
+        + 2 * STAGING_ALIGNMENT * len(pool.geometry.components),
         offset=data.draw(st.sampled_from([0, 0, 1, 8])),
     )
     assert_host(pool, expected)
@@ -116,7 +118,7 @@ def test_every_layout_and_width(layout: str, row_bytes: tuple[int, ...], heads: 
     host = (pages[:, None] * 4 + np.arange(4)).reshape(-1)[:-1]
     slots = rng.permutation(64)[: len(host)]
     expected = pool.expected(host, slots)
-    capacity = unit(pool) * 24 + STAGING_ALIGNMENT * len(row_bytes)
+    capacity = unit(pool) * 24 + 2 * STAGING_ALIGNMENT * len(row_bytes)
     through_staging(pool, host, slots, InterpretedDevice(1, 4), ctas=2, capacity=capacity)
     assert_host(pool, expected)
 
@@ -135,8 +137,7 @@ def test_every_access_width(width: int) -> None:
     shifted = MemoryPool(geometry, pool.device, pool.host)
     host, slots = np.arange(16), np.arange(16)[::-1].copy()
     expected = shifted.expected(host, slots)
-    (chunk,) = chunks(geometry, host, 4096)
-    assert [launch.constants["WIDTH"] for launch in plan(staging_geometry(geometry, chunk, 256))] == [width]
+    assert [launch.constants["WIDTH"] for launch in plan(staged(geometry, 16), 256)] == [width]
     through_staging(shifted, host, slots, InterpretedDevice(1, 1), ctas=4, capacity=4096)
     assert_host(shifted, expected)
 
@@ -195,7 +196,7 @@ def test_hybrid_with_this_gather(data: st.DataObject) -> None:
 class TestLaunch:
     def launch(self, slots: torch.Tensor, ctas: int) -> None:
         pool = make_pool("page_first", layers=1, page_size=1, row_bytes=(16,))
-        Gather().launch(pool.geometry, slots, 0, ctas)
+        Gather().launch(on_the_host(pool.geometry), 0, slots, Chunk(0, 1, 0), ctas)
 
     def test_indices_of_another_type_are_refused(self) -> None:
         with pytest.raises(TypeError, match=r"torch\.float32, not int64 or int32"):
@@ -205,12 +206,15 @@ class TestLaunch:
         with pytest.raises(ValueError, match="gather_ctas must be at least 1, not 0"):
             self.launch(torch.zeros(1, dtype=torch.int64), 0)
 
+    def test_more_tokens_than_indices_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="tokens up to 1 of 0 device indices"):
+            self.launch(torch.zeros(0, dtype=torch.int64), 1)
+
     def test_indices_with_gaps_between_them(self) -> None:
         pool = make_pool("page_first", layers=1, page_size=1, row_bytes=(16,), pages=8)
         slots = torch.arange(16)[::2]
         expected = pool.expected(np.arange(8), slots.numpy())
-        # Straight to the host: any buffer with a layout's strides is a destination.
-        Gather().launch(pool.geometry, slots, 0, 1)
+        Gather().launch(on_the_host(pool.geometry), 0, slots, Chunk(0, 8, 0), 1)
         assert_host(pool, expected)
 
     def test_preparing_writes_nothing(self) -> None:

@@ -17,8 +17,11 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def run_cases(module: str, environment: Mapping[str, str], *options: str) -> None:
-    """Run the cases of ``module`` (a file beside this one, not collected by itself); fail if one fails."""
+def run_cases(module: str | Path, environment: Mapping[str, str], *options: str) -> None:
+    """Run the cases of ``module`` (a file beside this one, or a path; not collected by itself).
+
+    Fails if one of them fails.
+    """
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(HERE / module)]
     done = subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, check=False

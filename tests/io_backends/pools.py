@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sglang_hicache.io_backends import Component, PoolGeometry, host_strides
+from sglang_hicache.io_backends.chunks import Staged
 
 POISON = 0xA5
 
@@ -97,3 +98,8 @@ def make_pool(
         components=tuple(parts),
     )
     return MemoryPool(geometry, device, host)
+
+
+def on_the_host(geometry: PoolGeometry) -> Staged:
+    """The pool's host memory as a gather's destination: any buffer with a layout's strides is one."""
+    return Staged(geometry, geometry.host_slots, tuple(part.host for part in geometry.components), 0)

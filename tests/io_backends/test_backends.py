@@ -37,6 +37,7 @@ class RecordingDevice(CpuDevice):
     def __post_init__(self) -> None:
         super().__init__()
         self.streams = 0
+        self.filled: list[tuple[int, int]] = []
 
     def new_stream(self) -> str:  # type: ignore[override]
         self.streams += 1
@@ -53,9 +54,10 @@ class RecordingDevice(CpuDevice):
     def query(self, event: Any) -> bool:
         return self.done is None or event in self.done
 
-    def gather(self, staged: Any, device_slots: Any, first_slot: int, stream: Any, ctas: int) -> None:
-        self.log.append(("gather", stream, len(device_slots)))
-        super().gather(staged, device_slots, first_slot, stream, ctas)
+    def gather(self, staged: Any, base: int, slots: Any, chunk: Any, stream: Any, ctas: int) -> None:
+        self.log.append(("gather", stream, chunk.tokens))
+        self.filled.append((base, base + staged.nbytes))
+        super().gather(staged, base, slots, chunk, stream, ctas)
 
     def copy(self, batch: Any, stream: Any) -> None:
         self.log.append(("copy", stream, len(batch)))
@@ -153,12 +155,12 @@ GATHER, DRAIN = "background1", "background2"
 
 
 class Hybrid:
-    """A hybrid backend whose ring of 2 MiB takes 4 chunks of 7 tokens; nothing drains by itself."""
+    """A hybrid backend whose ring of 2 MiB takes chunks of 16 and 15 tokens; nothing drains by itself."""
 
     def __init__(self) -> None:
         self.device = RecordingDevice()
         self.device.done = set()
-        # 64 KiB a token: a chunk of 512 KiB holds 7, its alignment padding taken off.
+        # 64 KiB a token: two chunks hold 31 together, their alignment padding taken off.
         self.pool = make_pool(
             "page_first", layers=4, page_size=1, row_bytes=(8192, 8192), pages=64, device_slots=64
         )
@@ -188,32 +190,32 @@ class TestHybridFences:
 
     def test_the_gather_waits_for_the_producer_and_for_nothing_else(self) -> None:
         hybrid = Hybrid()
-        hybrid.submit(7, wait=False)
+        hybrid.submit(16, wait=False)
         assert [entry[0] for entry in hybrid.device.on(GATHER)] == ["wait", "wait", "gather", "record"]
         assert [entry[2] for entry in hybrid.device.on(GATHER)[:2]] == [FORWARD, SCHEDULE]
 
     def test_the_forward_fence_is_after_the_last_gather_not_after_the_drain(self) -> None:
         hybrid = Hybrid()
-        done = hybrid.submit(28, wait=True)
+        done = hybrid.submit(31, wait=True)
         log = hybrid.device.log
-        assert hybrid.gathers() == 4
+        assert hybrid.gathers() == 2
         last = max(i for i, entry in enumerate(log) if entry[0] == "gather")
         assert done.sm_done.stream == GATHER
         assert log.index(("record", GATHER, done.sm_done)) == last + 1
 
     def test_every_drain_waits_for_its_gather(self) -> None:
         hybrid = Hybrid()
-        hybrid.submit(28, wait=False)
+        hybrid.submit(64, wait=False)
         drain = hybrid.device.on(DRAIN)
         copies = [i for i, entry in enumerate(drain) if entry[0] == "copy"]
-        assert len(copies) == 4
+        assert len(copies) == 5
         for position in copies:
             assert drain[position - 1][0] == "wait"
             assert drain[position - 1][2].stream == GATHER
 
     def test_the_transfer_stream_waits_for_the_last_drain(self) -> None:
         hybrid = Hybrid()
-        hybrid.submit(28, wait=False)
+        hybrid.submit(31, wait=False)
         log = hybrid.device.log
         assert log[-1][:2] == ("wait", "d2h")
         assert log[-1][2].stream == DRAIN
@@ -228,25 +230,44 @@ class TestHybridFences:
 
 
 class TestWriteLargerThanTheRing:
-    """64 tokens are 10 chunks; the ring takes 4."""
+    """64 tokens are 5 chunks; the ring takes 2."""
 
     def test_where_no_forward_waits_a_gather_waits_for_the_drain_of_its_memory(self) -> None:
         hybrid = Hybrid()
         done = hybrid.submit(64, wait=False)
         assert done.pending is None
-        assert hybrid.gathers() == 10
+        assert hybrid.gathers() == 5
         waits = [entry[2] for entry in hybrid.device.on(GATHER) if entry[0] == "wait"]
         drained = [
             entry[2] for entry in hybrid.device.on(DRAIN) if entry[0] == "record" and entry[2] in waits
         ]
         assert waits[2:] == drained
-        assert len(drained) == 6
+        assert len(drained) == 3
+        hybrid.assert_copied()
+
+    @pytest.mark.parametrize("tokens", [31, 47, 48, 50, 64])
+    def test_memory_is_filled_again_only_behind_its_drain(self, tokens: int) -> None:
+        """Also where neighbouring chunks are not of one size."""
+        hybrid = Hybrid()
+        hybrid.submit(tokens, wait=False)
+        log, filled = hybrid.device.log, hybrid.device.filled
+        gathers = [i for i, entry in enumerate(log) if entry[0] == "gather"]
+        copies = [i for i, entry in enumerate(log) if entry[0] == "copy"]
+        for later, (start, stop) in enumerate(filled):
+            waited = [
+                entry[2].index
+                for entry in log[: gathers[later]]
+                if entry[:2] == ("wait", GATHER) and entry[2].stream == DRAIN
+            ]
+            for earlier, (begin, end) in enumerate(filled[:later]):
+                if begin < stop and start < end:
+                    assert max(waited, default=-1) > copies[earlier]
         hybrid.assert_copied()
 
     def test_where_forwards_wait_nothing_that_they_wait_for_waits_for_the_link(self) -> None:
         hybrid = Hybrid()
         done = hybrid.submit(64, wait=True)
-        assert hybrid.gathers() == 4
+        assert hybrid.gathers() == 2
         assert {entry[2].stream for entry in hybrid.device.on(GATHER) if entry[0] == "wait"} == {
             "forward",
             "schedule",
@@ -262,17 +283,17 @@ class TestWriteLargerThanTheRing:
         done.pending.then(lambda: finished.append(hybrid.gathers()))
         later = NamedEvent("forward", -3)
         assert hybrid.backend.advance((later,)) is None  # type: ignore[attr-defined]
-        assert hybrid.gathers() == 4
+        assert hybrid.gathers() == 2
         hybrid.drain_all()
         gathered = hybrid.backend.advance((later,))  # type: ignore[attr-defined]
-        assert hybrid.gathers() == 8
+        assert hybrid.gathers() == 4
         assert gathered.stream == GATHER
         assert ("wait", GATHER, later) in hybrid.device.log
         assert finished == []
         hybrid.drain_all()
         hybrid.backend.advance((later,))  # type: ignore[attr-defined]
-        assert hybrid.gathers() == 10
-        assert finished == [10]
+        assert hybrid.gathers() == 5
+        assert finished == [5]
         assert done.pending.enqueued()
         assert hybrid.device.log[-1][:2] == ("wait", "d2h")
         assert hybrid.backend.advance((later,)) is None  # type: ignore[attr-defined]
@@ -283,7 +304,7 @@ class TestWriteLargerThanTheRing:
         done = hybrid.submit(64, wait=True)
         done.pending.flush()
         assert done.pending.enqueued()
-        assert hybrid.gathers() == 10
+        assert hybrid.gathers() == 5
         hybrid.assert_copied()
 
     def test_a_second_write_queues_behind_the_first(self) -> None:
@@ -294,7 +315,7 @@ class TestWriteLargerThanTheRing:
         assert second.pending is not None
         second.pending.flush()
         assert first.pending.enqueued()
-        assert hybrid.gathers() == 11
+        assert hybrid.gathers() == 6
 
     def test_abandon_leaves_nothing_behind(self) -> None:
         hybrid = Hybrid()
@@ -303,10 +324,10 @@ class TestWriteLargerThanTheRing:
         hybrid.drain_all()
         assert done.pending.enqueued()
         assert hybrid.backend.advance(()) is None  # type: ignore[attr-defined]
-        assert hybrid.gathers() == 4
+        assert hybrid.gathers() == 2
         # And the ring is whole again.
-        hybrid.submit(28, wait=True)
-        assert hybrid.gathers() == 8
+        hybrid.submit(31, wait=True)
+        assert hybrid.gathers() == 4
 
     def test_after_a_failed_copy_the_ring_still_works(self, monkeypatch: pytest.MonkeyPatch) -> None:
         hybrid = Hybrid()
@@ -320,7 +341,7 @@ class TestWriteLargerThanTheRing:
                 hybrid.submit(7, wait=True)
         hybrid.drain_all()
         for _ in range(3):
-            hybrid.submit(28, wait=True)
+            hybrid.submit(31, wait=True)
             hybrid.assert_copied()
             hybrid.drain_all()
 

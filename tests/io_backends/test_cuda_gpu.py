@@ -12,10 +12,11 @@ import pytest
 from gpu import LONG, MARKS, WHY_NOT, GpuPool, assert_host, gpu_pool, prepared, transfer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pools import POISON, make_pool
+from pools import POISON, make_pool, on_the_host
 from strategies import LAYOUTS, pools, writes
 
 from sglang_hicache.io_backends import CopyBatch, direct_copies
+from sglang_hicache.io_backends.chunks import Chunk
 from sglang_hicache.io_backends.device.base import DeviceUnavailableError
 from sglang_hicache.io_backends.device.cuda import CudaDevice
 from sglang_hicache.io_backends.device.driver import CopyRefusedError, DriverError
@@ -216,7 +217,7 @@ class TestRefusals:
             with pytest.raises(CopyRefusedError, match="graph is being captured"):
                 device.copy(batch, stream)
             with pytest.raises(CopyRefusedError, match="graph is being captured"):
-                device.gather(pool.geometry, slots, 0, stream, 1)
+                device.gather(on_the_host(pool.geometry), 0, slots, Chunk(0, 8, 0), stream, 1)
             counter.add_(1)
         graph.replay()
         torch.cuda.synchronize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,31 @@ class TestRanges:
         assert placed.dst.tolist() == [6090, 600, 650]
         assert placed.src.tolist() == [0, 10, 40]
         assert placed.nbytes.tolist() == [10, 10, 10]
+
+    @settings(max_examples=300, deadline=None)
+    @given(
+        st.lists(
+            st.tuples(st.integers(1000, 1290), st.integers(2**47, 2**47 + 500), st.integers(0, 10)),
+            min_size=1,
+            max_size=40,
+        ),
+        st.lists(st.integers(1001, 1299), unique=True, max_size=4).map(sorted),
+        st.sampled_from([0, 0, 7000]),
+    )
+    def test_a_short_batch_is_placed_as_a_long_one_is(
+        self, copies: list[tuple[int, int, int]], inner: list[int], shift: int
+    ) -> None:
+        """Python checks short batches, numpy long ones: the same bytes and entries."""
+        ranges = HostRanges()
+        edges = [1000, *inner, 1300]
+        ranges.add([HostRange(a, b - a, shift) for a, b in pairwise(edges)])
+        batch = batch_of(copies)
+        long = batch_of([*copies, *[(1000, 0, 1)] * 20])
+        placed, reference = drop_empty(ranges.place(batch)), drop_empty(ranges.place(long))
+        assert per_byte(placed) == per_byte(reference)[:-20]
+        assert len(placed) == len(reference) - 20
+        for dst, nbytes in zip(placed.dst.tolist(), placed.nbytes.tolist(), strict=True):
+            assert not [edge for edge in edges if dst - shift < edge < dst - shift + nbytes]
 
     @pytest.mark.parametrize("entry", [(990, 0, 20), (1095, 0, 10), (1150, 0, 4), (10, 0, 1)])
     def test_a_gap_between_ranges_is_not_writable(self, entry: tuple[int, int, int]) -> None:

@@ -67,9 +67,9 @@ class LeakyDevice(CudaDevice):
         else:
             super().wait(stream, event)
 
-    def gather(self, staged: Any, device_slots: Any, first_slot: int, stream: Any, ctas: int) -> None:
+    def gather(self, staged: Any, base: int, slots: Any, chunk: Any, stream: Any, ctas: int) -> None:
         self._sleep("gather", stream)
-        super().gather(staged, device_slots, first_slot, stream, ctas)
+        super().gather(staged, base, slots, chunk, stream, ctas)
 
     def copy(self, batch: CopyBatch, stream: Any) -> None:
         self._sleep("drain", stream)

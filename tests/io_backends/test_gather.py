@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from own_process import run_cases
-from pools import make_pool
+from pools import make_pool, on_the_host
 from strategies import pools
 
-from sglang_hicache.io_backends.device.gather import access_width, block_units, plan
+from sglang_hicache.io_backends.device.gather_plan import access_width, block_units, plan
 
 
 def test_kernel_in_tritons_interpreter() -> None:
@@ -44,22 +44,22 @@ def test_tile_rows_are_powers_of_two_that_mask_off_little(units: int) -> None:
 
 def test_k_and_v_of_one_width_are_one_launch() -> None:
     pool = make_pool("layer_first", layers=3, page_size=4, row_bytes=(32, 32))
-    (launch,) = plan(pool.geometry)
+    (launch,) = plan(on_the_host(pool.geometry), 0)
     k, v = pool.geometry.components
-    assert launch.rows == (*k.device_rows, *v.device_rows)
+    assert launch.rows.addresses == (*k.device_rows, *v.device_rows)
     assert launch.strides["part_stride"] == v.host.base - k.host.base
     assert launch.constants["PARTS"] == 2
 
 
 def test_k_and_v_of_two_widths_are_a_launch_each() -> None:
     pool = make_pool("layer_first", layers=3, page_size=4, row_bytes=(64, 32))
-    assert [launch.constants["PIECE_BYTES"] for launch in plan(pool.geometry)] == [64, 32]
+    assert [launch.constants["PIECE_BYTES"] for launch in plan(on_the_host(pool.geometry), 0)] == [64, 32]
 
 
 @given(st.data(), st.integers(1, 10_000))
 def test_tiles_cover_every_access_of_every_row(data: st.DataObject, tokens: int) -> None:
     pool = data.draw(pools())
-    for launch in plan(pool.geometry):
+    for launch in plan(on_the_host(pool.geometry), 0):
         c = launch.constants
         assert c["SEGMENTS"] * c["BLOCK_UNITS"] * c["WIDTH"] >= c["PIECE_BYTES"]
         assert c["PIECE_BYTES"] % c["WIDTH"] == 0

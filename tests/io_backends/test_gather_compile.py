@@ -7,16 +7,19 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pools import make_pool
 
-from sglang_hicache.io_backends.device.gather import WARPS, Launch, plan
-from sglang_hicache.io_backends.plan import Chunk, staging_geometry
+from sglang_hicache.io_backends.chunks import Chunk, staged
+from sglang_hicache.io_backends.device.gather import Gather
+from sglang_hicache.io_backends.device.gather_plan import WARPS, Launch, plan
 
 pytest.importorskip("triton", reason="the gather needs Triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -41,7 +44,7 @@ def launch_of(layout: str, row_bytes: int, *, heads: int = 1, address: int = 409
         for part in pool.geometry.components
     )
     geometry = replace(pool.geometry, components=parts)
-    (launch,) = plan(staging_geometry(geometry, Chunk(0, 16, 0), 256))
+    (launch,) = plan(staged(geometry, 16), 256)
     return launch
 
 
@@ -138,15 +141,75 @@ def test_what_varies_between_chunks_is_not_compiled_in() -> None:
         assert by_name[name].do_not_specialize
         assert by_name[name].annotation_type == "i64", "its type would follow its value"
     for name in ("table", "slots"):
-        assert by_name[name].do_not_specialize_on_alignment, "a chunk's indices may begin anywhere"
+        assert by_name[name].do_not_specialize_on_alignment, "indices may begin anywhere"
+
+
+class RecordingDriver:
+    """As much of a Triton driver as a launch needs; keeps what would be launched."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[Any, ...]] = []
+        self.looked_up = 0
+        self.utils = SimpleNamespace(
+            load_binary=lambda *_: (1, 2, 64, 0, 1024),
+            get_device_properties=lambda _: {"max_shared_mem": 1 << 17},
+        )
+        # (metadata and hooks, which are Triton's own, left out)
+        self.launcher_cls = lambda source, metadata: (
+            lambda x, y, z, stream, function, *rest: self.launched.append(
+                (x, y, z, stream, function, rest[4:])
+            )
+        )
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        self.looked_up += 1
+        return 77
+
+
+def test_later_launches_skip_tritons_look_up_and_launch_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from triton.runtime import driver
+
+    recording = RecordingDriver()
+    monkeypatch.setattr(driver, "_active", recording)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    pool = make_pool("page_first", layers=2, page_size=1, row_bytes=(32, 32), pages=64)
+    gather, stream = Gather(), SimpleNamespace(cuda_stream=77)
+    for dtype in (torch.int64, torch.int32):
+        slots = torch.arange(10, dtype=dtype)
+        for _ in range(2):
+            gather.launch(staged(pool.geometry, 10), 1 << 20, slots, Chunk(2, 9, 0), 4, stream)
+        first, second = recording.launched[-2:]
+        assert first == second
+        assert first[:4] == (4, 1, 1, 77)
+        assert recording.looked_up == 1, "the second launch asked Triton for the kernel again"
+        recording.looked_up = 0
+
+
+def test_a_launch_has_the_kernels_arguments_in_its_order() -> None:
+    """A compiled kernel is called with all of them by position."""
+    from sglang_hicache.io_backends.device.gather_kernel import gather_rows
+
+    launch = launch_of("page_head", 2048, heads=8)
+    first = ["table", "slots", "base", "start", "tokens", "first_slot"]
+    assert gather_rows.arg_names == [*first, *launch.strides, *launch.constants]
+    assert launch.arguments == (*launch.strides.values(), *launch.constants.values())
 
 
 def test_a_chunk_of_any_size_and_place_has_the_same_constants() -> None:
     pool = make_pool("page_first_direct", layers=3, page_size=16, row_bytes=(64, 64), pages=4)
     constants = [
         launch.constants
-        for chunk in (Chunk(0, 1, 0), Chunk(5, 30, 7), Chunk(0, 64, 0))
+        for slots in (16, 32, 64)
         for base in (256, 512, 1 << 40)
-        for launch in plan(staging_geometry(pool.geometry, chunk, base))
+        for launch in plan(staged(pool.geometry, slots), base)
     ]
     assert all(each == constants[0] for each in constants)

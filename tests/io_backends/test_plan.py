@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,8 +13,17 @@ from pools import POISON, MemoryPool, make_pool
 from strategies import LAYOUTS, pools, writes
 
 from sglang_hicache.io_backends import CopyBatch, direct_copies
+from sglang_hicache.io_backends.chunks import (
+    STAGING_ALIGNMENT,
+    Chunk,
+    Staged,
+    chunk_slots,
+    chunk_units,
+    chunks,
+    staged,
+)
 from sglang_hicache.io_backends.device.cpu import CpuDevice
-from sglang_hicache.io_backends.plan import STAGING_ALIGNMENT, chunks, drain_copies, staging_geometry
+from sglang_hicache.io_backends.staged_plan import PlannedChunk, drain_copies, plan_write, whole_pages
 
 DEVICE = CpuDevice()
 
@@ -31,13 +43,11 @@ def through_staging(pool: MemoryPool, host: np.ndarray, device: np.ndarray, capa
     guard = 64
     buffer = np.full(capacity + 2 * guard, POISON, dtype=np.uint8)
     entries = 0
-    for chunk in chunks(pool.geometry, host, capacity):
-        staged = staging_geometry(pool.geometry, chunk, int(buffer.ctypes.data) + guard)
-        rows = device[chunk.start : chunk.stop]
-        DEVICE.gather(staged, rows, chunk.first_slot, DEVICE.current_stream(), ctas=1)
-        batch = drain_copies(pool.geometry, staged, chunk, host)
-        run(batch)
-        entries += len(batch)
+    base, stream = int(buffer.ctypes.data) + guard, DEVICE.current_stream()
+    for chunk, place, drain in plan_write(pool.geometry, host, capacity):
+        DEVICE.gather(place, base, device, chunk, stream, ctas=1)
+        run(CopyBatch(drain.dst, drain.src + np.uint64(base), drain.nbytes))
+        entries += len(drain)
     assert np.all(buffer[:guard] == POISON), "wrote before the staging buffer"
     assert np.all(buffer[-guard:] == POISON), "wrote behind the staging buffer"
     return entries
@@ -55,15 +65,20 @@ def test_direct_copies_move_exactly_these_rows(data: st.DataObject) -> None:
     assert_host(pool, expected)
 
 
+def ring_of(pool: MemoryPool, units: int) -> int:
+    """Bytes of a ring whose two chunks hold ``units`` tokens (or pages) together."""
+    g = pool.geometry
+    unit = g.bytes_per_token * (g.page_size if g.paged else 1)
+    return unit * units + 2 * STAGING_ALIGNMENT * len(g.components)
+
+
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_gather_and_drain_move_exactly_these_rows(data: st.DataObject) -> None:
     pool = data.draw(pools())
-    g = pool.geometry
     host, device = data.draw(writes(pool))
     expected = pool.expected(host, device)
-    unit = g.bytes_per_token * (g.page_size if g.paged else 1)
-    capacity = unit * data.draw(st.integers(1, 9)) + STAGING_ALIGNMENT * len(g.components)
+    capacity = ring_of(pool, data.draw(st.integers(2, 9)))
     through_staging(pool, host, device, capacity)
     assert_host(pool, expected)
 
@@ -74,8 +89,7 @@ def test_chunks_cover_the_transfer_once_and_in_order(data: st.DataObject) -> Non
     pool = data.draw(pools())
     g = pool.geometry
     host, _ = data.draw(writes(pool))
-    unit = g.bytes_per_token * (g.page_size if g.paged else 1)
-    capacity = unit * data.draw(st.integers(1, 9)) + STAGING_ALIGNMENT * len(g.components)
+    capacity = ring_of(pool, data.draw(st.integers(2, 9)))
     position = 0
     for chunk in chunks(g, host, capacity):
         assert chunk.start == position
@@ -88,11 +102,92 @@ def test_chunks_cover_the_transfer_once_and_in_order(data: st.DataObject) -> Non
     assert position == len(host)
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_neighbouring_chunks_fit_the_ring_together(data: st.DataObject) -> None:
+    pool = data.draw(pools())
+    host, _ = data.draw(writes(pool))
+    capacity = ring_of(pool, data.draw(st.integers(2, 9)))
+    planned = plan_write(pool.geometry, host, capacity)
+    for each in planned:
+        assert each.staged.nbytes <= capacity
+        assert int((each.drain.src + each.drain.nbytes).max()) <= each.staged.nbytes
+    for one, next_one in pairwise(planned):
+        assert one.staged.nbytes + next_one.staged.nbytes <= capacity
+
+
+def one_by_one(pool: MemoryPool, host: np.ndarray, capacity: int) -> list[PlannedChunk]:
+    """The general path: every chunk planned on its own."""
+    planned = []
+    for chunk in chunks(pool.geometry, host, capacity):
+        place: Staged = staged(pool.geometry, chunk_slots(pool.geometry, chunk))
+        planned.append(PlannedChunk(chunk, place, drain_copies(pool.geometry, place, chunk, host)))
+    return planned
+
+
+def rows_of(batch: CopyBatch) -> set[tuple[int, int, int]]:
+    return set(zip(batch.dst.tolist(), batch.src.tolist(), batch.nbytes.tolist(), strict=True))
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.data())
+def test_all_chunks_at_once_are_what_they_are_one_by_one(data: st.DataObject) -> None:
+    pool = data.draw(pools())
+    host, _ = data.draw(writes(pool))
+    capacity = ring_of(pool, data.draw(st.integers(2, 9)))
+    at_once, general = plan_write(pool.geometry, host, capacity), one_by_one(pool, host, capacity)
+    for got, want in zip(at_once, general, strict=True):
+        assert (got.chunk, got.staged) == (want.chunk, want.staged)
+        assert len(got.drain) == len(want.drain)
+        assert rows_of(got.drain) == rows_of(want.drain)
+
+
+@given(st.lists(st.integers(0, 8), max_size=4), st.integers(1, 4), st.data())
+def test_whole_pages_are_told_from_anything_else(numbers: list[int], page: int, data: st.DataObject) -> None:
+    slots = (np.array(numbers, dtype=np.int64)[:, None] * page + np.arange(page)).reshape(-1)
+    assert whole_pages(slots, page).tolist() == numbers  # type: ignore[union-attr]
+    if len(slots):
+        where = data.draw(st.integers(0, len(slots) - 1))
+        changed = slots.copy()
+        changed[where] += data.draw(st.sampled_from([-1, 1]))
+        if page > 1:
+            assert whole_pages(changed, page) is None
+            assert whole_pages(slots[1:], page) is None
+
+
+class TestChunkSizes:
+    @given(st.integers(1, 5000), st.integers(2, 300))
+    def test_two_fill_the_ring_and_neither_is_small(self, total: int, ring: int) -> None:
+        first, second = chunk_units(total, ring)
+        assert first + second == ring
+        assert 1 <= second <= first
+        assert first <= max(ring * 5 // 8, ring - ring // 2)
+
+    @given(st.integers(1, 5000), st.integers(2, 300))
+    def test_moving_them_apart_never_costs_a_chunk(self, total: int, ring: int) -> None:
+        def count(first: int, second: int) -> int:
+            rest = total % ring
+            return total // ring * 2 + (rest > 0) + (rest > first)
+
+        half = ring - ring // 2
+        assert count(*chunk_units(total, ring)) <= count(half, ring - half)
+
+    def test_qwen3_8b_by_default(self) -> None:
+        """8,192 tokens are 1,152 MiB: halves of 256 MiB would be 10 chunks, the last one of 2 tokens."""
+        k_and_v = (2048, 2048)
+        pool = make_pool("page_first", layers=36, page_size=1, row_bytes=k_and_v, pages=1, device_slots=1)
+        g = replace(pool.geometry, host_slots=8192)
+        planned = plan_write(g, np.arange(8192), 256 * 2**20)
+        assert sum(len(each.drain) for each in planned) == 18
+        assert planned[-1].chunk == Chunk(8192 - 912, 8192, 0)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_staging_below_one_unit_is_refused(layout: str) -> None:
+def test_staging_below_two_units_is_refused(layout: str) -> None:
     pool = make_pool(layout, layers=2, page_size=4, row_bytes=(16, 16))
     with pytest.raises(ValueError, match="raise staging_mb"):
-        list(chunks(pool.geometry, np.arange(4), 64))
+        plan_write(pool.geometry, np.arange(4), ring_of(pool, 2) - 1)
+    assert len(plan_write(pool.geometry, np.arange(4), ring_of(pool, 2))) >= 1
 
 
 class TestEntries:
@@ -157,6 +252,17 @@ class TestEntries:
 
 
 class TestBadIndices:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("bad", [-1, 32, 2**40])
+    @pytest.mark.parametrize("shape", ["loose", "whole pages"])
+    def test_no_way_through_staging_takes_a_host_index_out_of_range(
+        self, layout: str, bad: int, shape: str
+    ) -> None:
+        pool = make_pool(layout, layers=1, page_size=4, row_bytes=(8, 8))
+        host = np.array([0, 1, 2, 3, bad]) if shape == "loose" else np.arange(4) + bad // 4 * 4
+        with pytest.raises(ValueError, match="host index"):
+            plan_write(pool.geometry, host, 2**20)
+
     def test_a_host_index_out_of_range_is_refused(self) -> None:
         pool = make_pool("page_first", layers=1, page_size=4, row_bytes=(8, 8))
         beyond = np.array([pool.geometry.host_slots])
@@ -188,8 +294,6 @@ class TestGeometry:
             host_strides("page_head", base=0, layers=1, page_size=1, slots=1, row_bytes=10, heads=4)
 
     def test_overlapping_device_rows_are_refused(self) -> None:
-        from dataclasses import replace
-
         pool = make_pool("layer_first", layers=1, page_size=1, row_bytes=(8, 8))
         k, v = pool.geometry.components
         with pytest.raises(ValueError, match="overlap"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,7 +33,9 @@ CASES = [
 class Pools:
     """A device pool full of random rows, and its host pool full of poison."""
 
-    def __init__(self, kind: str, layout: str, page_size: int, dtype: str = "bfloat16") -> None:
+    def __init__(
+        self, kind: str, layout: str, page_size: int, dtype: str = "bfloat16", tokens: int = DEVICE_TOKENS
+    ) -> None:
         import torch
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
         from sglang.srt.mem_cache.pool_host.mha import (
@@ -43,23 +46,24 @@ class Pools:
 
         torch.manual_seed(0)
         element = getattr(torch, dtype)
-        size = {"device_capacity_tokens": DEVICE_TOKENS, "start_layer": 0, "end_layer": LAYERS}
+        self.tokens = tokens
+        size = {"device_capacity_tokens": tokens, "start_layer": 0, "end_layer": LAYERS}
         self.device: Any
         self.host: Any
         if kind == "mha":
-            self.device = MHATokenToKVPool(DEVICE_TOKENS, page_size, element, 2, 32, LAYERS, "cpu", False)
+            self.device = MHATokenToKVPool(tokens, page_size, element, 2, 32, LAYERS, "cpu", False)
             self.host = MHATokenToKVPoolHost(
                 self.device._mha_buffer_info(), 2.0, 0, page_size, layout, **size
             )
         elif kind == "wide_k":
             self.device = MHATokenToKVPool(
-                DEVICE_TOKENS, page_size, element, 2, 48, LAYERS, "cpu", False, v_head_dim=32
+                tokens, page_size, element, 2, 48, LAYERS, "cpu", False, v_head_dim=32
             )
             self.host = AsymmetricMHATokenToKVPoolHost(
                 self.device._mha_buffer_info(), 2.0, 0, page_size, layout, **size
             )
         else:
-            self.device = MLATokenToKVPool(DEVICE_TOKENS, page_size, element, 64, 16, LAYERS, "cpu", False)
+            self.device = MLATokenToKVPool(tokens, page_size, element, 64, 16, LAYERS, "cpu", False)
             self.host = MLATokenToKVPoolHost(
                 self.device._mla_buffer_info(), 2.0, 0, page_size, layout, target_layer_num=LAYERS, **size
             )
@@ -82,16 +86,19 @@ class Pools:
             return [self.host.kv_buffer[:, layer] for layer in range(LAYERS)]
         return list(self.host.data_refs)
 
-    def assert_copied(self, host_slots: Any, device_slots: Any) -> None:
+    def assert_copied(self, host_slots: Any, device_slots: Any, rows: Sequence[Any] | None = None) -> None:
+        """The host pool holds these rows of the device pool (of ``rows``, if given), and poison elsewhere."""
         import torch
 
         page = self.host.page_size
-        for host, device in self.views():
+        for nth, (host, device) in enumerate(self.views()):
+            if rows is not None:
+                device = rows[nth]
             got = host.view(torch.uint8)
             # page_first_direct: SGLang's views are [page, offset, ...].
             paged = self.host.layout == "page_first_direct"
-            rows = got[host_slots // page, host_slots % page] if paged else got[host_slots]
-            assert torch.equal(rows, device[device_slots].view(torch.uint8))
+            copied = got[host_slots // page, host_slots % page] if paged else got[host_slots]
+            assert torch.equal(copied, device[device_slots].view(torch.uint8))
             flat = got.reshape(self.host.size, -1)
             untouched = torch.ones(self.host.size, dtype=torch.bool)
             untouched[host_slots] = False
@@ -128,7 +135,7 @@ def random_slots(pools: Pools, pages: int, seed: int = 0) -> tuple[Any, Any]:
         picked = rng.permutation(total // page)[:pages]
         return torch.from_numpy((picked[:, None] * page + np.arange(page)).reshape(-1))
 
-    return some(pools.host.size), some(DEVICE_TOKENS)
+    return some(pools.host.size), some(pools.tokens)
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])

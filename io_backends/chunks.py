@@ -1,0 +1,148 @@
+"""How a write is cut into chunks, and how a chunk lies in the staging ring: laid out like the host."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from sglang_hicache.io_backends.geometry import HostStrides, PoolGeometry, host_strides
+from sglang_hicache.io_backends.plan import Slots
+
+STAGING_ALIGNMENT = 256
+"""Bytes. cudaMalloc's alignment, so that 16-byte accesses in the gather never straddle."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Staged:
+    """How one chunk lies in staging. Compared by identity, which makes it a cheap key.
+
+    Attributes:
+        geometry: the pool.
+        slots: staging slots, whole pages in a paged layout.
+        parts: strides of each component; addresses are relative to the chunk's first byte.
+        nbytes: bytes it occupies, padding included.
+    """
+
+    geometry: PoolGeometry
+    slots: int
+    parts: tuple[HostStrides, ...]
+    nbytes: int
+
+
+class Chunk(NamedTuple):
+    """Tokens ``[start, stop)`` of a transfer; token ``start`` goes to staging slot ``first_slot``.
+
+    ``first_slot`` is below the page size and non-zero only for a paged layout's chunk that starts inside
+    a page.
+    """
+
+    start: int
+    stop: int
+    first_slot: int
+
+    @property
+    def tokens(self) -> int:
+        return self.stop - self.start
+
+
+@functools.lru_cache(maxsize=256)
+def staged(geometry: PoolGeometry, slots: int) -> Staged:
+    """Layout of ``slots`` staging slots. Cached: a long write has many chunks of the same size."""
+    parts: list[HostStrides] = []
+    base = 0
+    for part in geometry.components:
+        parts.append(
+            host_strides(
+                geometry.layout,
+                base=base,
+                layers=geometry.layers,
+                page_size=geometry.page_size,
+                slots=slots,
+                row_bytes=part.row_bytes,
+                heads=geometry.heads,
+            )
+        )
+        # Every component begins aligned.
+        base += -(-geometry.layers * slots * part.row_bytes // STAGING_ALIGNMENT) * STAGING_ALIGNMENT
+    return Staged(geometry, slots, tuple(parts), base)
+
+
+def chunk_slots(geometry: PoolGeometry, chunk: Chunk) -> int:
+    """Staging slots of ``chunk``."""
+    slots = chunk.first_slot + chunk.tokens
+    return -(-slots // geometry.page_size) * geometry.page_size if geometry.paged else slots
+
+
+def ring_units(geometry: PoolGeometry, ring_bytes: int) -> int:
+    """Tokens (pages, in a paged layout) that two chunks which fill a ring hold together."""
+    unit = geometry.bytes_per_token * (geometry.page_size if geometry.paged else 1)
+    return max(0, ring_bytes - 2 * STAGING_ALIGNMENT * len(geometry.components)) // unit
+
+
+def chunk_units(total: int, ring: int) -> tuple[int, int]:
+    """Units of every other chunk, and of those between them; two neighbours fill the ring.
+
+    Two, so that one is filled while the other drains; not more, because each chunk costs the scheduler's
+    thread a launch, two events and a batch of copies, and a gather is so much faster than the link (about
+    70 times, H200) that finer chunks would hide little more of it. Neighbours need not be equal for that:
+    where a last chunk of a little over half a ring is left, the two sizes are moved apart to save one.
+
+    Args:
+        total: units in the write.
+        ring: units that two chunks hold together, at least 2.
+    """
+    half = ring - ring // 2
+    rest = total % ring
+    # A large chunk takes the place of the large one before it, behind its drain, while the small one between
+    # them drains: up to 5/8, the link stays busy if gathers are more than 5/3 times as fast as it.
+    first = rest if half < rest <= ring * 5 // 8 else half
+    return first, ring - first
+
+
+def chunk_sizes(geometry: PoolGeometry, units: int, ring_bytes: int) -> tuple[int, int]:
+    """:func:`chunk_units` of a write of ``units`` tokens (pages, in a paged layout).
+
+    Raises:
+        ValueError: not even two units fit the ring.
+    """
+    ring = ring_units(geometry, ring_bytes)
+    if ring < 2:
+        raise ValueError(
+            f"{geometry.label}: two {'pages' if geometry.paged else 'tokens'} do not fit a staging ring of "
+            f"{ring_bytes} bytes; raise staging_mb"
+        )
+    return chunk_units(units, ring)
+
+
+def chunks(geometry: PoolGeometry, host_slots: Slots, ring_bytes: int) -> Iterator[Chunk]:
+    """Split a transfer into chunks of which any two neighbours fit a ring of ``ring_bytes``.
+
+    In a paged layout a chunk keeps every token at its offset within a page, so that a whole host page is
+    one block in staging too; where the host indices break that rule a new chunk starts.
+
+    Raises:
+        ValueError: not even two tokens (two pages in a paged layout) fit.
+    """
+    n = len(host_slots)
+    page = geometry.page_size if geometry.paged else 1
+    sizes = chunk_sizes(geometry, -(-n // page), ring_bytes)
+    breaks: list[int] = []
+    if geometry.paged:
+        offsets, pages = host_slots % page, host_slots // page
+        # A token may follow its predecessor when it is the next one of the same page, or when one page
+        # has just ended and another begins.
+        follows = (np.diff(offsets) == 1) & (np.diff(pages) == 0) | (offsets[1:] == 0) & (
+            offsets[:-1] == page - 1
+        )
+        breaks = (np.flatnonzero(~follows) + 1).tolist()
+    count = 0
+    for start, stop in zip([0, *breaks], [*breaks, n], strict=True):
+        while start < stop:
+            first = int(host_slots[start]) % page
+            end = min(stop, start + sizes[count % 2] * page - first)
+            yield Chunk(start, end, first)
+            start, count = end, count + 1

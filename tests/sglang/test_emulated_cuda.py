@@ -1,0 +1,92 @@
+"""The CUDA side of the seam without a GPU: virtual streams, the stand-in driver, Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from launching import CHILDREN, Machine, inject
+from own_process import fake_driver, run_cases
+
+from sglang_hicache.bench import identity, tiny_model
+from sglang_hicache.bench.identity import Run, Setup
+from sglang_hicache.bench.workload import Workload
+
+HERE = Path(__file__).parent
+EMULATION = HERE.parent / "emulated_cuda"
+
+POLICY = """\
+version: 1
+rules:
+  - name: here
+    when: {attention_backend: [torch_native]}
+    use: {backend: hybrid, fence_forward: [extend, decode], options: {staging_mb: 1}}
+    because: a test
+default: {use: {backend: copy_engine}, because: a test}
+"""
+
+EMULATED = """
+def open_device(name):
+    import emulated_server
+    return emulated_server.open_device(name)
+"""
+
+
+def test_writes_through_sglangs_pools_on_virtual_streams(tmp_path: Path) -> None:
+    run_cases(HERE / "emulated_cases.py", {**fake_driver(tmp_path), "TRITON_INTERPRET": "1"})
+
+
+# The device pool holds 4,096 tokens.
+WORKLOAD = Workload(tiny_model.VOCAB_SIZE, conversations=8, turns=2, output_tokens=8)
+
+
+def serve(machine: Machine, folder: Path, backend: str | None, **env: str) -> Run:
+    given = Setup(str(machine.model), True, 16, None, {**machine.env(), **env}, folder, WORKLOAD)
+    return identity.run(given, backend or "reference", backend, status=lambda *_: None)
+
+
+def serve_emulated(machine: Machine, folder: Path, **env: str) -> Run:
+    """Writes of 1.4 MiB (700 tokens) through a ring of 1 MiB, and forwards that wait for gathers."""
+    (folder / "policy.yaml").write_text(POLICY)
+    site = inject(folder / "site", CHILDREN, "sglang_hicache.io_backends.sglang.runtime", EMULATED)
+    emulated = {
+        "PYTHONPATH": os.pathsep.join([site["PYTHONPATH"], str(EMULATION)]),
+        "TRITON_INTERPRET": "1",
+        "EMULATED_CUDA_SEED": "1",
+        "SGLANG_HICACHE_IO_POLICY": str(folder / "policy.yaml"),
+    }
+    result = serve(machine, folder, "auto", **fake_driver(folder), **emulated, **env)
+    assert result.plugin is not None
+    assert result.plugin["rule"] == "here"
+    assert result.count("fallback_writes") == 0
+    return result
+
+
+@pytest.fixture(scope="module")
+def reference(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return serve(machine, tmp_path_factory.mktemp("reference"), None)
+
+
+@pytest.mark.server
+def test_a_server_whose_writes_are_larger_than_the_ring(
+    machine: Machine, tmp_path: Path, reference: Run
+) -> None:
+    result = serve_emulated(machine, tmp_path)
+    assert result.problem(reference) is None
+    assert result.count("forward_fences") > 0
+    assert result.plugin is not None
+    did = result.plugin["emulated"]
+    # The ring was full, and SGLang held an event that we recorded later.
+    assert did["deferred completions"] > 0
+    # More than one chunk a write, each with a gather and a batch of copies.
+    assert did["gathers"] > 2 * result.count("writes")
+    assert did["copies"] > 2 * result.count("writes")
+
+
+@pytest.mark.server
+def test_a_server_without_fences_answers_wrongly(machine: Machine, tmp_path: Path, reference: Run) -> None:
+    """The check above can fail."""
+    result = serve_emulated(machine, tmp_path, EMULATED_CUDA_UNFENCED="1")
+    assert result.host_tokens > 0
+    assert result.identical(reference) < len(reference.answers)
