@@ -13,6 +13,7 @@ import numpy as np
 
 from sglang_hicache.io_backends.copy_engine import CopyEngineBackend
 from sglang_hicache.io_backends.device.base import Stream
+from sglang_hicache.io_backends.geometry import PoolGeometry
 from sglang_hicache.io_backends.interface import Submission, Transfer
 from sglang_hicache.io_backends.plan import CopyBatch, direct_copies
 from sglang_hicache.io_backends.registry import ENTRY_POINT_GROUP
@@ -24,6 +25,9 @@ class DamagedBackend(CopyEngineBackend):
     """``copy_engine`` that leaves out the last layer of the last component (V)."""
 
     name = NAME
+
+    def supports(self, geometry: PoolGeometry) -> str | None:
+        return None  # any layout: how many copies it takes does not matter here
 
     def submit(self, transfer: Transfer, stream: Stream) -> Submission:
         geometry = transfer.geometry

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 from sglang_hicache.io_backends.device.base import Device, DeviceUnavailableError
 
 __all__ = ["Device", "DeviceUnavailableError", "open_device"]
@@ -25,12 +27,21 @@ def open_device(name: str) -> Device:
 
 
 def unavailable(name: str) -> str | None:
-    """Why this version cannot run on SGLang's device ``name``; None if it can. Imports nothing heavy."""
+    """Why this process cannot serve SGLang's device ``name``; None if nothing speaks against it.
+
+    Asked in the launching process, before the model is loaded; makes no CUDA context there.
+    """
     if name == "cpu":
         return None
-    if name == "cuda":
-        return (
-            "the CUDA data path is not part of this version yet; "
-            "use --hicache-io-backend kernel or direct on a GPU"
-        )
-    return f"device {name!r} is not supported (NVIDIA GPUs, and the CPU engine for tests)"
+    if name != "cuda":
+        return f"device {name!r} is not supported (NVIDIA GPUs, and the CPU engine for tests)"
+    import torch
+
+    if torch.version.cuda is None:  # SGLang calls ROCm's device "cuda" too
+        return "this PyTorch is not built for CUDA: only NVIDIA GPUs are supported"
+    for module, distribution in (("cuda.bindings.driver", "cuda-python"), ("triton", "triton")):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            return f"{module} cannot be imported ({error}); install it: pip install {distribution}"
+    return None

@@ -28,7 +28,7 @@ def install() -> None:
         versions.MLA_POOL + ".load_to_device_per_layer": (HookType.AROUND, _load_layer),
     }
     for target, (kind, hook) in hooks.items():
-        if not HookRegistry._hooks.get(target):
+        if hook not in [known for _, known, _ in HookRegistry._hooks.get(target, [])]:
             HookRegistry.register(target, hook, kind)
     HookRegistry.apply_hooks()
 

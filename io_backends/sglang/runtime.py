@@ -145,6 +145,8 @@ def _activate(scheduler: Any, decision: Decision) -> None:
         cpu_engine.install()
     elif "block_quota" in decision.options:
         kernels.limit_blocks(int(decision.options["block_quota"]))
+    if device.name == "cuda":
+        _apply({versions.ENGINE + ".__init__": ("AFTER", _after_engine_init)})
     _apply(
         {
             versions.SCHEDULER + ".run_batch": ("BEFORE", _before_run_batch),
@@ -203,6 +205,12 @@ def _announce(scheduler: Any) -> None:
                     kernels.kernel_of(pool, controller.io_backend),
                 )
     logger.info("%s", describe(_active.decision))
+
+
+def _after_engine_init(_result: None, engine: Any, *args: Any, **kwargs: Any) -> None:
+    """Write-back is background work: its stream gets the device's lowest priority."""
+    if _active is not None:
+        engine.device_to_host_stream = _active.device.new_stream()
 
 
 def _around_submit(original: Callable[..., Any], engine: Any, transfers: Any) -> Any:
