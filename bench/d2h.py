@@ -491,7 +491,7 @@ def hardware() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "command": " ".join(sys.argv),
+        "command": " ".join(("python -m sglang_hicache.bench.gpu_suite", *sys.argv[1:])),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     }
     try:

@@ -56,11 +56,16 @@ def test_explain_as_json():
     assert answer["facts"]["gpu_arch"] == {"value": "sm90", "source": "given"}
     assert answer["considered"] == [
         {
+            "rule": "fa3-on-hopper-tiny-pages",
+            "matched": False,
+            "reason": "mem_layout is page_first (the rule wants layer_first)",
+        },
+        {
             "rule": "fa3-on-hopper",
             "matched": True,
             "reason": "prefill_attention_backend is fa3 and decode_attention_backend is fa3; "
             "gpu_arch is sm90",
-        }
+        },
     ]
 
 
@@ -241,7 +246,9 @@ def test_validate_a_broken_file_as_json(tmp_path: Path):
 
 def test_show_for_people():
     shown = flat(run("policy", "show").stdout)
-    assert shown.startswith("shipped default: 3 rules, the first match decides 1. fa3-on-hopper when ")
+    assert shown.startswith(
+        "shipped default: 5 rules, the first match decides 1. fa3-on-hopper-tiny-pages when "
+    )
     for each in (*default_policy().rules, default_policy().default):
         start = shown.index("because " + each.because[:20])
         assert each.because in shown[start:]

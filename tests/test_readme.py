@@ -1,0 +1,29 @@
+"""What the README shows is what the commands print."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from sglang_hicache.bench.gpu_table import tables
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_gpu_tables_are_made_from_the_saved_run() -> None:
+    shown = re.search(r"<!-- gpu_table (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert shown is not None
+    run = json.loads((ROOT / shown[1]).read_text(encoding="utf-8"))
+    assert shown[2] == tables(run)
+
+
+def test_saved_gpu_figures_say_that_they_are_from_a_gpu_and_every_byte_was_right() -> None:
+    for path in (ROOT / "bench" / "results").rglob("gpu.json"):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        assert run["hardware"]["ran_on"] == "GPU"
+        measured = [row for row in run["bandwidth"] if row["ms"] is not None]
+        assert measured
+        assert all(row["checked"] for row in measured)
+        assert all(row["reason"] for row in run["bandwidth"] if row["ms"] is None)
