@@ -44,8 +44,8 @@ def tables(run: Mapping[str, Any]) -> str:
         )
     lines += [
         "",
-        "Slow-down of a forward stand-in beside back-to-back write-back (8,192 fragmented tokens, `page_first`, "
-        "page 16):",
+        "Slow-down of a forward stand-in beside back-to-back write-back (8,192 fragmented tokens, "
+        "`page_first`, page 16):",
         "",
     ]
     names = list(dict.fromkeys(each["contender"] for each in run["interference"]))

@@ -157,8 +157,9 @@ def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for title in titles:
-        table.add_column(title, overflow="fold")
+    for position, title in enumerate(titles):
+        # The first column holds names, which are looked for whole.
+        table.add_column(title, overflow="fold", no_wrap=position == 0)
     for row in rows:
         table.add_row(*row)
     return table
