@@ -7,10 +7,10 @@ answers "not initialised" and says how to put it on the loader's path, for child
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -25,12 +25,13 @@ class NoCompilerError(RuntimeError):
 
 
 def loader_finds_libcuda() -> bool:
-    """Whether the dynamic loader finds some `libcuda.so.1`, a real driver or an earlier stand-in."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
+    """Whether the dynamic loader finds some `libcuda.so.1`, a real driver or an earlier stand-in.
+
+    Asked in a child process, as it is child processes that need one: in this one a stand-in may be loaded
+    already, which no child would find.
+    """
+    ask = [sys.executable, "-c", "import ctypes; ctypes.CDLL('libcuda.so.1')"]
+    return subprocess.run(ask, capture_output=True, check=False).returncode == 0
 
 
 def build(cache: Path) -> Path:

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from sglang_hicache.bench import d2h, d2h_sglang
+from sglang_hicache.bench import d2h, d2h_fence, d2h_sglang
 from sglang_hicache.bench.d2h import Case
 
 LAYOUTS = ("page_first", "layer_first", "page_first_direct")
@@ -67,6 +67,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=240, help="seconds for the bandwidth grid")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 512, 32768])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--fence-only", action="store_true", help="measure the forward stall, then stop")
     parser.add_argument("--sglang", action="store_true", help="SGLang's own write-back takes part")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -82,6 +83,15 @@ def main() -> int:
         parts["sglang"] = prepare_sglang()
         print(parts["sglang"], flush=True)
         field.append(d2h_sglang.contenders)
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    stalls = d2h_fence.fence(tuple(field[1:]), repeats=args.repeats, budget_s=args.budget, say=say)
+    parts["fence"] = stalls
+    d2h.write(args.out / "gpu.json", parts)
+    if args.fence_only:
+        return int(any(row.ms is not None and not row.checked for row in stalls))
     rows: list[d2h.Row] = []
     parts["bandwidth"] = rows
     share = {d2h.QWEN3_8B: 0.75, d2h.DEEPSEEK_V3: 0.25}
@@ -92,7 +102,7 @@ def main() -> int:
             repeats=args.repeats,
             budget_s=args.budget * part,
             field_of=field,
-            say=lambda line: print(line, flush=True),
+            say=say,
         )
         d2h.write(args.out / "gpu.json", parts)
     found = d2h.interference(Case(d2h.QWEN3_8B.name, "page_first", 16, 8192, True), field_of=field)
