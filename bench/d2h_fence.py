@@ -40,7 +40,7 @@ def hybrid_where_forwards_wait(task: Task) -> Iterator[tuple[str, Submit | str]]
 def fence(
     others: tuple[Contenders, ...], *, repeats: int, budget_s: float, say: Callable[[str], None]
 ) -> list[Row]:
-    """Stall and bandwidth by size, ``page_first`` with pages of 8, fragmented; ``others`` beside ``hybrid``."""
+    """Stall and bandwidth by size, ``page_first``, fragmented pages of 8; ``others`` beside ``hybrid``."""
     cases = [Case(QWEN3_8B.name, "page_first", 8, tokens, True) for tokens in TOKENS]
     return bandwidth(
         QWEN3_8B,

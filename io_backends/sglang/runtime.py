@@ -145,8 +145,6 @@ def _activate(scheduler: Any, decision: Decision) -> None:
         cpu_engine.install()
     elif "block_quota" in decision.options:
         kernels.limit_blocks(int(decision.options["block_quota"]))
-    if device.name == "cuda":
-        _apply({versions.ENGINE + ".__init__": ("AFTER", _after_engine_init)})
     _apply(
         {
             versions.SCHEDULER + ".run_batch": ("BEFORE", _before_run_batch),
@@ -193,6 +191,7 @@ def _announce(scheduler: Any) -> None:
     _active.speculative = spec is not None and not spec.is_none()
     controller = getattr(scheduler.tree_cache, "cache_controller", None)
     if controller is not None:
+        lower_priority(controller.l2_transfer_engine, _active.device)
         group = controller.mem_pool_host
         for entry in getattr(group, "entries", None) or [None]:
             pool = group if entry is None else entry.host_pool
@@ -207,10 +206,10 @@ def _announce(scheduler: Any) -> None:
     logger.info("%s", describe(_active.decision))
 
 
-def _after_engine_init(_result: None, engine: Any, *args: Any, **kwargs: Any) -> None:
-    """Write-back is background work: its stream gets the device's lowest priority."""
-    if _active is not None:
-        engine.device_to_host_stream = _active.device.new_stream()
+def lower_priority(engine: Any, device: Device) -> None:
+    """Write-back is background work: its stream gets the lowest priority, where streams have one."""
+    if hasattr(engine.device_to_host_stream, "priority"):
+        engine.device_to_host_stream = device.new_stream()
 
 
 def _around_submit(original: Callable[..., Any], engine: Any, transfers: Any) -> Any:

@@ -60,7 +60,6 @@ SCHEDULER_POINTS = (
     HookPoint(SCHEDULER + ".__init__", ("self", "server_args")),
     HookPoint(SCHEDULER + ".run_batch", ("self", "batch")),
     HookPoint(SCHEDULER + ".get_internal_state", ("self", "recv_req")),
-    HookPoint(ENGINE + ".__init__", ("self", "io_backend")),
     HookPoint(ENGINE + ".submit_device_to_host", ("self", "transfers")),
     HookPoint(CONTROLLER + ".reset", ("self",)),
     HookPoint(CONTROLLER + "._move_write_operation", ("self", "op")),

@@ -35,22 +35,17 @@ def test_a_missing_cuda_python_is_refused_with_what_to_install(monkeypatch: pyte
     assert "pip install cuda-python" in (unavailable("cuda") or "")
 
 
-def test_write_back_streams_have_the_lowest_priority(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang_hicache.io_backends.sglang import runtime
+def test_write_back_streams_have_the_lowest_priority_where_there_are_priorities() -> None:
+    from types import SimpleNamespace
 
-    class Device:
-        def new_stream(self) -> str:
-            return "lowest"
+    from sglang_hicache.io_backends.sglang.runtime import lower_priority
 
-    class Engine:
-        device_to_host_stream: Any = "SGLang's"
-        host_to_device_stream: Any = "SGLang's"
-
-    class Active:
-        device = Device()
-
-    engine = Engine()
-    monkeypatch.setattr(runtime, "_active", Active())
-    runtime._after_engine_init(None, engine, "kernel")
-    assert engine.device_to_host_stream == "lowest"
-    assert engine.host_to_device_stream == "SGLang's"
+    device: Any = SimpleNamespace(new_stream=lambda: "lowest")
+    on_gpu = SimpleNamespace(priority=0)
+    engine = SimpleNamespace(device_to_host_stream=on_gpu, host_to_device_stream=on_gpu)
+    lower_priority(engine, device)
+    assert (engine.device_to_host_stream, engine.host_to_device_stream) == ("lowest", on_gpu)
+    on_cpu = SimpleNamespace()
+    engine = SimpleNamespace(device_to_host_stream=on_cpu)
+    lower_priority(engine, device)
+    assert engine.device_to_host_stream is on_cpu
