@@ -56,6 +56,23 @@ def tables(run: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def fence_table(run: Mapping[str, Any]) -> str:
+    """How long one write holds back a forward that must not share the SMs with it.
+
+    Args:
+        run: what ``gpu_suite --fence-only`` wrote.
+    """
+    names = ("hybrid, forwards wait", "sglang_staged", "sglang_kernel")
+    rows = [row for row in run["fence"] if row["contender"] in names]
+    lines = [_row(["one write", *(_title(name) for name in names)]), _row(["---"] * (1 + len(names)))]
+    for tokens in dict.fromkeys(row["case"]["tokens"] for row in rows):
+        found = {row["contender"]: row for row in rows if row["case"]["tokens"] == tokens}
+        cells = [f"{found[name]['stall_ms']:.2f} ms ({found[name]['gb_per_s']:.1f} GB/s)" for name in names]
+        # Qwen3-8B: 36 layers of K and V rows of 2,048 bytes.
+        lines.append(_row([f"{tokens:,} tokens, {tokens * 36 * 2 * 2048 / 1e6:,.1f} MB", *cells]))
+    return "\n".join(lines) + "\n"
+
+
 def _title(name: str) -> str:
     return name.replace("sglang_", "SGLang ").replace("_", " ") if "sglang" in name else f"`{name}`"
 
@@ -71,4 +88,5 @@ def _row(cells: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    print(tables(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), end="")
+    saved = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    print(tables(saved) if "bandwidth" in saved else fence_table(saved), end="")

@@ -6,17 +6,17 @@ import json
 import re
 from pathlib import Path
 
-from sglang_hicache.bench.gpu_table import tables
+from sglang_hicache.bench.gpu_table import fence_table, tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_gpu_tables_are_made_from_the_saved_run() -> None:
-    shown = re.search(r"<!-- gpu_table (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
-    assert shown is not None
-    run = json.loads((ROOT / shown[1]).read_text(encoding="utf-8"))
-    assert shown[2] == tables(run)
+    shown = re.findall(r"<!-- gpu_table (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert [Path(path).name for path, _ in shown] == ["gpu.json", "fence.json"]
+    for (path, text), table in zip(shown, (tables, fence_table), strict=True):
+        assert text == table(json.loads((ROOT / path).read_text(encoding="utf-8")))
 
 
 def test_saved_gpu_figures_say_that_they_are_from_a_gpu_and_every_byte_was_right() -> None:
