@@ -49,12 +49,15 @@ class _Write:
         self.stream = stream
         self._backend = backend
         self._then: list[Callable[[], None]] = []
+        self.error: BaseException | None = None
 
     def enqueued(self) -> bool:
+        if self.error is not None:
+            raise RuntimeError("a write to host memory failed half-way") from self.error
         return not self.rest
 
-    def flush(self) -> None:
-        self._backend.flush()
+    def flush(self) -> Event | None:
+        return None if self.enqueued() else self._backend.flush(self)
 
     def then(self, action: Callable[[], None]) -> None:
         if self.enqueued():
@@ -117,7 +120,13 @@ class HybridBackend:
         gathered: Event | None = None
         if write.rest:
             self._waiting.append(write)
-            gathered = self._enqueue(wait=not transfer.forwards_wait)
+            try:
+                gathered = self._enqueue(wait=not transfer.forwards_wait)
+            except BaseException:
+                # SGLang sees the error and frees the slots: nothing may be written to them later.
+                if write in self._waiting:
+                    self._waiting.remove(write)
+                raise
         return Submission(
             copies=copies,
             nbytes=tokens * geometry.bytes_per_token,
@@ -138,9 +147,13 @@ class HybridBackend:
             self._device.wait(self._gather_stream, event)
         return self._enqueue(wait=False)
 
-    def flush(self) -> None:
-        """Enqueue everything that is left now, waiting on the GPU for memory. Somebody needs it done."""
-        self._enqueue(wait=True)
+    def flush(self, until: _Write) -> Event | None:
+        """Enqueue all of ``until`` now, and what is before it, waiting on the GPU for memory.
+
+        Returns:
+            The event after the last gather, as :meth:`advance`.
+        """
+        return self._enqueue(wait=True, until=until)
 
     def abandon(self) -> None:
         """Forget what is not enqueued: its rows and slots are about to be given to others."""
@@ -149,7 +162,7 @@ class HybridBackend:
             write.finish()
         self._waiting.clear()
 
-    def _enqueue(self, *, wait: bool) -> Event | None:
+    def _enqueue(self, *, wait: bool, until: _Write | None = None) -> Event | None:
         """Gathers and drains of waiting writes, oldest first, as far as memory allows."""
         gathered: Event | None = None
         while self._waiting:
@@ -157,8 +170,9 @@ class HybridBackend:
             while write.rest:
                 try:
                     event = self._enqueue_chunk(write.transfer, write.rest[0], wait=wait)
-                except BaseException:
+                except BaseException as error:
                     # The transfer fails as a whole: SGLang sees the error and acknowledges nothing.
+                    write.error = error
                     self._waiting.popleft()
                     raise
                 if event is None:
@@ -168,6 +182,8 @@ class HybridBackend:
             self._waiting.popleft()
             self._device.wait(write.stream, self._device.record(self._drain_stream))
             write.finish()
+            if write is until:
+                break
         return gathered
 
     def _enqueue_chunk(self, transfer: Transfer, planned: PlannedChunk, *, wait: bool) -> Event | None:

@@ -57,11 +57,19 @@ class Pending(Protocol):
     """The part of a transfer that is not enqueued yet."""
 
     def enqueued(self) -> bool:
-        """Whether everything is enqueued by now."""
+        """Whether everything is enqueued by now.
+
+        Raises:
+            RuntimeError: enqueueing failed half-way, and the transfer will never be whole.
+        """
         ...
 
-    def flush(self) -> None:
-        """Enqueue the rest at once."""
+    def flush(self) -> Event | None:
+        """Enqueue the rest at once. Returns the event after the last SM-side work enqueued by it, if any.
+
+        Raises:
+            RuntimeError: as ``enqueued``.
+        """
         ...
 
     def then(self, action: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from sglang_hicache.policy import render
+from sglang_hicache.policy import render, serving
 from sglang_hicache.policy.decide import check_backend, decide
 from sglang_hicache.policy.facts import FactValue, detect
 from sglang_hicache.policy.json_schema import policy_json_schema
@@ -94,10 +94,15 @@ def explain(
     in_force = _policy(policy)
     facts = detect(given)
     decision = decide(in_force, facts, backend=backend)
+    refused = serving.refusal(decision, facts, backend=backend)
+    fallback = serving.fallback(decision, facts, backend=backend)
     if as_json:
-        _print_json(decision.to_dict())
+        undecided = list(render.might_match(decision, in_force, facts))
+        _print_json({**decision.to_dict(), "undecided": undecided, "refused": refused, "fallback": fallback})
     else:
-        render.show_decision(render.console(), decision, in_force, facts)
+        notes = [("A server", f"would refuse this: {refused}")] if refused else []
+        notes += [("Pools", fallback)] if fallback else []
+        render.show_decision(render.console(), decision, in_force, facts, notes)
 
 
 @policy_app.command("show")

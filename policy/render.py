@@ -24,10 +24,17 @@ def console() -> Console:
     return Console(markup=False, emoji=False, highlight=False)
 
 
-def show_decision(out: Console, decision: Decision, policy: Policy, facts: Facts) -> None:
-    """Print `decision`, which `policy` made from `facts`: what, why, which facts, and past which rules."""
-    rows = [
-        ("D2H backend", decision.backend),
+def show_decision(
+    out: Console, decision: Decision, policy: Policy, facts: Facts, notes: Sequence[tuple[str, str]] = ()
+) -> None:
+    """Print `decision`, which `policy` made from `facts`: what, why, which facts, and past which rules.
+
+    `notes` are (name, text) of what must not be overlooked; they come first, like what is not decided yet.
+    """
+    rows = [("D2H backend", decision.backend), *notes]
+    if note := _unknown_note(decision, policy, facts):
+        rows.append(("Careful", note))
+    rows += [
         ("Forwards", fence_sentence(decision)),
         ("Decided by", _decided_by(decision)),
         ("SGLang gets", _upstream_sentence(decision)),
@@ -47,9 +54,6 @@ def show_decision(out: Console, decision: Decision, policy: Policy, facts: Facts
     marks = {True: "yes", False: "no"}
     considered = [(each.rule, marks[each.matched], each.reason) for each in decision.considered]
     out.print(_table(("rule", "matches", "because"), considered))
-    if note := _unknown_note(decision, policy, facts):
-        out.print()
-        out.print(note)
 
 
 def show_policy(out: Console, policy: Policy) -> None:
@@ -73,7 +77,10 @@ def fence_sentence(decision: Decision) -> str:
         return f"No forward waits: compute and write-back overlap fully. {producer}"
     who = " and ".join(_FORWARD_WORDS[forward] for forward in decision.fence_forward)
     if decision.backend == "copy_engine":
-        return f"No forward waits: {who} would, for work on the SMs, and copy_engine has none. {producer}"
+        return (
+            f"No forward waits for copy_engine, which has no work on the SMs; {who} would wait for a pool "
+            f"that falls back to SGLang's own copy. {producer}"
+        )
     what = {
         "hybrid": "for the last gather within GPU memory, not for the copy to the host",
         "fenced_kernel": "for the whole of the last transfer to the host",
@@ -103,11 +110,17 @@ def _upstream_sentence(decision: Decision) -> str:
     )
 
 
-def _unknown_note(decision: Decision, policy: Policy, facts: Facts) -> str | None:
-    """Which rules were passed over only because facts are unknown, and the options that give those facts."""
+def might_match(decision: Decision, policy: Policy, facts: Facts) -> dict[str, tuple[str, ...]]:
+    """Rules that were passed over only because facts are unknown, with those facts."""
     passed = {each.rule for each in decision.considered if not each.matched}
     unknown = {rule.name: match(rule.when, facts).unknown for rule in policy.rules if rule.name in passed}
-    rules = [name for name, missing in unknown.items() if missing]
+    return {name: missing for name, missing in unknown.items() if missing}
+
+
+def _unknown_note(decision: Decision, policy: Policy, facts: Facts) -> str | None:
+    """Which rules might still match, and the options that give what is missing."""
+    unknown = might_match(decision, policy, facts)
+    rules = list(unknown)
     if not rules:
         return None
     missing = dict.fromkeys(name for rule in rules for name in unknown[rule])
@@ -117,7 +130,7 @@ def _unknown_note(decision: Decision, policy: Policy, facts: Facts) -> str | Non
     options = dict.fromkeys(
         f"--{'gpu-arch' if name == 'device' else name.replace('_', '-')}" for name in names
     )
-    return f"With more known, another rule might match ({', '.join(rules)}): give {', '.join(options)}."
+    return f"with more known, another rule might match ({', '.join(rules)}): give {', '.join(options)}."
 
 
 def _rule_rows(rule: Rule | Default) -> Sequence[tuple[str, str]]:

@@ -42,7 +42,7 @@ class Device(Protocol):
     """``cuda``, ``cpu`` or ``virtual``."""
 
     def new_stream(self) -> Stream:
-        """A stream for background work (lowest priority where the device has priorities)."""
+        """A stream for background work, at the lowest priority there is (CUDA's default is the lowest)."""
         ...
 
     def current_stream(self) -> Stream: ...

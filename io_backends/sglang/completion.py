@@ -14,7 +14,12 @@ from sglang_hicache.io_backends.interface import Pending
 
 
 def deferred(
-    native: Any, timing: bool, stream: Stream, pending: Sequence[Pending], advance: Callable[[], None]
+    native: Any,
+    timing: bool,
+    stream: Stream,
+    pending: Sequence[Pending],
+    advance: Callable[[], None],
+    flush: Callable[[Sequence[Pending]], None],
 ) -> Any:
     """An event of ``native``'s kind that becomes complete when everything in ``pending`` has run.
 
@@ -24,12 +29,13 @@ def deferred(
         stream: where the rest of the transfer ends; the event is recorded there.
         pending: what is left.
         advance: called when SGLang polls, to enqueue what can be.
+        flush: called with ``pending`` when SGLang waits, to enqueue all of it.
     """
     kind = type(native)
     if kind not in _types:
         _types[kind] = _deferred_type(kind)
     event = _types[kind](**({"enable_timing": True} if timing else {}))
-    event._defer(stream, pending, advance)
+    event._defer(stream, pending, advance, flush)
     return event
 
 
@@ -40,10 +46,17 @@ def _deferred_type(native: Any) -> Any:
     class DeferredEvent(native):  # type: ignore[misc]
         """An event that is not complete before it is recorded."""
 
-        def _defer(self, stream: Stream, pending: Sequence[Pending], advance: Callable[[], None]) -> None:
+        def _defer(
+            self,
+            stream: Stream,
+            pending: Sequence[Pending],
+            advance: Callable[[], None],
+            flush: Callable[[Sequence[Pending]], None],
+        ) -> None:
             self._pending = tuple(pending)
             self._left = len(pending)
             self._advance = advance
+            self._flush_parts = flush
             self._stream = stream
             for part in pending:
                 part.then(self._part_enqueued)
@@ -54,12 +67,14 @@ def _deferred_type(native: Any) -> Any:
                 super().record(self._stream)
 
         def _flush(self) -> None:
-            for part in self._pending:
-                part.flush()
+            if self._left:
+                self._flush_parts(self._pending)
 
         def query(self) -> bool:
             if self._left:
                 self._advance()
+                for part in self._pending:
+                    part.enqueued()  # raises if the write failed half-way: it must never read as done
             return not self._left and bool(super().query())
 
         def synchronize(self) -> None:

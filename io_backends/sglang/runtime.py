@@ -37,11 +37,11 @@ class Active:
         if self.decision.fence_forward and forwards_of(
             batch.forward_mode, speculative=self.speculative
         ).intersection(self.decision.fence_forward):
-            event = self.writeback.take_sm_done()
-            if event is not None:
+            events = self.writeback.take_sm_done()
+            for event in events:
                 for stream in self._launch_streams():
                     self.device.wait(stream, event)
-                self.writeback.counters.forward_fences += 1
+            self.writeback.counters.forward_fences += bool(events)
 
     def _launch_streams(self) -> tuple[Stream, ...]:
         if self.scheduler.enable_overlap:
@@ -189,27 +189,30 @@ def _announce(scheduler: Any) -> None:
     assert _active is not None
     spec = getattr(scheduler, "spec_algorithm", None)
     _active.speculative = spec is not None and not spec.is_none()
-    controller = getattr(scheduler.tree_cache, "cache_controller", None)
-    if controller is not None:
-        lower_priority(controller.l2_transfer_engine, _active.device)
-        group = controller.mem_pool_host
-        for entry in getattr(group, "entries", None) or [None]:
-            pool = group if entry is None else entry.host_pool
-            # Staging is allocated now, not under the first write.
-            _active.writeback.serves(pool)
-            if _active.decision.backend == "fenced_kernel" and _active.device.name == "cuda":
-                logger.info(
-                    "hicache-io: pool %s is written back by SGLang's %s",
-                    getattr(pool, "pool_label", type(pool).__name__),
-                    kernels.kernel_of(pool, controller.io_backend),
-                )
+    offload = getattr(scheduler, "decode_offload_manager", None)
+    for owner in (scheduler.tree_cache, offload):
+        controller = getattr(owner, "cache_controller", None)
+        if controller is not None:
+            _prepare(controller, _active)
     logger.info("%s", describe(_active.decision))
 
 
-def lower_priority(engine: Any, device: Device) -> None:
-    """Write-back is background work: its stream gets the lowest priority, where streams have one."""
-    if hasattr(engine.device_to_host_stream, "priority"):
-        engine.device_to_host_stream = device.new_stream()
+def _prepare(controller: Any, active: Active) -> None:
+    """Make the backend ready for a controller's pools now, not under the first write."""
+    group = controller.mem_pool_host
+    pools = [entry.host_pool for entry in getattr(group, "entries", ())] or [group]
+    # 0.5.18 keeps the draft's pool apart and gives it the target's indices: both go one way.
+    draft = getattr(controller, "mem_pool_host_draft", None)
+    if draft is not None:
+        active.writeback.serve_alike([*pools, draft])
+    for pool in pools:
+        active.writeback.serves(pool)
+        if active.decision.backend == "fenced_kernel" and active.device.name == "cuda":
+            logger.info(
+                "hicache-io: pool %s is written back by SGLang's %s",
+                getattr(pool, "pool_label", type(pool).__name__),
+                kernels.kernel_of(pool, controller.io_backend),
+            )
 
 
 def _around_submit(original: Callable[..., Any], engine: Any, transfers: Any) -> Any:

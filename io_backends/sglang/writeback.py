@@ -23,6 +23,8 @@ from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError, descri
 
 logger = logging.getLogger(__name__)
 
+_BACKEND, _UPSTREAM = "backend", "upstream"
+
 _NO_SLOTS = np.empty(0, dtype=np.int64)
 
 _REGISTERED_RANGES = "_sglang_cuda_host_registered_ranges"
@@ -75,12 +77,21 @@ class WriteBack:
         self._pending: list[Pending] = []
         self._routes: dict[int, _Route] = {}
         self._in_flight: deque[tuple[Event, tuple[object, ...]]] = deque()
-        self._sm_done: Event | None = None
+        # One event for each stream that SM work runs on: the backend's own, and SGLang's transfer stream
+        # for pools that fall back. Neither covers the other.
+        self._sm_done: dict[str, Event] = {}
         self.counters = Counters()
 
     def serves(self, host_pool: Any) -> bool:
         """Whether the backend copies this pool. Asked first, it prepares the backend."""
         return self._route(host_pool).geometry is not None
+
+    def serve_alike(self, pools: Sequence[Any]) -> None:
+        """These pools share their indices: if one of them takes SGLang's own path, all do."""
+        if len({self.serves(pool) for pool in pools}) > 1:
+            for pool in pools:
+                reason = "it shares its indices with a pool that takes SGLang's own path"
+                self._routes[id(pool)] = _Route(_fingerprint(pool), None, reason)
 
     def fallbacks(self) -> list[str]:
         """Why pools seen so far take SGLang's own path."""
@@ -97,9 +108,11 @@ class WriteBack:
         kept: list[object] = []
         self._pending = [part for part in self._pending if not part.enqueued()]
         earlier = len(self._pending)
+        # Fallbacks first: behind a served pool their kernel, which forwards may wait for, would wait for its
+        # drain.
         routed = [
             transfer._replace(host_pool=_RoutedPool(self, transfer.host_pool, engine, ready, kept))
-            for transfer in transfers
+            for transfer in sorted(transfers, key=lambda transfer: self.serves(transfer.host_pool))
         ]
         completion = original(engine, routed)
         pending = self._pending[earlier:]
@@ -111,6 +124,7 @@ class WriteBack:
                     engine.device_to_host_stream,
                     pending,
                     self.advance,
+                    self.flush,
                 )
             )
         self._keep(completion.finish_event, tuple(kept))
@@ -122,8 +136,15 @@ class WriteBack:
             return
         gathered = self._backend.advance(self._ready())
         if gathered is not None:
-            self._sm_done = gathered
+            self._sm_done[_BACKEND] = gathered
         self._pending = [part for part in self._pending if not part.enqueued()]
+
+    def flush(self, parts: Sequence[Pending]) -> None:
+        """Enqueue the rest of these at once: somebody waits for them. Forwards wait for their SM work too."""
+        for part in parts:
+            gathered = part.flush()
+            if gathered is not None:
+                self._sm_done[_BACKEND] = gathered
 
     def abandon(self) -> None:
         """The cache is being reset: nobody will ask for what is not enqueued."""
@@ -152,7 +173,7 @@ class WriteBack:
         side = operation.pool_transfers or []
         sides = [group.entry_map[transfer.name].host_pool for transfer in side]
         if getattr(controller, "is_kv_sharded", False) or not any(
-            map(self._takes_plain_indices, [pool, *sides])
+            self._takes_plain_indices(controller, each) for each in [pool, *sides]
         ):
             return original(controller, operation)
         host, device = self._move(controller, pool, operation.host_indices, operation.device_indices)
@@ -168,26 +189,31 @@ class WriteBack:
                 moved.append(replace(transfer, host_indices=side_host, device_indices=side_device))
         return host, device, moved
 
-    def _takes_plain_indices(self, pool: Any) -> bool:
-        return self.serves(pool) and not getattr(self._backend, "upstream_indices", False)
+    def _takes_plain_indices(self, controller: Any, pool: Any) -> bool:
+        if getattr(self._backend, "upstream_indices", False) or not self.serves(pool):
+            return False
+        entries = getattr(controller.mem_pool_host, "entries", ())
+        device_pools = [entry.device_pool for entry in entries if entry.host_pool is pool]
+        return not any(map(_translated, device_pools or [controller.mem_pool_device]))
 
     def _move(self, controller: Any, pool: Any, host: Any, device: Any) -> tuple[Any, Any]:
-        if self._takes_plain_indices(pool):
+        if self._takes_plain_indices(controller, pool):
             return host, device
         # SGLang's rule for a pool of its own, as in each version's _move_write_operation.
+        staged = controller.io_backend == "kernel" and controller.mem_pool_host.layout == "page_first"
         per_pool = getattr(controller, "_move_pool_indices", None)
         if per_pool is not None:
-            moved: tuple[Any, Any] = per_pool(pool, host, device, write_back_jit=True)
+            moved: tuple[Any, Any] = per_pool(pool, host, device, write_back_jit=staged)
             return moved
-        if getattr(pool, "can_use_write_back_jit", False):
+        if staged and getattr(pool, "can_use_write_back_jit", False):
             return (host.cpu() if host.is_cuda else host), device
         moved = controller.move_indices(host, device)
         return moved
 
-    def take_sm_done(self) -> Event | None:
-        """The event after the last SM-side D2H work that no forward has waited for yet; then forget it."""
-        event, self._sm_done = self._sm_done, None
-        return event
+    def take_sm_done(self) -> tuple[Event, ...]:
+        """Events after all SM-side D2H work that no forward has waited for yet; then forget them."""
+        events, self._sm_done = tuple(self._sm_done.values()), {}
+        return events
 
     def copy(
         self,
@@ -207,9 +233,9 @@ class WriteBack:
             upstream(device_pool, host_indices, device_indices, engine.io_backend)
 
         geometry = self._route(host_pool).geometry
-        if geometry is None or getattr(device_pool, "host_transfer_translate", None) is not None:
+        if geometry is None or _translated(device_pool):
             upstream_copy()
-            self._sm_done = self._device.record(stream)
+            self._sm_done[_UPSTREAM] = self._device.record(stream)
             self.counters.fallback_writes += 1
             self.counters.bytes += len(host_indices) * int(host_pool.size_per_token)
             return
@@ -228,7 +254,7 @@ class WriteBack:
         )
         submission = self._backend.submit(transfer, stream)
         if submission.sm_done is not None:
-            self._sm_done = submission.sm_done
+            self._sm_done[_BACKEND] = submission.sm_done
         if submission.pending is not None:
             self._pending.append(submission.pending)
         kept.extend(submission.keep)
@@ -320,3 +346,8 @@ def _fingerprint(host_pool: Any) -> tuple[int, ...]:
         *(buffer.data_ptr() for buffer in host_buffers(host_pool)),
         rows[0].data_ptr() if rows else 0,
     )
+
+
+def _translated(device_pool: Any) -> bool:
+    """Whether SGLang translates this pool's indices on its transfer stream (unified memory): not ours."""
+    return getattr(device_pool, "host_transfer_translate", None) is not None

@@ -317,6 +317,35 @@ class TestWriteLargerThanTheRing:
         assert first.pending.enqueued()
         assert hybrid.gathers() == 6
 
+    def test_flush_stops_behind_the_write_that_somebody_waits_for_and_gives_its_gather(self) -> None:
+        hybrid = Hybrid()
+        first = hybrid.submit(64, wait=True)
+        second = hybrid.submit(7, wait=True)
+        gathered = first.pending.flush()
+        assert first.pending.enqueued()
+        assert not second.pending.enqueued()
+        assert gathered.stream == GATHER
+        assert first.pending.flush() is None
+
+    def test_a_write_that_failed_half_way_never_reads_as_done(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        hybrid = Hybrid()
+        first = hybrid.submit(64, wait=True)
+
+        def fail(batch: Any, stream: Any) -> None:
+            raise RuntimeError("cuMemcpyBatchAsync failed")
+
+        hybrid.drain_all()
+        with monkeypatch.context() as patch:
+            patch.setattr(hybrid.device, "copy", fail)
+            with pytest.raises(RuntimeError, match="cuMemcpyBatchAsync"):
+                hybrid.submit(7, wait=True)
+        for ask in (first.pending.enqueued, first.pending.flush):
+            with pytest.raises(RuntimeError, match="failed half-way"):
+                ask()
+        # Nor is the write whose submission raised left to write into slots that were freed.
+        hybrid.drain_all()
+        assert hybrid.backend.advance(()) is None  # type: ignore[attr-defined]
+
     def test_abandon_leaves_nothing_behind(self) -> None:
         hybrid = Hybrid()
         done = hybrid.submit(64, wait=True)

@@ -148,7 +148,7 @@ def test_explain_for_people_shows_everything(columns: str):
         ),
         (
             ["--attention-backend", "fa3", "--backend", "copy_engine"],
-            "No forward waits: prefill (extend) and decode",
+            "No forward waits for copy_engine, which has no work on the SMs; prefill (extend) and decode",
         ),
         (["--backend", "direct"], "No fence of this project: SGLang's own behaviour, untouched."),
     ],
@@ -159,13 +159,32 @@ def test_fences_in_a_sentence(arguments: list[str], sentence: str):
 
 def test_explain_says_which_unknown_facts_could_matter():
     shown = flat(run("explain", "--gpu-arch", "sm90").stdout)
-    assert shown.endswith(
-        "With more known, another rule might match (fa3-on-hopper, fa3-inside-dsa-on-hopper): "
+    note = (
+        "with more known, another rule might match (fa3-on-hopper, fa3-inside-dsa-on-hopper): "
         "give --attention-backend."
     )
-    assert (
-        "With more known" not in run("explain", "--gpu-arch", "sm90", "--attention-backend", "triton").stdout
-    )
+    # Before the answer that it puts in doubt.
+    assert note in shown
+    assert shown.index(note) < shown.index("No forward waits")
+    known = run("explain", "--gpu-arch", "sm90", "--attention-backend", "triton")
+    assert "with more known" not in known.stdout
+    undecided = json.loads(run("explain", "--gpu-arch", "sm90", "--json").stdout)["undecided"]
+    assert undecided == ["fa3-on-hopper", "fa3-inside-dsa-on-hopper"]
+
+
+def test_explain_says_what_a_server_would_refuse():
+    shown = run("explain", *GIVEN, "--mem-layout", "page_head", "--backend", "copy_engine", "--json")
+    refused = json.loads(shown.stdout)["refused"]
+    assert refused.startswith("--hicache-io-backend copy_engine cannot serve --hicache-mem-layout page_head")
+    assert json.loads(run("explain", *GIVEN, "--sglang", "0.5.23", "--json").stdout)["refused"] is None
+    old = flat(run("explain", *GIVEN, "--sglang", "0.5.10").stdout)
+    assert "A server would refuse this: SGLang 0.5.10 is not known to sglang-hicache-io" in old
+
+
+def test_explain_says_who_copies_a_layout_that_the_backend_cannot():
+    shown = json.loads(run("explain", *GIVEN, "--mem-layout", "page_unified", "--json").stdout)
+    assert shown["refused"] is None
+    assert "SGLang's own copy runs instead, and extend and decode would wait for it" in shown["fallback"]
 
 
 def test_text_of_a_policy_file_is_never_read_as_markup(tmp_path: Path):

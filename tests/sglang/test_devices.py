@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import pytest
 
@@ -33,19 +32,3 @@ def test_a_missing_cuda_python_is_refused_with_what_to_install(monkeypatch: pyte
     # None in sys.modules makes an import fail.
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
     assert "pip install cuda-python" in (unavailable("cuda") or "")
-
-
-def test_write_back_streams_have_the_lowest_priority_where_there_are_priorities() -> None:
-    from types import SimpleNamespace
-
-    from sglang_hicache.io_backends.sglang.runtime import lower_priority
-
-    device: Any = SimpleNamespace(new_stream=lambda: "lowest")
-    on_gpu = SimpleNamespace(priority=0)
-    engine = SimpleNamespace(device_to_host_stream=on_gpu, host_to_device_stream=on_gpu)
-    lower_priority(engine, device)
-    assert (engine.device_to_host_stream, engine.host_to_device_stream) == ("lowest", on_gpu)
-    on_cpu = SimpleNamespace()
-    engine = SimpleNamespace(device_to_host_stream=on_cpu)
-    lower_priority(engine, device)
-    assert engine.device_to_host_stream is on_cpu

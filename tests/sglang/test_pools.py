@@ -217,8 +217,8 @@ class TestFallback:
         assert pools.host.calls == ["kernel", "kernel"]
         assert writeback.counters.fallback_writes == 2
         # copy_engine itself has no SM work; SGLang's path has.
-        assert writeback.take_sm_done() is not None
-        assert writeback.take_sm_done() is None
+        assert len(writeback.take_sm_done()) == 1
+        assert writeback.take_sm_done() == ()
         said = [r.message for r in caplog.records if "goes through SGLang's own path" in r.message]
         assert len(said) == 1
 

@@ -1,0 +1,41 @@
+"""What a server would make of a decision beyond the rules: whether it starts, and who copies the pool."""
+
+from __future__ import annotations
+
+from sglang_hicache.io_backends.registry import AUTO, OWN_NAMES, get_backend
+from sglang_hicache.policy.decide import Decision
+from sglang_hicache.policy.facts import Facts
+
+
+def cannot_serve_layout(backend: str, layout: object) -> str | None:
+    """Why this project's `backend` cannot serve a host layout; None if it can, or nothing is known of it."""
+    if backend not in OWN_NAMES or layout is None:
+        return None
+    layouts: frozenset[str] = getattr(get_backend(backend), "layouts", frozenset())
+    if layout in layouts:
+        return None
+    return f"cannot serve --hicache-mem-layout {layout} (it can: {', '.join(sorted(layouts))})"
+
+
+def refusal(decision: Decision, facts: Facts, *, backend: str) -> str | None:
+    """Why a server with these facts and ``--hicache-io-backend backend`` would not start, or None."""
+    from sglang_hicache.io_backends.sglang.versions import problem_with
+
+    if decision.backend not in OWN_NAMES:
+        return None
+    version = facts.value("sglang")
+    if version is not None and (problem := problem_with(str(version))) is not None:
+        return problem
+    if backend == AUTO:
+        return None
+    reason = cannot_serve_layout(decision.backend, facts.value("mem_layout"))
+    return None if reason is None else f"--hicache-io-backend {backend} {reason}"
+
+
+def fallback(decision: Decision, facts: Facts, *, backend: str) -> str | None:
+    """Who copies instead where ``auto`` chose a backend that cannot serve the layout; None if it can."""
+    reason = cannot_serve_layout(decision.backend, facts.value("mem_layout"))
+    if backend != AUTO or reason is None:
+        return None
+    waiting = " and ".join(decision.fence_forward) or "no forward"
+    return f"{decision.backend} {reason}: SGLang's own copy runs instead, and {waiting} would wait for it"
