@@ -1,7 +1,7 @@
 """``copy_engine``: the GPU's DMA engines move the rows, in batches of copies.
 
-Wins when runs are long on both sides (layer_first or page_first_direct with large pages): no SM does any
-work, so no forward ever waits. Loses when entries are short: a batched copy costs the driver about 0.6 us
+Wins when runs are long on both sides (layer_first with contiguous slots): no SM does any work, so no forward
+ever waits. Loses when entries are short: a batched copy costs the driver about 0.6 us
 an entry, which at H200 link speed breaks even with a kernel at about 34 KB an entry (vLLM's and LMCache's
 published figures, H200, CUDA 13.0; not measured here).
 """
