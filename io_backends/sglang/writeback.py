@@ -194,7 +194,7 @@ class WriteBack:
             return False
         entries = getattr(controller.mem_pool_host, "entries", ())
         device_pools = [entry.device_pool for entry in entries if entry.host_pool is pool]
-        return not any(map(_translated, device_pools or [controller.mem_pool_device]))
+        return not any(map(_translated, device_pools or [getattr(controller, "mem_pool_device", None)]))
 
     def _move(self, controller: Any, pool: Any, host: Any, device: Any) -> tuple[Any, Any]:
         if self._takes_plain_indices(controller, pool):
