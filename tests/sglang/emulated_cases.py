@@ -281,7 +281,8 @@ def test_each_fence_is_needed_and_there(driver: Any, fence: str) -> None:
         world.wait(completion)
         return world.is_right()
 
-    assert all(right(seed, None) for seed in SEEDS)
+    # As many as it takes to miss one: with few, a fence that is gone from the product would stay unseen.
+    assert all(right(seed, None) for seed in MANY_SEEDS)
     assert not all(right(seed, (waiting, recorded)) for seed in MANY_SEEDS), "left out, it is not missed"
 
 
