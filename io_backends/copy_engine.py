@@ -2,8 +2,7 @@
 
 Wins when runs are long on both sides (layer_first with contiguous slots): no SM does any work, so no forward
 ever waits. Loses when entries are short: a batched copy costs the driver about 0.6 us
-an entry, which at H200 link speed breaks even with a kernel at about 34 KB an entry (vLLM's and LMCache's
-published figures, H200, CUDA 13.0; not measured here).
+an entry (vLLM's and LMCache's published figures, H200, CUDA 13.0).
 """
 
 from __future__ import annotations
@@ -15,6 +14,11 @@ from sglang_hicache.io_backends.device.base import Device, Stream
 from sglang_hicache.io_backends.geometry import PoolGeometry
 from sglang_hicache.io_backends.interface import Submission, Transfer
 from sglang_hicache.io_backends.plan import direct_copies
+
+BREAK_EVEN_ENTRY_BYTES = 34 * 1024
+"""Bytes of an entry at which the link takes as long as the driver: about 0.6 us an entry at 55 GB/s (vLLM and
+LMCache, H200, CUDA 13.0). Shorter ones are bound by the host's CPU. An H200 here moved entries of 32 KiB at
+33 to 44 GB/s and of 128 KiB at 43 to 51, where the link has 55 (bench/results/2026-11-23-h200)."""
 
 
 class CopyEngineBackend:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from sglang_hicache.io_backends.chunks import Chunk, Staged, chunk_sizes, chunk_slots, chunks, staged
 from sglang_hicache.io_backends.geometry import Component, HostStrides, PoolGeometry
 from sglang_hicache.io_backends.plan import (
+    Addresses,
     CopyBatch,
     Slots,
     as_slots,
@@ -57,6 +58,35 @@ def plan_write(geometry: PoolGeometry, host_slots: npt.ArrayLike, ring_bytes: in
     return planned
 
 
+def drain_entries(geometry: PoolGeometry, host_slots: npt.ArrayLike) -> int:
+    """Copies that drain a write from staging if one chunk holds it all: its runs of host memory.
+
+    What can be known of a write before any device index is on the host. Chunks add copies where they cut a
+    run. Whole pages of a paged layout, which is all that HiCache writes, are counted exactly; where a page is
+    written in part, every page counts as if it were.
+
+    Args:
+        geometry: the pool.
+        host_slots: int64 [n]; where each token goes. Not checked: planning the write does that.
+    """
+    slots = np.asarray(host_slots, dtype=np.int64)
+    if not len(slots):
+        return 0
+    part = geometry.components[0]
+    per_run = len(geometry.components) * (geometry.layers if _layer_by_layer(part) else part.host.pieces)
+    if not geometry.paged:
+        return per_run * count_runs(slots)
+    units = whole_pages(slots, geometry.page_size)
+    if units is not None:
+        return len(geometry.components) * count_runs(units)
+    return per_run * len(run_starts(slots, None, geometry.page_size))
+
+
+def count_runs(units: Slots) -> int:
+    """Runs of consecutive slots, or of consecutive pages."""
+    return 1 + int(np.count_nonzero(units[1:] - units[:-1] != 1)) if len(units) else 0
+
+
 def whole_pages(slots: Slots, page: int) -> Slots | None:
     """Page numbers of slots that are whole pages, each in order; None where they are anything else."""
     if len(slots) % page:
@@ -71,7 +101,7 @@ def _plan_units(geometry: PoolGeometry, units: Slots, ring_bytes: int) -> list[P
     """What the rest of this module does chunk by chunk, for all chunks at once.
 
     Units are tokens, or whole pages in a paged layout: host memory in which one run is one copy (a copy a
-    layer in layer_first). Copies are in the order [chunk, run, component, layer], so a chunk's are a slice.
+    layer in layer_first). Copies are made as [chunk, run, component, layer], so that a chunk's are a slice.
     """
     n, per = len(units), geometry.page_size if geometry.paged else 1
     sizes = chunk_sizes(geometry, n, ring_bytes)
@@ -99,9 +129,16 @@ def _plan_units(geometry: PoolGeometry, units: Slots, ring_bytes: int) -> list[P
     dst, src, nbytes = (array.reshape(-1).view(np.uint64) for array in (dst, src, nbytes))
     edges = (starts.searchsorted(firsts) * host.size).tolist()
     return [
-        PlannedChunk(cut, place, CopyBatch(dst[low:high], src[low:high], nbytes[low:high]))
+        PlannedChunk(cut, place, _in_staging_order(host.size, dst[low:high], src[low:high], nbytes[low:high]))
         for cut, place, low, high in zip(cuts, places, edges, [*edges[1:], len(dst)], strict=True)
     ]
+
+
+def _in_staging_order(per_run: int, *columns: Addresses) -> CopyBatch:
+    """Copies in the order [run, component, layer] as [component, layer, run]: one sweep through staging."""
+    if len(columns[0]) > per_run > 1:
+        columns = tuple(np.ascontiguousarray(column.reshape(-1, per_run).T).reshape(-1) for column in columns)
+    return CopyBatch(*columns)
 
 
 @functools.lru_cache(maxsize=64)

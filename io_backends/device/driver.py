@@ -23,9 +23,10 @@ from sglang_hicache.io_backends.plan import CopyBatch
 
 logger = logging.getLogger(__name__)
 
-MAX_ENTRIES = 16_384
-"""Entries a call. A segmentation fault at 51,828 was reported (vLLM #49276); the margin is unmeasured. At
-about 0.6 us an entry the call itself is noise from a few hundred entries on."""
+MAX_ENTRIES = 256
+"""Entries a call. The engine starts on them when the call returns, at about 0.5 us an entry, so that a large
+call keeps it waiting; from a few hundred entries on the call itself is noise. (On an H200, 8,192 entries of
+72 KiB went fastest in calls of 256.) A segmentation fault at 51,828 was reported (vLLM #49276)."""
 
 BATCH_VERSION = 12_080
 """CUDA 12.8 brought cuMemcpyBatchAsync. Asked for at this version, CUDA 12.8 to 13 give the form with

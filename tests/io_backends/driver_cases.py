@@ -110,11 +110,11 @@ class TestBatch:
         assert sum(sizes) == count
         assert max(sizes) <= 16
 
-    def test_by_default_a_call_stays_below_what_crashed_elsewhere(self, fake: Fake) -> None:
+    def test_by_default_a_call_is_short_enough_for_the_engine_to_start_early(self, fake: Fake) -> None:
         source, target, batch = rows(60_000)
         Driver().copy(batch, STREAM)
         np.testing.assert_array_equal(target, source[::-1])
-        assert max(call.count for call in fake.calls) == 16_384
+        assert max(call.count for call in fake.calls) == 256
 
     def test_empty_entries_are_left_out(self, fake: Fake) -> None:
         source, target, batch = rows(10)

@@ -70,7 +70,7 @@ def code(arch: int, launch: Launch) -> Any:
 def accesses(ptx: str) -> Counter[tuple[str, int]]:
     """("ld" or "st", bytes) of every access to global memory."""
     found: Counter[tuple[str, int]] = Counter()
-    for kind, count, bits in re.findall(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bsuf](\d+)", ptx):
+    for kind, count, bits in re.findall(r"\b(ld|st)\.global(?:(?:\.|::)\w+)*?(?:\.v(\d))?\.[bsuf](\d+)", ptx):
         found[kind, int(count or 1) * int(bits) // 8] += 1
     return found
 
@@ -96,6 +96,8 @@ def test_aligned_rows_move_in_16_byte_accesses_without_spills(arch: int, tmp_pat
     # What else is loaded: the row table, and one index for each of the 8 rows.
     assert set(found) == {("ld", 16), ("st", 16), ("ld", 8)}
     assert "bar.sync" not in built.asm["ptx"], "the tile goes through shared memory"
+    assert len(re.findall(r"ld\.global\.\S*evict_first\S*v2", built.asm["ptx"])) == 8
+    assert len(re.findall(r"st\.global\.cs\.v2", built.asm["ptx"])) == 8
     used = resources(built.asm["cubin"], tmp_path)
     assert used["STACK"] == 0
     assert used["LOCAL"] == 0

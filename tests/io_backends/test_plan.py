@@ -23,7 +23,13 @@ from sglang_hicache.io_backends.chunks import (
     staged,
 )
 from sglang_hicache.io_backends.device.cpu import CpuDevice
-from sglang_hicache.io_backends.staged_plan import PlannedChunk, drain_copies, plan_write, whole_pages
+from sglang_hicache.io_backends.staged_plan import (
+    PlannedChunk,
+    drain_copies,
+    drain_entries,
+    plan_write,
+    whole_pages,
+)
 
 DEVICE = CpuDevice()
 
@@ -85,6 +91,20 @@ def test_gather_and_drain_move_exactly_these_rows(data: st.DataObject) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
+def test_entries_are_known_before_the_plan(data: st.DataObject) -> None:
+    pool = data.draw(pools())
+    host, _ = data.draw(writes(pool))
+    g = pool.geometry
+    planned = sum(len(part.drain) for part in plan_write(g, host, 4 * max(1, len(host)) * 2**20))
+    counted = drain_entries(g, host)
+    if g.paged and whole_pages(host, g.page_size) is None:
+        assert counted >= planned
+    else:
+        assert counted == planned
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
 def test_chunks_cover_the_transfer_once_and_in_order(data: st.DataObject) -> None:
     pool = data.draw(pools())
     g = pool.geometry
@@ -140,6 +160,18 @@ def test_all_chunks_at_once_are_what_they_are_one_by_one(data: st.DataObject) ->
         assert (got.chunk, got.staged) == (want.chunk, want.staged)
         assert len(got.drain) == len(want.drain)
         assert rows_of(got.drain) == rows_of(want.drain)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_drain_sweeps_through_staging_once(data: st.DataObject) -> None:
+    pool = data.draw(pools())
+    g = pool.geometry
+    host, _ = data.draw(writes(pool))
+    if g.paged and whole_pages(host, g.page_size) is None:
+        return  # whole pages come before loose tokens there
+    for planned in plan_write(g, host, ring_of(pool, data.draw(st.integers(2, 9)))):
+        assert np.all(planned.drain.src[1:] > planned.drain.src[:-1])
 
 
 @given(st.lists(st.integers(0, 8), max_size=4), st.integers(1, 4), st.data())
