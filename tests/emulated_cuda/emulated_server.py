@@ -11,7 +11,8 @@ from typing import Any
 
 import emulation
 import torch
-import virtual_cuda
+
+from sglang_hicache.io_backends.virtual import gpu as virtual_cuda
 
 SEED = "EMULATED_CUDA_SEED"
 
@@ -30,7 +31,7 @@ def open_device(name: str) -> Any:
 
     if UNFENCED not in os.environ:
         return CudaDevice()
-    virtual_cuda.gpu.leave_out = lambda waiting, recorded: True
+    virtual_cuda.gpu.leave_out = lambda waiting, recorded_on, site: True
 
     class LateGathers(CudaDevice):
         def gather(self, *args: Any) -> None:  # type: ignore[override]
@@ -48,9 +49,16 @@ def _wait_event(stream: Any, event: Any) -> None:
 
 def _report() -> None:
     """What the virtual device did, beside the plug-in's own counters in ``/server_info``."""
+    from sglang_hicache.io_backends.sglang import writeback as module
     from sglang_hicache.io_backends.sglang.writeback import WriteBack
 
-    summary = WriteBack.summary
+    summary, deferred = WriteBack.summary, module.deferred
+
+    def counted(*args: Any) -> Any:
+        virtual_cuda.gpu.counts["deferred completions"] += 1
+        return deferred(*args)
+
+    module.deferred = counted
 
     def with_emulation(writeback: WriteBack) -> dict[str, Any]:
         return {**summary(writeback), "emulated": dict(virtual_cuda.gpu.counts)}

@@ -21,10 +21,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import virtual_cuda
 
-STALE = 0xEE
-"""What memory holds that nobody wrote."""
+from sglang_hicache.io_backends.virtual import gpu as virtual_cuda
+from sglang_hicache.io_backends.virtual.device import STALE
+from sglang_hicache.io_backends.virtual.operations import Operation
 
 _INVALID_HANDLE = 400
 
@@ -41,7 +41,7 @@ class PinnedTensor(torch.Tensor):
     def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> PinnedTensor:  # type: ignore[override]
         target, values = self.as_subclass(torch.Tensor), source.as_subclass(torch.Tensor)
         stream = virtual_cuda.current_stream()
-        stream.enqueue(lambda: target.copy_(values))
+        stream.launch(Operation("copy to pinned memory", (lambda: target.copy_(values),), engine="copy_d2h"))
         if not non_blocking:
             stream.synchronize()
         return self
@@ -104,7 +104,8 @@ class Compiled:
             gpu = virtual_cuda.gpu
             gpu.counts["gathers"] += 1
             on = virtual_cuda.current_stream() if stream is None else gpu.streams[stream]
-            on.enqueue(lambda: self._interpreted[grid](**{**passed, **self._constants}))
+            run = self._interpreted[grid]
+            on.launch(Operation("gather", (lambda: run(**{**passed, **self._constants}),)))
 
         return launch
 
@@ -130,7 +131,8 @@ class Driver:
         if stream is None:
             return _INVALID_HANDLE
         virtual_cuda.gpu.counts["copies"] += 1
-        stream.enqueue(lambda: self._library.fake_run(copies))
+        run = self._library.fake_run
+        stream.launch(Operation("copies", (lambda: run(copies),), engine="copy_d2h"))
         return 0
 
     def reset(self) -> None:

@@ -13,14 +13,16 @@ from typing import Any
 import emulation
 import pytest
 import torch
-import virtual_cuda
 from test_pools import CASES, Pools, host_buffers, random_slots
-from virtual_cuda import Stream
 
 from sglang_hicache.io_backends import get_backend
 from sglang_hicache.io_backends.device.cuda import CudaDevice
+from sglang_hicache.io_backends.sglang.routes import one_route
 from sglang_hicache.io_backends.sglang.runtime import Active
 from sglang_hicache.io_backends.sglang.writeback import WriteBack
+from sglang_hicache.io_backends.virtual import gpu as virtual_cuda
+from sglang_hicache.io_backends.virtual.gpu import Event, Stream
+from sglang_hicache.io_backends.virtual.operations import Operation
 
 SEEDS = range(3)
 MANY_SEEDS = range(60)
@@ -44,7 +46,7 @@ def driver(process: emulation.Driver) -> emulation.Driver:
 
 
 class NamedDevice(CudaDevice):
-    """Names its streams by the order in which ``hybrid`` makes them."""
+    """Names its streams: those that ``hybrid`` makes by their order, and the one that reads indices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,6 +56,15 @@ class NamedDevice(CudaDevice):
         stream = super().new_stream()
         stream.name = next(self._names)
         return stream
+
+    def prepare_copies(self, *args: Any) -> None:
+        super().prepare_copies(*args)
+        assert self._indices is not None
+        self._indices._stream.name = "indices"
+
+
+def launch(stream: Stream, work: Callable[[], object]) -> None:
+    stream.launch(Operation("work", (work,)))
 
 
 def _random_like(rows: Any, seed: int) -> Any:
@@ -90,16 +101,19 @@ class World:
         from sglang.srt.mem_cache.l2_transfer import L2Transfer, L2TransferEngine
 
         self.gpu = gpu = virtual_cuda.reset(seed)
-        gpu.leave_out = lambda waiting, recorded: (waiting.name, recorded.name) == leave_out
+        gpu.default.name = "schedule"
+        gpu.leave_out = lambda waiting, recorded_on, site: (waiting.name, recorded_on.name) == leave_out
         self.pools = pools
         self.device = NamedDevice()
         self.forward = Stream()
         self.forward.name = "forward"
         self.writeback = WriteBack(
             self.device,
-            get_backend(backend)(self.device, {"staging_mb": 1, **options}),
+            one_route(
+                get_backend(backend)(self.device, {"staging_mb": 1, **options}),
+                ("extend", "decode") if forwards_wait else (),
+            ),
             lambda: self.forward,
-            forwards_wait=forwards_wait,
         )
         self.active = Active(
             SimpleNamespace(fence_forward=("extend", "decode") if forwards_wait else ()),  # type: ignore[arg-type]
@@ -122,32 +136,32 @@ class World:
         for pool in pools:
             for buffer in host_buffers(pool.host):
                 buffer.view(torch.uint8).fill_(POISON)
-            assert self.writeback.serves(pool.host)
+            assert self.writeback.pools.serves(pool.host)
         self.rows = [[_random_like(rows, seed) for _, rows in pool.views()] for pool in pools]
         self.transfers = []
         for pool, (host, device) in zip(pools, self.slots, strict=True):
             # The scheduler's stream makes the indices; until then they are others.
             indices = torch.zeros_like(device).as_subclass(emulation.DeviceTensor)
-            self.gpu.streams[0].enqueue(lambda to=indices, values=device: to.copy_(values))
+            launch(gpu.default, lambda to=indices, values=device: to.copy_(values))
             self.transfers.append(L2Transfer(pool.host, pool.device, host, indices))
         self.run_forward(self.rows)
 
-    def run_forward(self, rows: Sequence[Sequence[Any]] | None = None) -> virtual_cuda.Event:
+    def run_forward(self, rows: Sequence[Sequence[Any]] | None = None) -> Event:
         """Launch a forward as SGLang does; it makes ``rows``, or garbage. Returns its end."""
         self.active.fence_forward(_BATCH)
         for nth, pool in enumerate(self.pools):
             for layer, (_, device) in enumerate(pool.views()):
                 if rows is None:
-                    self.forward.enqueue(lambda to=device: to.zero_())
+                    launch(self.forward, lambda to=device: to.zero_())
                 else:
                     device.zero_()
-                    self.forward.enqueue(lambda to=device, new=rows[nth][layer]: to.copy_(new))
+                    launch(self.forward, lambda to=device, new=rows[nth][layer]: to.copy_(new))
         return self.forward.record_event()
 
-    def run_other_forward(self) -> virtual_cuda.Event:
+    def run_other_forward(self) -> Event:
         """A forward that touches none of these rows: SGLang locks them until the write is complete."""
         self.active.fence_forward(_BATCH)
-        self.forward.enqueue(lambda: None)
+        launch(self.forward, lambda: None)
         return self.forward.record_event()
 
     def named(self, name: str) -> Stream:
@@ -192,7 +206,7 @@ def upstream_stand_in(pools: Pools) -> None:
                 else:
                     host[slots] = rows
 
-            virtual_cuda.current_stream().enqueue(copy)
+            launch(virtual_cuda.current_stream(), copy)
 
     pools.host.backup_from_device_all_layer_physical = backup
 
@@ -202,7 +216,7 @@ def check(world: World) -> None:
     completion = world.write()
     world.wait(completion, each=world.run_other_forward)
     world.assert_right()
-    assert world.writeback.fallbacks() == []
+    assert world.writeback.pools.fallbacks() == []
 
 
 @pytest.mark.parametrize("backend", ["hybrid", "copy_engine", "fenced_kernel"])
@@ -253,7 +267,7 @@ FENCES = {
         "copy_engine",
         False,
     ),
-    "copy_engine: the reader for the indices": ("", "schedule", "copy_engine", False),
+    "copy_engine: the reader for the indices": ("indices", "schedule", "copy_engine", False),
     "fenced_kernel: the kernel for the forward": ("transfer", "forward", "fenced_kernel", False),
     "fenced_kernel: the next forward for the kernel": ("forward", "transfer", "fenced_kernel", False),
 }
