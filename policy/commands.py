@@ -1,24 +1,38 @@
 """``hicache-io explain`` and ``hicache-io policy``: what would run here and why, and what a policy file says.
 
 Exit status 0: good; 2: the input is wrong (an unknown name, a policy file that cannot be used), with one line
-on standard error. Nothing here ends with 1: there is nothing to find wrong besides the input.
+on standard error, or with --json an object on standard output. Nothing here ends with 1: there is nothing to
+find wrong besides the input.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sglang_hicache.policy import render, serving
-from sglang_hicache.policy.decide import check_backend, decide
+from sglang_hicache.io_backends.registry import AUTO
+from sglang_hicache.policy import matrix as table
+from sglang_hicache.policy import render
+from sglang_hicache.policy.decide import check_backend
+from sglang_hicache.policy.errors import PolicyError
+from sglang_hicache.policy.explanation import Explanation
 from sglang_hicache.policy.facts import FactValue, detect
 from sglang_hicache.policy.json_schema import policy_json_schema
-from sglang_hicache.policy.load import PolicyError, load_policy, policy_in_force
-from sglang_hicache.policy.schema import Policy, Rule, Use
+from sglang_hicache.policy.layers import DEFAULT_RULE, Policy
+from sglang_hicache.policy.lint import warnings
+from sglang_hicache.policy.load import load_policy, policy_in_force
+from sglang_hicache.policy.schema import Default, Rule
 from sglang_hicache.policy.vocabulary import NameProblem, check_fact
+from sglang_hicache.policy.what_if import changed, difference, parse_facts
+from sglang_hicache.policy.words import option_of
+
+if TYPE_CHECKING:
+    from sglang_hicache.io_backends.sglang.dry_run import Server
 
 policy_app = typer.Typer(help="Show or check a policy file.", no_args_is_help=True)
 
@@ -59,15 +73,46 @@ def explain(
         _fact("--mem-layout", metavar="LAYOUT", help="Layout of the host pool."),
     ] = None,
     page_size: Annotated[str | None, _fact("--page-size", metavar="TOKENS", help="Tokens in a page.")] = None,
+    fact: Annotated[
+        list[str] | None,
+        _fact(
+            "--fact", metavar="NAME=VALUE", help="Any other fact, such as row_bytes=2048. May be repeated."
+        ),
+    ] = None,
     policy: PolicyPath = None,
     backend: Annotated[
-        str, typer.Option("--backend", metavar="NAME", help="What --hicache-io-backend would say.")
-    ] = "auto",
+        str | None,
+        _fact("--backend", metavar="NAME", help="What --hicache-io-backend would say; auto if not given."),
+    ] = None,
+    server_args: Annotated[
+        str | None,
+        _fact(
+            "--server-args",
+            metavar="'OPTIONS'",
+            help="A whole SGLang command line: facts, backend and policy as SGLang resolves them.",
+        ),
+    ] = None,
+    what_if: Annotated[
+        str | None,
+        _fact(
+            "--what-if",
+            metavar="FACT=VALUE,...",
+            help="Show the decision with these facts too, and what changes.",
+        ),
+    ] = None,
+    matrix: Annotated[
+        bool,
+        typer.Option(
+            "--matrix", help="The decision for every attention backend and architecture, as a table."
+        ),
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="With --matrix: in Markdown.")] = False,
     as_json: Json = False,
 ) -> None:
     """Say which backend copies KV cache to the host, which forwards wait for it, and why.
 
-    What is not given is detected on this machine, and shown as detected.
+    What is not given is detected on this machine, and shown as detected; --matrix detects nothing, and takes
+    SGLang's defaults for what is not given.
     """
     typed = {
         "attention_backend": attention_backend,
@@ -80,36 +125,81 @@ def explain(
         "mem_layout": mem_layout,
         "page_size": page_size,
     }
-    given: dict[str, FactValue] = {}
-    for name, text in typed.items():
-        if text is not None:
-            try:
-                given[name] = check_fact(name, text)
-            except NameProblem as error:
-                _refuse(f"--{name.replace('_', '-')}: {error}")
-    try:
-        check_backend(backend)
-    except NameProblem as error:
-        _refuse(f"--backend: {error}")
-    in_force = _policy(policy)
-    facts = detect(given)
-    decision = decide(in_force, facts, backend=backend)
-    refused = serving.refusal(decision, facts, backend=backend)
-    fallback = serving.fallback(decision, facts, backend=backend)
+    with refusing(as_json):
+        given: dict[str, FactValue] = {}
+        for name, text in typed.items():
+            if text is not None:
+                with _naming(option_of(name)):
+                    given[name] = check_fact(name, text)
+        if fact:
+            with _naming("--fact"):
+                given |= parse_facts(fact)
+        server = None
+        if server_args is not None:
+            if matrix:
+                raise NameProblem("--matrix is about every server; leave --server-args out")
+            with _naming("--server-args"):
+                server = _server(server_args, given)
+        with _naming("--backend"):
+            backend = check_backend(backend or (server.backend if server else AUTO))
+        other = None
+        if what_if is not None:
+            with _naming("--what-if"):
+                other = parse_facts([what_if])
+        if markdown and not matrix:
+            raise NameProblem("--markdown belongs to --matrix")
+        if matrix and other is not None:
+            raise NameProblem("--matrix shows every attention backend and architecture; leave --what-if out")
+        of_the_table = [name for name in given if name == "gpu_arch" or name.endswith("attention_backend")]
+        if matrix and of_the_table:
+            raise NameProblem(
+                f"--matrix goes through every attention backend and architecture; leave {of_the_table[0]} out"
+            )
+        in_force = policy_in_force(policy or (server.policy if server else None))
+    if matrix:
+        _show_matrix(table.matrix(in_force, given, backend=backend), markdown, as_json)
+        return
+    facts = server.facts if server else detect(given)
+    explanation = Explanation.of(in_force, facts, backend=backend)
+    then = None if other is None else Explanation.of(in_force, changed(facts, other), backend=backend)
     if as_json:
-        undecided = list(render.might_match(decision, in_force, facts))
-        _print_json({**decision.to_dict(), "undecided": undecided, "refused": refused, "fallback": fallback})
-    else:
-        notes = [("A server", f"would refuse this: {refused}")] if refused else []
-        notes += [("Pools", fallback)] if fallback else []
-        render.show_decision(render.console(), decision, in_force, facts, notes)
+        answer = explanation.to_dict()
+        if then is not None:
+            answer["what_if"] = {
+                "decision": then.to_dict(),
+                "changes": difference(explanation.decision, then.decision),
+            }
+        _print_json(answer)
+        return
+    out = render.console()
+    render.show_explanation(out, explanation)
+    if then is not None and other is not None:
+        render.show_what_if(out, explanation, then, other)
 
 
 @policy_app.command("show")
-def show(policy: PolicyPath = None, as_json: Json = False) -> None:
-    """Print a policy's rules in order, with the reason of each."""
-    in_force = _policy(policy)
-    if as_json:
+def show(
+    file: Annotated[
+        str | None, typer.Argument(metavar="[FILE]", help="The policy file, as --policy.", show_default=False)
+    ] = None,
+    policy: PolicyPath = None,
+    unmeasured: Annotated[
+        bool, typer.Option("--unmeasured", help="Only what no measurement supports, rule by rule.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Print a policy's rules in order, with the reason of each and where it comes from."""
+    with refusing(as_json):
+        if file is not None and policy is not None:
+            raise NameProblem("the policy file is named twice: FILE and --policy")
+        in_force = policy_in_force(file if file is not None else policy)
+    if unmeasured:
+        found = _unmeasured(in_force)
+        if as_json:
+            _print_json({"source": in_force.source, "unmeasured": found})
+        else:
+            render.show_unmeasured(render.console(), in_force, found)
+    elif as_json:
         _print_json(_policy_dict(in_force))
     else:
         render.show_policy(render.console(), in_force)
@@ -120,19 +210,20 @@ def validate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The policy file to check.")],
     as_json: Json = False,
 ) -> None:
-    """Check a policy file as a server would, and say what is wrong with it, where, and what is near."""
-    try:
+    """Check a policy file as a server would, and say what is wrong with it, where, and what is near.
+
+    Warnings, on standard error, are about what works and may not be meant.
+    """
+    with refusing(as_json):
         found = load_policy(file)
-    except PolicyError as error:
-        if as_json:
-            _print_json({"ok": False, "errors": [error.to_dict()]})
-            raise typer.Exit(2) from None
-        _refuse(str(error))
     count = len(found.rules)
+    odd = warnings(found)
     if as_json:
-        _print_json({"ok": True, "rules": count, "errors": []})
-    else:
-        typer.echo(f"{file}: ok, {count} rule{'' if count == 1 else 's'}")
+        _print_json({"ok": True, "rules": count, "errors": [], "warnings": [each.to_dict() for each in odd]})
+        return
+    typer.echo(f"{file}: ok, {count} rule{'' if count == 1 else 's'}")
+    for each in odd:
+        typer.echo(str(each), err=True)
 
 
 @policy_app.command("schema")
@@ -143,39 +234,87 @@ def schema(
     _print_json(policy_json_schema())
 
 
-def _policy(path: str | None) -> Policy:
+@contextmanager
+def refusing(as_json: bool) -> Iterator[None]:
+    """Turn wrong input into exit status 2: one line on standard error, or with `as_json` an object on
+    standard output.
+    """
     try:
-        return policy_in_force(path)
-    except PolicyError as error:
-        _refuse(str(error))
+        yield
+    except (NameProblem, PolicyError) as error:
+        if as_json:
+            _print_json({"ok": False, "errors": [error.to_dict()]})
+        else:
+            typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def _naming(option: str) -> Iterator[None]:
+    """Say which option a wrong name was given to."""
+    try:
+        yield
+    except NameProblem as error:
+        raise NameProblem(f"{option}: {error.message}", error.hint) from None
+
+
+def _server(command_line: str, given: Mapping[str, FactValue]) -> Server:
+    """What `command_line` resolves to. Raises NameProblem, also for a server without HiCache."""
+    # Here, because it is the one thing in this package that needs an installed SGLang.
+    from sglang_hicache.io_backends.sglang.dry_run import server_facts_of
+
+    server = server_facts_of(command_line, given)
+    if not server.hicache:
+        raise NameProblem("this server runs without HiCache: add --enable-hierarchical-cache")
+    return server
+
+
+def _show_matrix(entries: list[dict[str, Any]], markdown: bool, as_json: bool) -> None:
+    if as_json:
+        _print_json(entries)
+    elif markdown:
+        typer.echo(table.markdown(entries), nl=False)
+    else:
+        render.show_matrix(render.console(), table.rows(entries))
 
 
 def _policy_dict(policy: Policy) -> dict[str, Any]:
-    """The policy as its file could say it, with every key of ``use`` written out, and with its source."""
+    """The policy as one file could say it, with every key of ``use``, and where each rule is from."""
     return {
         "source": policy.source,
-        "version": policy.file.version,
-        "rules": [
-            {"name": rule.name, "when": _when_dict(rule), "use": _use_dict(rule.use), "because": rule.because}
-            for rule in policy.rules
-        ],
-        "default": {"use": _use_dict(policy.default.use), "because": policy.default.because},
+        "version": 1,
+        "rules": [{**_rule_dict(rule), **_origin_dict(policy, rule.name)} for rule in policy.rules],
+        "default": {**_chosen_dict(policy.default), **_origin_dict(policy, DEFAULT_RULE)},
     }
 
 
-def _when_dict(rule: Rule) -> dict[str, list[int | str]]:
-    return {key: list(values) for key, values in rule.when.written().items()}
+def _rule_dict(rule: Rule) -> dict[str, Any]:
+    when = {key: list(values) for key, values in rule.when.written().items()}
+    unknown = {"unknown": list(rule.unknown)} if rule.unknown else {}
+    return {"name": rule.name, "when": when, **unknown, **_chosen_dict(rule)}
 
 
-def _use_dict(use: Use) -> dict[str, Any]:
-    return {"backend": use.backend, "fence_forward": list(use.fence_forward), "options": dict(use.options)}
+def _chosen_dict(chosen: Rule | Default) -> dict[str, Any]:
+    use = chosen.use
+    written = {"backend": use.backend, "fence_forward": list(use.fence_forward), "options": dict(use.options)}
+    unmeasured = {"unmeasured": dict(chosen.unmeasured)} if chosen.unmeasured else {}
+    return {"use": written, "because": chosen.because, **unmeasured}
+
+
+def _origin_dict(policy: Policy, rule: str) -> dict[str, Any]:
+    origin = policy.origins[rule]
+    return {"layer": origin.layer, "file": origin.source, "line": origin.line}
+
+
+def _unmeasured(policy: Policy) -> list[dict[str, str]]:
+    """What no measurement supports, in the order of the rules."""
+    chosen: list[tuple[str, Rule | Default]] = [(rule.name, rule) for rule in policy.rules]
+    return [
+        {"rule": name, "layer": policy.layer(name), "path": path, "what": what}
+        for name, each in [*chosen, (DEFAULT_RULE, policy.default)]
+        for path, what in each.unmeasured.items()
+    ]
 
 
 def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=2))
-
-
-def _refuse(message: str) -> NoReturn:
-    """End with exit status 2 and one line on standard error."""
-    typer.echo(message, err=True)
-    raise typer.Exit(2)

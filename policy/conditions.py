@@ -1,8 +1,8 @@
 """One condition of a rule's ``when``, as the set of values it accepts.
 
-Three kinds of set: names, page sizes (whole numbers from 1 up) and versions. Each can say whether it holds a
-value, whether it holds nothing at all, and whether another set of its kind covers it. The last two find rules
-that can never match before a server starts.
+Four kinds of set: names, whole numbers from 1 up, versions, and true or false. Each can say whether it holds
+a value, whether it holds nothing at all, and whether another set of its kind covers it. The last two find
+rules that can never match before a server starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from packaging.specifiers import InvalidSpecifier, Specifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from sglang_hicache.policy.facts import FactValue
-from sglang_hicache.policy.vocabulary import NameProblem, canonical
+from sglang_hicache.policy.vocabulary import (
+    COUNTED,
+    FLAGS,
+    VERSIONED,
+    WRITE_FLAGS,
+    WRITE_NUMBERS,
+    NameProblem,
+    canonical,
+)
 
 
 class Condition(Protocol):
@@ -59,13 +67,13 @@ Span = tuple[int, int | None]  # both ends included; None: no upper end
 
 
 @dataclass(frozen=True)
-class PageSizes:
-    """Page sizes, as disjoint spans in ascending order; every span starts at 1 or above."""
+class Numbers:
+    """Whole numbers from 1 up, as disjoint spans in ascending order."""
 
     spans: tuple[Span, ...]
 
     @classmethod
-    def of(cls, entries: Iterable[int | str]) -> PageSizes:
+    def of(cls, entries: Iterable[int | str]) -> Numbers:
         """Any of `entries`: numbers, or comparisons such as ``<64`` and ``>=16,<64`` (all of its parts hold).
 
         Raises NameProblem for a comparison that cannot be read.
@@ -80,14 +88,14 @@ class PageSizes:
         return cls(_merged(spans))
 
     def holds(self, value: FactValue) -> bool:
-        return isinstance(value, int) and any(
-            low <= value and (high is None or value <= high) for low, high in self.spans
-        )
+        if not isinstance(value, int) or isinstance(value, bool):
+            return False
+        return any(low <= value and (high is None or value <= high) for low, high in self.spans)
 
     def is_empty(self) -> bool:
         return not self.spans
 
-    def within(self, other: PageSizes) -> bool:
+    def within(self, other: Numbers) -> bool:
         # Both are merged, so a span that is covered is covered by one span.
         return all(
             any(_intersect((span,), (cover,)) == (span,) for cover in other.spans) for span in self.spans
@@ -99,7 +107,7 @@ def _spans_of(part: str, entry: str) -> tuple[Span, ...]:
     if not found:
         swapped = entry.replace("=<", "<=").replace("=>", ">=")
         raise NameProblem(
-            f"'{entry}' is not a page size: a number, or a comparison such as <64 or >=16,<64",
+            f"'{entry}' is neither a number nor a comparison such as <64 or >=16,<64",
             swapped if swapped != entry else None,
         )
     number = int(found[2])
@@ -141,6 +149,22 @@ def _merged(spans: Iterable[Span]) -> tuple[Span, ...]:
         else:
             merged.append((low, high))
     return tuple(merged)
+
+
+@dataclass(frozen=True)
+class Flags:
+    """True, false, or either."""
+
+    values: frozenset[bool]
+
+    def holds(self, value: FactValue) -> bool:
+        return isinstance(value, bool) and value in self.values
+
+    def is_empty(self) -> bool:
+        return not self.values
+
+    def within(self, other: Flags) -> bool:
+        return self.values <= other.values
 
 
 @dataclass(frozen=True)
@@ -235,3 +259,16 @@ def _probes(sets: Iterable[SpecifierSet]) -> Iterator[Version]:
             yield Version(ended)
             yield Version(f"{ended}.0.0.0.1")
     yield Version(str(highest + 2))
+
+
+def condition(key: str, values: Iterable[int | str | bool]) -> Condition:
+    """The set of values that condition `key` of a rule accepts, from its `values` as written.
+
+    Raises NameProblem for a comparison or a specifier that cannot be read.
+    """
+    if key in FLAGS or key in WRITE_FLAGS:
+        return Flags(frozenset(value for value in values if isinstance(value, bool)))
+    if key in COUNTED or key in WRITE_NUMBERS:
+        return Numbers.of(values)
+    words = [str(value) for value in values]
+    return Versions.of(words) if key in VERSIONED else Names.of(key, words)

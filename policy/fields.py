@@ -11,11 +11,20 @@ from typing import Any, TypeVar
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
-from sglang_hicache.io_backends.registry import available_backends
-from sglang_hicache.policy.conditions import PageSizes, Versions
-from sglang_hicache.policy.vocabulary import FORWARDS, NameProblem, check_gpu_arch, check_name, nearest
+from sglang_hicache.io_backends.registry import AUTO, UPSTREAM_NAMES, available_backends
+from sglang_hicache.policy.conditions import Numbers, Versions
+from sglang_hicache.policy.vocabulary import (
+    FORWARDS,
+    NameProblem,
+    check_device,
+    check_gpu_arch,
+    check_name,
+    nearest,
+)
 
 USES = "uses"
+MATCH = "match"  # of `unknown`: every condition of the rule
+DEFAULT = "default"  # of `extends`
 PROBLEM = "policy"  # the error type of `problem`, by which `load` knows it
 
 Step = str | int
@@ -64,16 +73,48 @@ def gpu_archs(value: object) -> tuple[str, ...]:
     return _words(value, "gpu_arch", "sm90", check_gpu_arch)
 
 
-def page_sizes(value: object) -> tuple[int | str, ...]:
-    """A page size or a comparison such as ``<64``, or a list of them."""
-    sizes: list[int | str] = []
-    for entry, at in _entries(value, "page_size"):
-        if isinstance(entry, bool) or not isinstance(entry, (int, str)):
-            wanted = "page_size takes a number, or a comparison such as '<64'"
-            raise problem(f"{wanted}, not {shown(entry)}", at=at)
-        _checked(lambda size: PageSizes.of([size]), entry, at)
-        sizes.append(entry)
-    return tuple(sizes)
+def numbers(what: str) -> BeforeValidator:
+    """A whole number or a comparison such as ``<64``, or a list of them."""
+
+    def validate(value: object) -> tuple[int | str, ...]:
+        found: list[int | str] = []
+        for entry, at in _entries(value, what):
+            if isinstance(entry, bool) or not isinstance(entry, (int, str)):
+                wanted = f"{what} takes a number, or a comparison such as '<64'"
+                raise problem(f"{wanted}, not {shown(entry)}", at=at)
+            try:
+                Numbers.of([entry])
+            except NameProblem as error:
+                raise problem(f"{what}: {error.message}", error.hint, at=at) from None
+            found.append(entry)
+        return tuple(found)
+
+    return BeforeValidator(validate)
+
+
+def flags(what: str) -> BeforeValidator:
+    """True, false, or a list of them."""
+
+    def validate(value: object) -> tuple[bool, ...]:
+        found = []
+        for entry, at in _entries(value, what):
+            if not isinstance(entry, bool):
+                hint = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(str(entry).lower())
+                raise problem(f"{what} takes true or false, not {shown(entry)}", hint, at=at)
+            found.append(entry)
+        return tuple(found)
+
+    return BeforeValidator(validate)
+
+
+def texts(what: str, example: str) -> BeforeValidator:
+    """Any text, or a list of them."""
+
+    def check(word: str) -> None:
+        if not word.strip():
+            raise NameProblem(f"{what} is empty; leave it out, or give it a value")
+
+    return _condition(what, example, check)
 
 
 def text(what: str) -> BeforeValidator:
@@ -92,7 +133,8 @@ def version_1(value: object) -> int:
     """The number 1."""
     if type(value) is not int or value != 1:
         written = f"'{value}'" if isinstance(value, str) else shown(value)
-        hint = "1" if value in ("1", 1.0) else None
+        # "1" and true are 1 to a reader, not to YAML: the hint says what is different about them.
+        hint = "version: 1, without quotes" if value == "1" else "version: 1" if value == 1 else None
         raise problem(f"this release reads version 1 of the policy format, not {written}", hint)
     return value
 
@@ -101,6 +143,16 @@ def backend(value: object) -> str:
     """The name of a shipped or registered backend."""
     if not isinstance(value, str):
         raise problem(f"backend must be the name of a backend, such as hybrid, not {shown(value)}")
+    if value in UPSTREAM_NAMES:
+        raise problem(
+            f"'{value}' is SGLang's own io backend, which no rule can choose: it runs untouched, without "
+            f"this project's fences (--hicache-io-backend {value} selects it); a rule chooses one of "
+            f"{', '.join(available_backends())}"
+        )
+    if value == AUTO:
+        raise problem(
+            f"'{AUTO}' asks the policy, so no rule can choose it; valid: {', '.join(available_backends())}"
+        )
     _checked(lambda name: check_name("backend", name, available_backends()), value, ())
     return value
 
@@ -113,6 +165,45 @@ def fences(value: object) -> tuple[str, ...]:
         return ()
     words = _words(value, "fence_forward", "extend", _check_forward)
     return tuple(dict.fromkeys(words))
+
+
+def devices(value: object) -> tuple[str, ...]:
+    """A device, or a list of them."""
+    return _words(value, "device", "cuda", check_device)
+
+
+def unknown(value: object) -> tuple[str, ...]:
+    """``match``, or a list of conditions; which ones a rule has is for it to check."""
+    if value in ([], ()):
+        raise problem("unknown is an empty list; leave it out: an unknown fact then matches nothing")
+
+    def check(word: str) -> None:
+        if isinstance(value, str) and word != MATCH:
+            # One word that is no list: a typo of the only word there is, or a condition without brackets.
+            raise NameProblem(
+                f"unknown takes {MATCH}, or a list of conditions such as [gpu_arch], not '{word}'",
+                nearest(word, (MATCH,)) or f"[{word}]",
+            )
+
+    return tuple(dict.fromkeys(_words(value, "unknown", MATCH, check)))
+
+
+def unmeasured(value: object) -> dict[str, str]:
+    """Paths within a rule, each with what about it nobody measured."""
+    if not isinstance(value, dict) or not value:
+        example = "when.page_size: pages of 2 to 15"
+        raise problem(f"unmeasured must be a mapping such as {{{example}}}, not {shown(value)}")
+    for path, what in value.items():
+        if not isinstance(what, str) or not what.strip():
+            raise problem("unmeasured says in words what nobody measured", at=(path,))
+    return {path: " ".join(what.split()) for path, what in value.items()}
+
+
+def extends(value: object) -> str:
+    """``default``, or the name of a policy file."""
+    if not isinstance(value, str) or not value.strip():
+        raise problem(f"extends takes {DEFAULT}, or the name of a policy file, not {shown(value)}")
+    return value
 
 
 def options(value: object) -> dict[str, Any]:

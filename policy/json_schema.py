@@ -1,8 +1,9 @@
 """The policy format as JSON Schema (draft 2020-12), for editors and for tools that write policies.
 
 It accepts every file that `load` accepts. It refuses unknown keys, unknown values, missing parts and wrong
-options; what needs more than one place of the file (rules that can never match, duplicate names) is left to
-``hicache-io policy validate``, and so is the grammar of versions beyond their form.
+options; what needs more than one place of the file or another file (rules that can never match, duplicate
+names, what ``extends`` names) is left to ``hicache-io policy validate``, and so is the grammar of versions
+beyond their form.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_hicache.io_backends.registry import available_backends
-from sglang_hicache.policy.fields import USES
-from sglang_hicache.policy.schema import When
+from sglang_hicache.policy.fields import MATCH, USES
+from sglang_hicache.policy.options import BACKEND_OPTIONS, Option
+from sglang_hicache.policy.schema import When, is_about_writes
 from sglang_hicache.policy.vocabulary import (
     ATTENTION_BACKENDS,
-    BACKEND_OPTIONS,
-    DEVICES,
+    COUNTED,
+    FLAGS,
     FORWARDS,
     GPU_ARCH_PATTERN,
-    KV_KINDS,
-    MEM_LAYOUTS,
+    NAMED,
+    VERSIONED,
+    WRITE_FLAGS,
+    WRITE_NUMBERS,
 )
 
 _Schema = dict[str, Any]
@@ -27,68 +31,113 @@ _Schema = dict[str, Any]
 _TEXT: _Schema = {"type": "string", "pattern": r"\S"}
 _SPECIFIER: _Schema = {"type": "string", "pattern": r"^\s*(===|~=|==|!=|<=|>=|<|>)"}
 _COMPARISON = r"\s*(<=|>=|==|!=|<|>)?\s*[0-9]+\s*"
-_PAGE_SIZE: _Schema = {
+_NUMBER: _Schema = {
     "anyOf": [
         {"type": "integer", "minimum": 1},
         {"type": "string", "pattern": f"^{_COMPARISON}(,{_COMPARISON})*$"},
     ]
 }
+_CONTAINS_USES: _Schema = {"anyOf": [{"const": USES}, {"type": "array", "contains": {"const": USES}}]}
+_BECAUSE: _Schema = {
+    **_TEXT,
+    "description": "What was seen, where (citation), on which hardware and versions.",
+}
 
 
 def policy_json_schema() -> _Schema:
     """The schema, with the backends that are registered in this process."""
-    when = {
-        "attention_backend": _any_of({"enum": list(ATTENTION_BACKENDS)}),
-        "prefill_attention_backend": _any_of({"enum": list(ATTENTION_BACKENDS)}),
-        "decode_attention_backend": _any_of({"enum": list(ATTENTION_BACKENDS)}),
-        "gpu_arch": _any_of({"type": "string", "pattern": f"^({GPU_ARCH_PATTERN})$"}),
-        "sgl_kernel": _any_of(_SPECIFIER),
-        "sglang": _any_of(_SPECIFIER),
-        "kv_kind": _any_of({"enum": list(KV_KINDS)}),
-        "mem_layout": _any_of({"enum": list(MEM_LAYOUTS)}),
-        "page_size": _any_of(_PAGE_SIZE),
-        "device": _any_of({"enum": list(DEVICES)}),
+    default_use = {
+        "allOf": [{"$ref": "#/$defs/use"}, {"properties": {"fence_forward": {"not": _CONTAINS_USES}}}]
     }
-    assert set(when) == set(When.model_fields), "the format and its JSON Schema name the same conditions"
-    because = {**_TEXT, "description": "What was seen, where (citation), on which hardware and versions."}
+    default = _mapping(
+        {"use": default_use, "because": _BECAUSE, "unmeasured": _unmeasured("use")}, optional=["unmeasured"]
+    )
+    file = _mapping(
+        {
+            "version": {"const": 1},
+            "extends": {
+                **_TEXT,
+                "description": "default, or a policy file beside this one: this file's rules come before "
+                "that policy's, and a rule of the same name replaces it.",
+            },
+            "rules": {
+                "type": "array",
+                "items": {"$ref": "#/$defs/rule"},
+                "description": "First match wins.",
+            },
+            "default": default,
+        },
+        optional=["extends", "default"],
+    )
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "sglang-hicache-io policy, version 1",
+        **file,
+        "anyOf": [{"required": ["default"]}, {"required": ["extends"]}],
+        "$defs": {"rule": _rule(), "when": _when(), "use": _use()},
+    }
+
+
+def _when() -> _Schema:
+    conditions = {key: _any_of(_value(key)) for key in When.model_fields}
+    return _mapping(conditions, optional=list(conditions))
+
+
+def _value(key: str) -> _Schema:
+    """One value of condition `key`."""
+    if key == "attention_backend":
+        return {"enum": list(ATTENTION_BACKENDS)}
+    if key in NAMED:
+        return {"enum": list(NAMED[key][1])}
+    if key in VERSIONED:
+        return _SPECIFIER
+    if key in COUNTED or key in WRITE_NUMBERS:
+        return _NUMBER
+    if key in FLAGS or key in WRITE_FLAGS:
+        return {"type": "boolean"}
+    return {"type": "string", "pattern": f"^({GPU_ARCH_PATTERN})$"} if key == "gpu_arch" else _TEXT
+
+
+def _rule() -> _Schema:
+    on_server = [key for key in When.model_fields if not is_about_writes(key)]
     rule = _mapping(
         {
             "name": {**_TEXT, "not": {"const": "default"}},
             "when": {"$ref": "#/$defs/when"},
+            "unknown": {
+                "anyOf": [
+                    {"const": MATCH},
+                    {"type": "array", "items": {"enum": [MATCH, *on_server]}, "minItems": 1},
+                ],
+                "description": "Conditions that an unknown fact satisfies; match: all of this rule. Without "
+                "it, an unknown fact satisfies none.",
+            },
             "use": {"$ref": "#/$defs/use"},
-            "because": because,
-        }
+            "because": _BECAUSE,
+            "unmeasured": _unmeasured("when|use"),
+        },
+        optional=["unknown", "unmeasured"],
     )
-    rule["if"] = {
-        "properties": {
-            "use": {"properties": {"fence_forward": _CONTAINS_USES}, "required": ["fence_forward"]}
-        }
-    }
-    rule["then"] = {
-        "properties": {"when": {"anyOf": [{"required": [key]} for key in when if "attention" in key]}}
-    }
-    default_use = {
-        "allOf": [{"$ref": "#/$defs/use"}, {"properties": {"fence_forward": {"not": _CONTAINS_USES}}}]
-    }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "sglang-hicache-io policy, version 1",
-        **_mapping(
-            {
-                "version": {"const": 1},
-                "rules": {
-                    "type": "array",
-                    "items": {"$ref": "#/$defs/rule"},
-                    "description": "First match wins.",
-                },
-                "default": _mapping({"use": default_use, "because": because}),
-            }
+    fences_uses = {"properties": {"fence_forward": _CONTAINS_USES}, "required": ["fence_forward"]}
+    named = [{"required": [key]} for key in When.model_fields if key.endswith("attention_backend")]
+    rule["allOf"] = [
+        _if({"properties": {"use": fences_uses}}, {"properties": {"when": {"anyOf": named}}}),
+        _if(
+            {"required": ["unknown"]},
+            {"properties": {"when": {"anyOf": [{"required": [key]} for key in on_server]}}},
         ),
-        "$defs": {"rule": rule, "when": {**_mapping(when), "required": []}, "use": _use()},
+    ]
+    return rule
+
+
+def _unmeasured(roots: str) -> _Schema:
+    return {
+        "type": "object",
+        "propertyNames": {"pattern": rf"^({roots})\."},
+        "additionalProperties": _TEXT,
+        "minProperties": 1,
+        "description": "What nobody measured, by its path in this rule, such as when.page_size.",
     }
-
-
-_CONTAINS_USES: _Schema = {"anyOf": [{"const": USES}, {"type": "array", "contains": {"const": USES}}]}
 
 
 def _use() -> _Schema:
@@ -101,29 +150,37 @@ def _use() -> _Schema:
                 "description": "Forwards that wait for SM-side D2H work.",
             },
             "options": {"type": "object"},
-        }
+        },
+        optional=["fence_forward", "options"],
     )
-    use["required"] = ["backend"]
-    positive = {"type": "integer", "minimum": 1}
     use["allOf"] = [
-        {
-            "if": {"properties": {"backend": {"const": backend}}, "required": ["backend"]},
-            "then": {
-                "properties": {"options": _mapping(dict.fromkeys(names, positive)) | {"required": []}},
+        _if(
+            {"properties": {"backend": {"const": backend}}, "required": ["backend"]},
+            {
+                "properties": {"options": _options(known)},
                 "required": ["backend", "fence_forward"] if backend == "fenced_kernel" else ["backend"],
             },
-        }
-        for backend, names in BACKEND_OPTIONS.items()
+        )
+        for backend, known in BACKEND_OPTIONS.items()
     ]
     return use
 
 
-def _mapping(properties: _Schema) -> _Schema:
-    """A mapping with exactly these keys."""
+def _options(known: dict[str, Option]) -> _Schema:
+    values = {name: {"type": "integer", "minimum": 1, "maximum": each.most} for name, each in known.items()}
+    return _mapping(values, optional=list(known))
+
+
+def _if(condition: _Schema, then: _Schema) -> _Schema:
+    return {"if": condition, "then": then}
+
+
+def _mapping(properties: _Schema, *, optional: list[str]) -> _Schema:
+    """A mapping with no other keys than these."""
     return {
         "type": "object",
         "properties": properties,
-        "required": list(properties),
+        "required": [key for key in properties if key not in optional],
         "additionalProperties": False,
     }
 

@@ -1,43 +1,89 @@
 """Whether a rule can be reached at all: contradictions within its ``when``, and rules before it that cover
 it.
 
-Both answers are sound: a rule is only refused when no facts exist for which it would be the first match. What
-cannot be decided (pre-release specifiers, several earlier rules that cover one only together) is let through.
+Both answers are sound: a rule is only refused when no facts, known or not, and no write exist for which it
+would be the first match. What cannot be decided (pre-release specifiers, several earlier rules that cover one
+only together) is let through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
 
 from sglang_hicache.policy.conditions import Condition, Names
+from sglang_hicache.policy.vocabulary import NO_SPECULATION
 
 _PREFILL, _DECODE, _EITHER = "prefill_attention_backend", "decode_attention_backend", "attention_backend"
+_VERIFY, _DRAFT = "verify_attention_backend", "draft_attention_backend"
 
 
-def never_matches(conditions: Mapping[str, Condition]) -> tuple[str, str] | None:
+@dataclass(frozen=True)
+class Reach:
+    """What a rule accepts: its conditions by key, and which of them an unknown fact satisfies."""
+
+    conditions: Mapping[str, Condition]
+    unknown: Set[str] = frozenset()
+
+
+def never_matches(
+    conditions: Mapping[str, Condition], unknown: Set[str] = frozenset()
+) -> tuple[str, str] | None:
     """The key of a condition that keeps the rule from ever matching, and why; None when there is none."""
     for key, condition in conditions.items():
-        if condition.is_empty():
+        if key not in unknown and condition.is_empty():
             return key, f"no value satisfies {key}"
-    either, prefill, decode = (_names(conditions, key) for key in (_EITHER, _PREFILL, _DECODE))
-    if either and prefill and decode and not either & (prefill | decode):
-        return _EITHER, f"neither {_PREFILL} nor {_DECODE} allows a backend of {_EITHER}"
+    if found := _attention_excluded(conditions, unknown):
+        return found
     archs, devices = _names(conditions, "gpu_arch"), _names(conditions, "device")
-    if archs and devices and not devices & {"cpu" if arch == "cpu" else "cuda" for arch in archs}:
+    surely_known = not {"gpu_arch", "device"} & unknown
+    if surely_known and archs and devices and not devices & {_device_of(arch) for arch in archs}:
         return "device", "no gpu_arch that it lists is on such a device"
     return None
 
 
-def shadows(earlier: Mapping[str, Condition], later: Mapping[str, Condition]) -> bool:
-    """Whether every facts that `later` matches are matched by `earlier` too, key by key."""
-    return all(_implies(later, key, condition) for key, condition in earlier.items())
+def shadows(earlier: Reach, later: Reach) -> bool:
+    """Whether all facts and writes that `later` matches are matched by `earlier` too, key by key."""
+    return all(
+        _implies(later, key, wanted, key in earlier.unknown) for key, wanted in earlier.conditions.items()
+    )
 
 
-def _implies(conditions: Mapping[str, Condition], key: str, wanted: Condition) -> bool:
-    """Whether `conditions` leave `key` no value outside `wanted`."""
-    # "Effective prefill or decode backend" also holds when a condition on one of the two alone ensures it.
-    keys = (_EITHER, _PREFILL, _DECODE) if key == _EITHER else (key,)
-    return any(key in conditions and conditions[key].within(wanted) for key in keys)
+def _attention_excluded(conditions: Mapping[str, Condition], unknown: Set[str]) -> tuple[str, str] | None:
+    """Whether no attention backend that may run can be one that ``attention_backend`` names."""
+    running = [_PREFILL, _DECODE]
+    if _names(conditions, "speculative") != {NO_SPECULATION} or "speculative" in unknown:
+        running += [_VERIFY, _DRAFT]
+    either = _names(conditions, _EITHER)
+    stated = [_names(conditions, key) for key in running]
+    if not either or not all(stated) or {_EITHER, *running} & unknown or either & frozenset().union(*stated):
+        return None
+    return _EITHER, f"neither {', '.join(running[:-1])} nor {running[-1]} allows a backend of {_EITHER}"
+
+
+def _implies(later: Reach, key: str, wanted: Condition, wants_unknown: bool) -> bool:
+    """Whether `later` leaves `key` no value outside `wanted`, unknown included."""
+    # The attention backends of prefill and decode always run, so a condition on one of them alone ensures
+    # "any backend that runs"; one on verification or drafts does not, without speculative decoding.
+    keys: tuple[str, ...] = (key,)
+    if key == _EITHER:
+        keys = (_EITHER, _PREFILL, _DECODE, *((_VERIFY, _DRAFT) if _speculates(later) else ()))
+    return any(
+        each in later.conditions
+        and later.conditions[each].within(wanted)
+        and (wants_unknown or each not in later.unknown)
+        for each in keys
+    )
+
+
+def _speculates(reach: Reach) -> bool:
+    """Whether a rule only matches servers that surely use speculative decoding."""
+    names = _names(reach.conditions, "speculative")
+    return bool(names) and NO_SPECULATION not in names and "speculative" not in reach.unknown
+
+
+def _device_of(arch: str) -> str:
+    return "cpu" if arch == "cpu" else "cuda"
 
 
 def _names(conditions: Mapping[str, Condition], key: str) -> frozenset[str]:

@@ -8,15 +8,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sglang_hicache.io_backends.registry import UPSTREAM_NAMES
-from sglang_hicache.policy.decide import Decision, match
-from sglang_hicache.policy.facts import Facts
+from sglang_hicache.policy import serving, words
+from sglang_hicache.policy.cost import cost
+from sglang_hicache.policy.decide import Considered
+from sglang_hicache.policy.explanation import Explanation
+from sglang_hicache.policy.facts import FactValue
 from sglang_hicache.policy.fields import USES
-from sglang_hicache.policy.load import SHIPPED
-from sglang_hicache.policy.schema import Default, Policy, Rule
-
-# What operators call the forwards; extend is SGLang's name for prefill, chunked or not.
-_FORWARD_WORDS = {"extend": "prefill (extend)", "decode": "decode"}
+from sglang_hicache.policy.layers import DEFAULT_RULE, Policy
+from sglang_hicache.policy.match import word_of
+from sglang_hicache.policy.schema import Default, Rule
+from sglang_hicache.policy.what_if import difference
 
 
 def console() -> Console:
@@ -24,36 +25,44 @@ def console() -> Console:
     return Console(markup=False, emoji=False, highlight=False)
 
 
-def show_decision(
-    out: Console, decision: Decision, policy: Policy, facts: Facts, notes: Sequence[tuple[str, str]] = ()
-) -> None:
-    """Print `decision`, which `policy` made from `facts`: what, why, which facts, and past which rules.
-
-    `notes` are (name, text) of what must not be overlooked; they come first, like what is not decided yet.
-    """
-    rows = [("D2H backend", decision.backend), *notes]
-    if note := _unknown_note(decision, policy, facts):
-        rows.append(("Careful", note))
-    rows += [
-        ("Forwards", fence_sentence(decision)),
-        ("Decided by", _decided_by(decision)),
-        ("SGLang gets", _upstream_sentence(decision)),
-    ]
-    if decision.options:
-        rows.append(("Options", _options(decision.options)))
-    out.print(_pairs(rows))
+def show_explanation(out: Console, shown: Explanation) -> None:
+    """Print a decision: what, why, what it costs, from which facts, and past which rules."""
+    out.print(_pairs(_summary(shown)))
     _heading(out, "Why")
-    out.print(decision.because)
+    _show_reasons(out, shown)
+    _show_cost(out, shown)
     _heading(out, "Facts")
-    known = [(name, str(fact), fact.source) for name, fact in facts.items()]
+    known = [(name, _fact(fact.value), fact.source) for name, fact in shown.facts.items()]
     out.print(_table(("fact", "value", "from"), known))
     _heading(out, "Rules considered, the first match decides")
-    if not decision.considered:
+    if not shown.decision.considered:
         out.print("None: the backend was given by hand, and no rule applies to it.")
         return
-    marks = {True: "yes", False: "no"}
-    considered = [(each.rule, marks[each.matched], each.reason) for each in decision.considered]
-    out.print(_table(("rule", "matches", "because"), considered))
+    considered = [(each.rule, _mark(each), each.layer, _reason(each)) for each in shown.decision.considered]
+    out.print(_table(("rule", "matches", "layer", "because"), considered))
+
+
+def show_what_if(out: Console, now: Explanation, then: Explanation, other: Mapping[str, FactValue]) -> None:
+    """Print the decision `then`, with `other` facts, and what is not as `now`."""
+    given = ", ".join(f"{name}={_fact(value)}" for name, value in other.items())
+    _heading(out, f"What if {given}")
+    out.print(_pairs(_summary(then)))
+    out.print()
+    changes = difference(now.decision, then.decision)
+    if not changes:
+        out.print("Nothing changes: the same rules decide the same.")
+        return
+    out.print(_table(("what changes", "now", "then"), [_change(each) for each in changes]))
+    if now.decision.because != then.decision.because:
+        _heading(out, "Why, then")
+        _show_reasons(out, then)
+
+
+def show_matrix(out: Console, rows: Sequence[Sequence[str]]) -> None:
+    """Print the table that `matrix.rows` makes."""
+    titles, *body = rows
+    # One name a line: a folded list would break names.
+    out.print(_table(titles, [(names.replace(", ", "\n"), *cells) for names, *cells in body]))
 
 
 def show_policy(out: Console, policy: Policy) -> None:
@@ -63,82 +72,100 @@ def show_policy(out: Console, policy: Policy) -> None:
     out.print(f"{policy.source}: {rules}, the first match decides", style="bold")
     for number, rule in enumerate(policy.rules, 1):
         _heading(out, f"{number}. {rule.name}")
-        out.print(_pairs(_rule_rows(rule)))
+        out.print(_pairs(_rule_rows(policy, rule)))
     _heading(out, "default, when no rule matches")
-    out.print(_pairs(_rule_rows(policy.default)))
+    out.print(_pairs(_rule_rows(policy, policy.default)))
 
 
-def fence_sentence(decision: Decision) -> str:
-    """Which forwards wait for what, in words an operator understands."""
-    if decision.backend in UPSTREAM_NAMES:
-        return "No fence of this project: SGLang's own behaviour, untouched."
-    producer = "D2H waits, on the GPU, for the forward that writes the rows."
-    if not decision.fence_forward:
-        return f"No forward waits: compute and write-back overlap fully. {producer}"
-    who = " and ".join(_FORWARD_WORDS[forward] for forward in decision.fence_forward)
-    if decision.backend == "copy_engine":
-        return (
-            f"No forward waits for copy_engine, which has no work on the SMs; {who} would wait for a pool "
-            f"that falls back to SGLang's own copy. {producer}"
-        )
-    what = {
-        "hybrid": "for the last gather within GPU memory, not for the copy to the host",
-        "fenced_kernel": "for the whole of the last transfer to the host",
-    }.get(decision.backend, "for the backend's last work on the SMs")
-    verb = "wait" if len(decision.fence_forward) > 1 else "waits"
-    return f"{who[0].upper()}{who[1:]} {verb}, on the GPU, {what}. {producer}"
+def show_unmeasured(out: Console, policy: Policy, entries: Sequence[Mapping[str, str]]) -> None:
+    """Print what no measurement supports."""
+    if not entries:
+        out.print(f"{policy.source}: no rule says that anything of it is unmeasured")
+        return
+    out.print(f"{policy.source}: what nobody measured", style="bold")
+    rows = [(each["rule"], each["path"], each["what"]) for each in entries]
+    out.print(_table(("rule", "part", "unmeasured"), rows))
 
 
-def _decided_by(decision: Decision) -> str:
-    if decision.rule == "default":
-        return f"the default of {_the(decision.policy)}: no rule matched"
-    if not decision.considered:
-        return f"{decision.rule}, given by hand"
-    return f"rule {decision.rule} of {_the(decision.policy)}"
+def _summary(shown: Explanation) -> list[tuple[str, str]]:
+    """What must not be overlooked first, then what is decided."""
+    decision = shown.decision
+    rows = [("D2H backend", words.backend_sentence(decision))]
+    if shown.refused:
+        rows.append(("A server", f"would refuse this: {shown.refused}"))
+    if shown.fallback:
+        rows.append(("Pools", shown.fallback))
+    if note := shown.careful():
+        rows.append(("Careful", note))
+    rows.append(("Fences", words.fence_sentence(decision)))
+    rows += list(words.forward_sentences(decision, shown.facts).items())
+    rows += [
+        ("Decided by", words.decided_by(decision, shown.policy)),
+        ("SGLang gets", words.upstream_sentence(decision)),
+    ]
+    if others := serving.other_pools(decision):
+        waiting = " and ".join(decision.fences()) or "no forward"
+        rows.append(("SGLang copies", f"pools of {', '.join(others)} itself; {waiting} would wait for that"))
+    options = {route.backend: route.options for route in decision.routes if route.options}
+    rows += [("Options", f"{backend}: {_options(each)}") for backend, each in options.items()]
+    return rows
 
 
-def _the(policy: str) -> str:
-    return "the shipped policy" if policy == SHIPPED else policy
+def _show_reasons(out: Console, shown: Explanation) -> None:
+    """The reason of each route, with its rule's name where there are several."""
+    for route in shown.decision.routes:
+        out.print(f"{route.rule}: {route.because}" if len(shown.decision.routes) > 1 else route.because)
 
 
-def _upstream_sentence(decision: Decision) -> str:
-    if decision.backend in UPSTREAM_NAMES:
-        return f"io backend {decision.upstream_io_backend}, as asked"
-    return (
-        f"io backend {decision.upstream_io_backend}, for host-to-device copies and for pools that "
-        f"{decision.backend} does not support"
-    )
+def _show_cost(out: Console, shown: Explanation) -> None:
+    entries = cost(shown.decision, shown.facts)
+    if not entries:
+        return
+    _heading(out, "What it costs")
+    rows = [(each["backend"], each["kind"], each["text"]) for each in entries]
+    out.print(_table(("backend", "", "one write"), rows))
+    for source in dict.fromkeys(each["source"] for each in entries if each["source"]):
+        out.print(f"Measured on: {source}")
 
 
-def might_match(decision: Decision, policy: Policy, facts: Facts) -> dict[str, tuple[str, ...]]:
-    """Rules that were passed over only because facts are unknown, with those facts."""
-    passed = {each.rule for each in decision.considered if not each.matched}
-    unknown = {rule.name: match(rule.when, facts).unknown for rule in policy.rules if rule.name in passed}
-    return {name: missing for name, missing in unknown.items() if missing}
+def _fact(value: FactValue) -> str:
+    return "unknown" if value is None else word_of(value)
 
 
-def _unknown_note(decision: Decision, policy: Policy, facts: Facts) -> str | None:
-    """Which rules might still match, and the options that give what is missing."""
-    unknown = might_match(decision, policy, facts)
-    rules = list(unknown)
-    if not rules:
-        return None
-    missing = dict.fromkeys(name for rule in rules for name in unknown[rule])
-    both = {"prefill_attention_backend", "decode_attention_backend"} <= missing.keys()
-    names = [("attention_backend" if both and "attention" in name else name) for name in missing]
-    # device has no option: it follows from gpu_arch.
-    options = dict.fromkeys(
-        f"--{'gpu-arch' if name == 'device' else name.replace('_', '-')}" for name in names
-    )
-    return f"with more known, another rule might match ({', '.join(rules)}): give {', '.join(options)}."
+def _mark(each: Considered) -> str:
+    if not each.matched:
+        return "no"
+    return "some writes" if each.writes else "yes"
 
 
-def _rule_rows(rule: Rule | Default) -> Sequence[tuple[str, str]]:
+def _reason(each: Considered) -> str:
+    return f"{each.reason}; {each.writes}" if each.writes else each.reason
+
+
+def _change(each: Mapping[str, Any]) -> tuple[str, str, str]:
+    return each["what"], _value(each["now"]), _value(each["then"])
+
+
+def _value(value: Any) -> str:
+    """A JSON value in a table."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return ", ".join(f"{route['backend']} by {route['rule']}" for route in value)
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return _options(value) or "none" if isinstance(value, dict) else str(value)
+
+
+def _rule_rows(policy: Policy, rule: Rule | Default) -> list[tuple[str, str]]:
+    name = rule.name if isinstance(rule, Rule) else DEFAULT_RULE
     rows = []
     if isinstance(rule, Rule):
         written = rule.when.written()
-        conditions = [f"{key}: {' or '.join(map(str, values))}" for key, values in written.items()]
+        conditions = [
+            f"{key}: {' or '.join(word_of(value) for value in values)}" for key, values in written.items()
+        ]
         rows.append(("when", "\n".join(conditions) or "always"))
+        if rule.unknown:
+            rows.append(("unknown counts as a match", ", ".join(sorted(rule.unknown_matches()))))
     rows.append(("use", rule.use.backend))
     fences = ", ".join(rule.use.fence_forward) or "none"
     if USES in rule.use.fence_forward:
@@ -147,11 +174,14 @@ def _rule_rows(rule: Rule | Default) -> Sequence[tuple[str, str]]:
     if rule.use.options:
         rows.append(("options", _options(rule.use.options)))
     rows.append(("because", rule.because))
+    if rule.unmeasured:
+        rows.append(("unmeasured", "\n".join(f"{path}: {what}" for path, what in rule.unmeasured.items())))
+    rows.append(("from", str(policy.origins[name])))
     return rows
 
 
 def _options(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in options.items())
+    return ", ".join(f"{name} {word_of(value)}" for name, value in options.items())
 
 
 def _heading(out: Console, title: str) -> None:

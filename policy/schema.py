@@ -1,31 +1,30 @@
 """The policy file's format, version 1, as frozen models that refuse what they do not know.
 
 Errors raised here are `problem` objects, whose text is meant for the user; `load` adds the file, the line and
-the column, and words pydantic's own errors itself. `fields` checks the single values.
+the column, and words pydantic's own errors itself. `fields` checks the single values, `policy` what several
+rules and files mean together.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from sglang_hicache.policy import fields
-from sglang_hicache.policy.conditions import Condition, Names, PageSizes, Versions
+from sglang_hicache.policy.conditions import Condition, condition
 from sglang_hicache.policy.fields import USES, problem
-from sglang_hicache.policy.reach import never_matches, shadows
-from sglang_hicache.policy.vocabulary import (
-    ATTENTION_BACKENDS,
-    BACKEND_OPTIONS,
-    DEVICES,
-    KV_KINDS,
-    MEM_LAYOUTS,
-    NameProblem,
-    check_name,
-)
+from sglang_hicache.policy.options import check_option
+from sglang_hicache.policy.reach import never_matches
+from sglang_hicache.policy.vocabulary import ATTENTION_BACKENDS, NAMED, NameProblem, nearest
 
-_AttentionBackends = Annotated[tuple[str, ...], fields.names("attention backend", ATTENTION_BACKENDS)]
+_Names = tuple[str, ...]
+_Numbers = tuple[int | str, ...]
+_Flags = tuple[bool, ...]
+
+
+def _named(key: str) -> Any:
+    return fields.names(*NAMED[key])
 
 
 class _Strict(BaseModel):
@@ -33,40 +32,63 @@ class _Strict(BaseModel):
 
 
 class When(_Strict):
-    """The conditions of a rule; all must hold. One that is left out is an empty tuple, and holds always."""
+    """The conditions of a rule; all must hold. One that is left out is an empty tuple, and holds always.
 
-    attention_backend: _AttentionBackends = ()
-    prefill_attention_backend: _AttentionBackends = ()
-    decode_attention_backend: _AttentionBackends = ()
-    gpu_arch: Annotated[tuple[str, ...], BeforeValidator(fields.gpu_archs)] = ()
-    sgl_kernel: Annotated[tuple[str, ...], fields.specifiers("sgl_kernel")] = ()
-    sglang: Annotated[tuple[str, ...], fields.specifiers("sglang")] = ()
-    kv_kind: Annotated[tuple[str, ...], fields.names("KV kind", KV_KINDS)] = ()
-    mem_layout: Annotated[tuple[str, ...], fields.names("memory layout", MEM_LAYOUTS)] = ()
-    page_size: Annotated[tuple[int | str, ...], BeforeValidator(fields.page_sizes)] = ()
-    device: Annotated[tuple[str, ...], fields.names("device", DEVICES)] = ()
+    Those that begin with ``write_`` are about one write, and are answered when it happens; the others are
+    about the server, and are answered once.
+    """
 
-    def written(self) -> dict[str, tuple[int | str, ...]]:
+    attention_backend: Annotated[_Names, fields.names("attention backend", ATTENTION_BACKENDS)] = ()
+    prefill_attention_backend: Annotated[_Names, _named("prefill_attention_backend")] = ()
+    decode_attention_backend: Annotated[_Names, _named("decode_attention_backend")] = ()
+    verify_attention_backend: Annotated[_Names, _named("verify_attention_backend")] = ()
+    draft_attention_backend: Annotated[_Names, _named("draft_attention_backend")] = ()
+    gpu_arch: Annotated[_Names, BeforeValidator(fields.gpu_archs)] = ()
+    gpu_name: Annotated[_Names, fields.texts("gpu_name", "NVIDIA H200")] = ()
+    driver: Annotated[_Names, fields.specifiers("driver")] = ()
+    cuda: Annotated[_Names, fields.specifiers("cuda")] = ()
+    sgl_kernel: Annotated[_Names, fields.specifiers("sgl_kernel")] = ()
+    sglang: Annotated[_Names, fields.specifiers("sglang")] = ()
+    flashinfer: Annotated[_Names, fields.specifiers("flashinfer")] = ()
+    fa3_binary: Annotated[_Names, _named("fa3_binary")] = ()
+    kv_kind: Annotated[_Names, _named("kv_kind")] = ()
+    mem_layout: Annotated[_Names, _named("mem_layout")] = ()
+    page_size: Annotated[_Numbers, fields.numbers("page_size")] = ()
+    row_bytes: Annotated[_Numbers, fields.numbers("row_bytes")] = ()
+    write_policy: Annotated[_Names, _named("write_policy")] = ()
+    overlap: Annotated[_Flags, fields.flags("overlap")] = ()
+    speculative: Annotated[_Names, _named("speculative")] = ()
+    tp: Annotated[_Numbers, fields.numbers("tp")] = ()
+    dp: Annotated[_Numbers, fields.numbers("dp")] = ()
+    pp: Annotated[_Numbers, fields.numbers("pp")] = ()
+    pinned_memory: Annotated[_Flags, fields.flags("pinned_memory")] = ()
+    batch_copy: Annotated[_Flags, fields.flags("batch_copy")] = ()
+    device: Annotated[_Names, BeforeValidator(fields.devices)] = ()
+    write_tokens: Annotated[_Numbers, fields.numbers("write_tokens")] = ()
+    write_entries: Annotated[_Numbers, fields.numbers("write_entries")] = ()
+    write_entry_bytes: Annotated[_Numbers, fields.numbers("write_entry_bytes")] = ()
+    write_contiguous: Annotated[_Flags, fields.flags("write_contiguous")] = ()
+
+    def written(self) -> dict[str, tuple[int | str | bool, ...]]:
         """The conditions that the rule states, by key, as written."""
         return {key: getattr(self, key) for key in type(self).model_fields if getattr(self, key)}
 
+    def on_writes(self) -> dict[str, tuple[int | str | bool, ...]]:
+        """Those of `written` that are about a write."""
+        return {key: values for key, values in self.written().items() if is_about_writes(key)}
+
     def conditions(self) -> dict[str, Condition]:
         """The conditions that the rule states, by key, as sets of accepted values."""
-        return {key: _condition(key, values) for key, values in self.written().items()}
+        return {key: condition(key, values) for key, values in self.written().items()}
 
-    @model_validator(mode="after")
-    def _can_match(self) -> Self:
-        if found := never_matches(self.conditions()):
-            key, why = found
-            raise problem(f"this rule can never match: {why}", at=(key,))
-        return self
+    def server_conditions(self) -> dict[str, Condition]:
+        """Those of `conditions` that are about the server."""
+        return {key: each for key, each in self.conditions().items() if not is_about_writes(key)}
 
 
-def _condition(key: str, values: tuple[int | str, ...]) -> Condition:
-    if key == "page_size":
-        return PageSizes.of(values)
-    words = [str(value) for value in values]
-    return Versions.of(words) if key in ("sgl_kernel", "sglang") else Names.of(key, words)
+def is_about_writes(key: str) -> bool:
+    """Whether condition `key` is about one write; else it is about the server."""
+    return key.startswith("write_") and key != "write_policy"
 
 
 class Use(_Strict):
@@ -80,28 +102,34 @@ class Use(_Strict):
     def _fits_the_backend(self) -> Self:
         if self.backend == "fenced_kernel" and "fence_forward" not in self.model_fields_set:
             raise problem("fenced_kernel needs an explicit fence_forward; [] means the producer fence only")
-        known = BACKEND_OPTIONS.get(self.backend)
-        if known is None:
-            return self
         for name, value in self.options.items():
             try:
-                check_name(f"option of {self.backend}", str(name), known)
+                check_option(self.backend, str(name), value)
             except NameProblem as error:
-                raise problem(error.message, error.hint, at=("options", name), key=True) from None
-            if type(value) is not int or value < 1:
-                raise problem(
-                    f"{name} must be a whole number above 0, not {fields.shown(value)}", at=("options", name)
-                )
+                is_key = error.message.startswith("unknown option")
+                raise problem(error.message, error.hint, at=("options", name), key=is_key) from None
         return self
 
 
 class Rule(_Strict):
-    """One rule: when all of ``when`` holds, do ``use``; ``because`` says what was seen and where."""
+    """One rule: when all of ``when`` holds, do ``use``; ``because`` says what was seen and where.
+
+    ``unknown`` lists the conditions that an unknown fact satisfies (``match`` in the file: all of them), and
+    ``unmeasured`` the parts of the rule that rest on no measurement, by path.
+    """
 
     name: Annotated[str, fields.text("name")]
     when: When
+    unknown: Annotated[tuple[str, ...], BeforeValidator(fields.unknown)] = ()
     use: Use
     because: Annotated[str, fields.text("because")]
+    unmeasured: Annotated[dict[str, str], BeforeValidator(fields.unmeasured)] = Field(default_factory=dict)
+
+    def unknown_matches(self) -> frozenset[str]:
+        """The conditions, by key, that an unknown fact satisfies."""
+        if fields.MATCH in self.unknown:
+            return frozenset(self.when.server_conditions())
+        return frozenset(self.unknown)
 
     @model_validator(mode="after")
     def _is_clear(self) -> Self:
@@ -109,9 +137,23 @@ class Rule(_Strict):
             raise problem(
                 "'default' is what answers when no rule matches; give the rule another name", at=("name",)
             )
-        named = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
-        if USES in self.use.fence_forward and not any(getattr(self.when, key) for key in named):
+        stated = self.when.written()
+        if USES in self.use.fence_forward and not any(key.endswith("attention_backend") for key in stated):
             raise problem("uses needs attention_backend in when", at=("use", "fence_forward"))
+        on_server = [key for key in stated if not is_about_writes(key)]
+        for key in self.unknown:
+            if key == fields.MATCH and not on_server:
+                raise problem(
+                    "unknown says nothing here: when has no condition on the server", at=("unknown",)
+                )
+            if key != fields.MATCH and key not in on_server:
+                hint = nearest(key, on_server)
+                message = f"unknown names '{key}', but when has no condition on such a fact of the server"
+                raise problem(message, hint, at=("unknown",))
+        if found := never_matches(self.when.conditions(), self.unknown_matches()):
+            key, why = found
+            raise problem(f"this rule can never match: {why}", at=("when", key))
+        _check_unmeasured(self.unmeasured, self.use, stated)
         return self
 
 
@@ -120,6 +162,7 @@ class Default(_Strict):
 
     use: Use
     because: Annotated[str, fields.text("because")]
+    unmeasured: Annotated[dict[str, str], BeforeValidator(fields.unmeasured)] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _names_its_forwards(self) -> Self:
@@ -127,41 +170,35 @@ class Default(_Strict):
             raise problem(
                 "uses needs attention_backend in when, and default has no when", at=("use", "fence_forward")
             )
+        _check_unmeasured(self.unmeasured, self.use, {})
         return self
 
 
 class PolicyFile(_Strict):
-    """A whole policy file."""
+    """A whole policy file. ``default`` may only be left out where ``extends`` names a policy that has one."""
 
     version: Annotated[Literal[1], BeforeValidator(fields.version_1)]
+    extends: Annotated[str | None, BeforeValidator(fields.extends)] = None
     rules: tuple[Rule, ...]
-    default: Default
+    default: Default | None = None
 
     @model_validator(mode="after")
-    def _every_rule_counts(self) -> Self:
-        conditions = [rule.when.conditions() for rule in self.rules]
+    def _is_whole(self) -> Self:
+        if self.default is None and self.extends is None:
+            raise problem("'default' is missing", at=("default",))
+        seen: set[str] = set()
         for index, rule in enumerate(self.rules):
-            for before in range(index):
-                earlier = self.rules[before].name
-                if earlier == rule.name:
-                    raise problem(f"a second rule with the name '{rule.name}'", at=("rules", index, "name"))
-                if shadows(conditions[before], conditions[index]):
-                    why = f"rule '{earlier}' before it matches whenever it does"
-                    raise problem(f"rule '{rule.name}' can never match: {why}", at=("rules", index, "name"))
+            if rule.name in seen:
+                raise problem(f"a second rule with the name '{rule.name}'", at=("rules", index, "name"))
+            seen.add(rule.name)
         return self
 
 
-@dataclass(frozen=True)
-class Policy:
-    """A policy that passed every check, and where it came from: a file's name, or "shipped default"."""
-
-    file: PolicyFile
-    source: str
-
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        return self.file.rules
-
-    @property
-    def default(self) -> Default:
-        return self.file.default
+def _check_unmeasured(unmeasured: dict[str, str], use: Use, stated: dict[str, Any]) -> None:
+    """Every path must lead to something that the rule says."""
+    paths = [*(f"when.{key}" for key in stated), "use.backend", "use.fence_forward"]
+    paths += [f"use.options.{name}" for name in use.options]
+    for path in unmeasured:
+        if path not in paths:
+            message = f"unmeasured names '{path}', which the rule does not have"
+            raise problem(message, nearest(path, paths), at=("unmeasured", path), key=True)

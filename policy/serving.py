@@ -32,10 +32,25 @@ def refusal(decision: Decision, facts: Facts, *, backend: str) -> str | None:
     return None if reason is None else f"--hicache-io-backend {backend} {reason}"
 
 
+def other_pools(decision: Decision) -> dict[str, str]:
+    """Kinds of pool that SGLang's own copy writes back whatever the backend, each with the reason; none where
+    SGLang copies everything.
+    """
+    from sglang_hicache.io_backends.sglang.pools import OTHER_KINDS
+
+    return dict(OTHER_KINDS.values()) if decision.backend in OWN_NAMES else {}
+
+
 def fallback(decision: Decision, facts: Facts, *, backend: str) -> str | None:
-    """Who copies instead where ``auto`` chose a backend that cannot serve the layout; None if it can."""
-    reason = cannot_serve_layout(decision.backend, facts.value("mem_layout"))
-    if backend != AUTO or reason is None:
+    """Who copies instead where ``auto`` chose a backend that cannot serve the layout; None if all can."""
+    if backend != AUTO:
         return None
-    waiting = " and ".join(decision.fence_forward) or "no forward"
-    return f"{decision.backend} {reason}: SGLang's own copy runs instead, and {waiting} would wait for it"
+    sentences = []
+    for route in decision.routes:
+        reason = cannot_serve_layout(route.backend, facts.value("mem_layout"))
+        if reason is not None:
+            waiting = " and ".join(route.fence_forward) or "no forward"
+            sentences.append(
+                f"{route.backend} {reason}: SGLang's own copy runs instead, and {waiting} would wait for it"
+            )
+    return "; ".join(dict.fromkeys(sentences)) or None

@@ -59,18 +59,60 @@ MEM_LAYOUTS: tuple[str, ...] = (
 )
 KV_KINDS: tuple[str, ...] = ("mha", "mla")
 DEVICES: tuple[str, ...] = ("cuda", "cpu")
+# --hicache-write-policy of 0.5.23 (arg_groups/fields/memory.py).
+WRITE_POLICIES: tuple[str, ...] = ("write_through", "write_through_selective", "write_back")
+# SpeculativeAlgorithm of 0.5.23 (speculative/spec_info.py) in SGLang's capitals; "none" is no speculation.
+NO_SPECULATION = "none"
+SPECULATIVE: tuple[str, ...] = (
+    NO_SPECULATION,
+    "EAGLE",
+    "EAGLE3",
+    "NEXTN",
+    "STANDALONE",
+    "NGRAM",
+    "DFLASH",
+    "DSPARK",
+    "UNO",
+    "FROZEN_KV_MTP",
+)
+# Where SGLang's FlashAttention-3 comes from: its kernel package, or with SGLANG_USE_SGL_FA3_KERNEL=0 the
+# Hub's kernels-community/sgl-flash-attn3 (kernels/ops/attention/flash_attention_v3.py, 0.5.18 to 0.5.23).
+FA3_BINARIES: tuple[str, ...] = ("sgl_kernel", "kernels_community")
 FORWARDS: tuple[str, ...] = ("extend", "decode")
+
+#: Facts whose values are names: what such a name is called in a message, and the valid ones.
+NAMED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "prefill_attention_backend": ("attention backend", ATTENTION_BACKENDS),
+    "decode_attention_backend": ("attention backend", ATTENTION_BACKENDS),
+    "verify_attention_backend": ("attention backend", ATTENTION_BACKENDS),
+    "draft_attention_backend": ("attention backend", ATTENTION_BACKENDS),
+    "fa3_binary": ("FA3 build", FA3_BINARIES),
+    "kv_kind": ("KV kind", KV_KINDS),
+    "mem_layout": ("memory layout", MEM_LAYOUTS),
+    "write_policy": ("write policy", WRITE_POLICIES),
+    "speculative": ("speculative algorithm", SPECULATIVE),
+    "device": ("device", DEVICES),
+}
+#: Facts whose values are versions, which conditions compare by PEP 440 specifiers.
+VERSIONED: tuple[str, ...] = ("sgl_kernel", "sglang", "flashinfer", "cuda", "driver")
+#: Facts that are whole numbers from 1 up, and what a value counts.
+COUNTED: dict[str, str] = {
+    "page_size": "a page size: a whole number of tokens, 1 or more",
+    "row_bytes": "a row's size: a whole number of bytes, 1 or more",
+    "tp": "a tensor-parallel size: a whole number, 1 or more",
+    "dp": "a data-parallel size: a whole number, 1 or more",
+    "pp": "a pipeline-parallel size: a whole number, 1 or more",
+}
+#: Facts that are true or false.
+FLAGS: tuple[str, ...] = ("overlap", "pinned_memory", "batch_copy")
+
+#: Conditions on one write, not on the server: whole numbers, and one that is true or false.
+WRITE_NUMBERS: tuple[str, ...] = ("write_tokens", "write_entries", "write_entry_bytes")
+WRITE_FLAGS: tuple[str, ...] = ("write_contiguous",)
 
 # Any name of this form is valid, so that a new GPU needs no new release; the list is only for the hint.
 GPU_ARCH_PATTERN = r"sm[0-9]{2,3}[af]?|cpu"
 _KNOWN_GPU_ARCHS = tuple(f"sm{n}" for n in (70, 72, 75, 80, 86, 87, 89, 90, 100, 101, 103, 110, 120, 121))
-
-#: Options of the shipped backends, each a positive integer; a third-party backend takes any option.
-BACKEND_OPTIONS: dict[str, tuple[str, ...]] = {
-    "fenced_kernel": ("block_quota",),
-    "copy_engine": ("max_copies_per_batch",),
-    "hybrid": ("staging_mb", "gather_ctas", "max_copies_per_batch"),
-}
 
 
 class NameProblem(ValueError):
@@ -83,6 +125,10 @@ class NameProblem(ValueError):
         self.message = message
         self.hint = hint
 
+    def to_dict(self) -> dict[str, str | None]:
+        """The parts and the whole, as plain JSON types."""
+        return {"message": self.message, "hint": self.hint, "text": str(self)}
+
 
 def with_hint(message: str, hint: str | None) -> str:
     """`message`, with the nearest valid name when there is one."""
@@ -91,8 +137,9 @@ def with_hint(message: str, hint: str | None) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The valid name most like `word`, or None when nothing is close (difflib's default cutoff, 0.6)."""
-    found = difflib.get_close_matches(word.lower(), list(known), n=1)
-    return found[0] if found else None
+    by_lower = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return by_lower[found[0]] if found else None
 
 
 def check_name(what: str, word: str, known: Iterable[str]) -> str:
@@ -113,33 +160,49 @@ def check_gpu_arch(word: str) -> str:
     raise NameProblem(f"unknown GPU architecture '{word}': written sm90, sm100, ... or cpu", hint)
 
 
-def check_fact(name: str, text: str) -> str | int:
+def check_device(word: str) -> str:
+    """`word` if it is one of `DEVICES`; otherwise raises NameProblem."""
+    # To difflib "cpu" is the nearest to "gpu", which is the opposite of what was meant.
+    if word.lower() in ("gpu", "nvidia"):
+        raise NameProblem(f"unknown device '{word}'", "cuda")
+    return check_name("device", word, DEVICES)
+
+
+def check_fact(name: str, text: str) -> str | int | bool:
     """The value of fact `name` (or of the shorthand ``attention_backend``) that a user typed as `text`.
 
-    Returns an int for page_size, else the text. Raises NameProblem for a value outside the vocabulary.
+    Returns an int for the facts of `COUNTED`, a bool for those of `FLAGS`, else the text. Raises NameProblem
+    for a value outside the vocabulary.
     """
-    match name:
-        case "attention_backend" | "prefill_attention_backend" | "decode_attention_backend":
-            return check_name("attention backend", text, ATTENTION_BACKENDS)
-        case "gpu_arch":
-            return check_gpu_arch(text)
-        case "sgl_kernel" | "sglang":
-            try:
-                Version(text)
-            except InvalidVersion:
-                raise NameProblem(f"'{text}' is not a version of {name}, such as 0.5.23") from None
-            return text
-        case "kv_kind":
-            return check_name("KV kind", text, KV_KINDS)
-        case "mem_layout":
-            return check_name("memory layout", text, MEM_LAYOUTS)
-        case "device":
-            return check_name("device", text, DEVICES)
-        case "page_size":
-            if not (text.isascii() and text.isdigit() and int(text) >= 1):
-                raise NameProblem(f"'{text}' is not a page size: a whole number of tokens, 1 or more")
-            return int(text)
-    raise NameProblem(f"unknown fact '{name}'")
+    if name == "attention_backend":
+        return check_name("attention backend", text, ATTENTION_BACKENDS)
+    if name == "device":
+        return check_device(text)
+    if name in NAMED:
+        what, known = NAMED[name]
+        return check_name(what, text, known)
+    if name == "gpu_arch":
+        return check_gpu_arch(text)
+    if name == "gpu_name":
+        if not text.strip():
+            raise NameProblem("a GPU's name is empty; it is what nvidia-smi prints, such as NVIDIA H200")
+        return text
+    if name in VERSIONED:
+        try:
+            Version(text)
+        except InvalidVersion:
+            example = {"driver": "580.159.04", "cuda": "13.0"}.get(name, "0.5.23")
+            raise NameProblem(f"'{text}' is not a version of {name}, such as {example}") from None
+        return text
+    if name in COUNTED:
+        if not (text.isascii() and text.isdigit() and int(text) >= 1):
+            raise NameProblem(f"'{text}' is not {COUNTED[name]}")
+        return int(text)
+    if name in FLAGS:
+        word = check_name(name, text.lower(), ("true", "false", "yes", "no", "on", "off"))
+        return word in ("true", "yes", "on")
+    known_facts = (*NAMED, "gpu_arch", "gpu_name", *VERSIONED, *COUNTED, *FLAGS)
+    raise NameProblem(f"unknown fact '{name}'", nearest(name, ("attention_backend", *known_facts)))
 
 
 def canonical(key: str, value: str) -> str:
@@ -152,4 +215,12 @@ def canonical(key: str, value: str) -> str:
         return _ATTENTION_ALIASES.get(value, value)
     if key == "gpu_arch" and value.startswith("sm"):
         return value.rstrip("af")
+    if key == "speculative":  # SGLang reads the name in any case, and NEXTN as EAGLE
+        return (
+            "EAGLE"
+            if value.upper() == "NEXTN"
+            else NO_SPECULATION
+            if value.lower() == "none"
+            else value.upper()
+        )
     return value

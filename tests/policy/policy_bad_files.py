@@ -71,11 +71,12 @@ BAD = {
     ),
     "version as text": (
         rule().replace("version: 1", "version: '1'"),
-        "1:10: this release reads version 1 of the policy format, not '1' (did you mean '1'?)",
+        "1:10: this release reads version 1 of the policy format, not '1' "
+        "(did you mean 'version: 1, without quotes'?)",
     ),
     "version true": (
         rule().replace("version: 1", "version: true"),
-        "1:10: this release reads version 1 of the policy format, not true (did you mean '1'?)",
+        "1:10: this release reads version 1 of the policy format, not true (did you mean 'version: 1'?)",
     ),
     "rules missing": ("version: 1" + DEFAULT, "1:1: 'rules' is missing"),
     "default missing": ("version: 1\nrules: []\n", "1:1: 'default' is missing"),
@@ -175,11 +176,11 @@ BAD = {
     ),
     "a page size that is a word": (
         rule(when="{page_size: small}"),
-        "4:21: 'small' is not a page size: a number, or a comparison such as <64 or >=16,<64",
+        "4:21: page_size: 'small' is neither a number nor a comparison such as <64 or >=16,<64",
     ),
     "a reversed comparison": (
         rule(when="{page_size: [1, =<64]}"),
-        "4:25: '=<64' is not a page size: a number, or a comparison such as <64 or >=16,<64 "
+        "4:25: page_size: '=<64' is neither a number nor a comparison such as <64 or >=16,<64 "
         "(did you mean '<=64'?)",
     ),
     "a page size that is true": (
@@ -200,11 +201,13 @@ BAD = {
     ),
     "SGLang's own backend": (
         rule(use="{backend: direct}"),
-        "5:18: unknown backend 'direct'; valid: fenced_kernel, copy_engine, hybrid",
+        "5:18: 'direct' is SGLang's own io backend, which no rule can choose: it runs untouched, without "
+        "this project's fences (--hicache-io-backend direct selects it); a rule chooses one of "
+        "fenced_kernel, copy_engine, hybrid",
     ),
     "auto as a backend": (
         rule(use="{backend: auto}"),
-        "5:18: unknown backend 'auto'; valid: fenced_kernel, copy_engine, hybrid",
+        "5:18: 'auto' asks the policy, so no rule can choose it; valid: fenced_kernel, copy_engine, hybrid",
     ),
     "a list of backends": (
         rule(use="{backend: [hybrid]}"),
@@ -269,7 +272,8 @@ BAD = {
     ),
     "attention backends that exclude each other": (
         rule(
-            when="{attention_backend: fa3, prefill_attention_backend: triton, decode_attention_backend: fa4}"
+            when="{attention_backend: fa3, prefill_attention_backend: triton, decode_attention_backend: fa4, "
+            "speculative: none}"
         ),
         "4:29: this rule can never match: neither prefill_attention_backend nor decode_attention_backend "
         "allows a backend of attention_backend",
@@ -277,5 +281,126 @@ BAD = {
     "a GPU on the CPU": (
         rule(when="{gpu_arch: [sm90, sm100], device: cpu}"),
         "4:43: this rule can never match: no gpu_arch that it lists is on such a device",
+    ),
+    "attention backends that exclude each other, drafts included": (
+        rule(
+            when="{attention_backend: fa3, prefill_attention_backend: triton, decode_attention_backend: fa4, "
+            "verify_attention_backend: fa4, draft_attention_backend: triton}"
+        ),
+        "4:29: this rule can never match: neither prefill_attention_backend, decode_attention_backend, "
+        "verify_attention_backend nor draft_attention_backend allows a backend of attention_backend",
+    ),
+    "a GPU as device": (rule(when="{device: [gpu]}"), "4:19: unknown device 'gpu' (did you mean 'cuda'?)"),
+    "a write policy misspelled": (
+        rule(when="{write_policy: write_thru}"),
+        "4:24: unknown write policy 'write_thru' (did you mean 'write_through'?)",
+    ),
+    "a speculative algorithm misspelled": (
+        rule(when="{speculative: EAGEL}"),
+        "4:23: unknown speculative algorithm 'EAGEL' (did you mean 'EAGLE'?)",
+    ),
+    "an FA3 build misspelled": (
+        rule(when="{fa3_binary: sglkernel}"),
+        "4:22: unknown FA3 build 'sglkernel' (did you mean 'sgl_kernel'?)",
+    ),
+    "a driver that is a number": (
+        rule(when="{driver: 580}"),
+        '4:18: driver takes words such as ">=0.3" in quotes, not 580',
+    ),
+    "a number of ranks below every one": (
+        rule(when="{tp: '<1'}"),
+        "4:14: this rule can never match: no value satisfies tp",
+    ),
+    "row bytes that are a word": (
+        rule(when="{row_bytes: big}"),
+        "4:21: row_bytes: 'big' is neither a number nor a comparison such as <64 or >=16,<64",
+    ),
+    "a flag that is a word": (
+        rule(when="{overlap: 'on'}"),
+        "4:19: overlap takes true or false, not on (did you mean 'true'?)",
+    ),
+    "a flag that is a number": (
+        rule(when="{write_contiguous: 1}"),
+        "4:28: write_contiguous takes true or false, not 1",
+    ),
+    "a GPU without a name": (
+        rule(when="{gpu_name: ''}"),
+        "4:20: gpu_name is empty; leave it out, or give it a value",
+    ),
+    "a write condition misspelled": (
+        rule(when="{write_entry_byte: 1}"),
+        "4:10: unknown key 'write_entry_byte' in when (did you mean 'write_entry_bytes'?)",
+    ),
+    "entries that exclude each other": (
+        rule(when="{write_entries: '>5,<3'}"),
+        "4:25: this rule can never match: no value satisfies write_entries",
+    ),
+    "unknown that is no match": (
+        rule().replace("  use:", "  unknown: matches\n  use:", 1),
+        "5:12: unknown takes match, or a list of conditions such as [gpu_arch], not 'matches' "
+        "(did you mean 'match'?)",
+    ),
+    "unknown without brackets": (
+        rule().replace("  use:", "  unknown: gpu_arch\n  use:", 1),
+        "5:12: unknown takes match, or a list of conditions such as [gpu_arch], not 'gpu_arch' "
+        "(did you mean '[gpu_arch]'?)",
+    ),
+    "unknown empty": (
+        rule().replace("  use:", "  unknown: []\n  use:", 1),
+        "5:12: unknown is an empty list; leave it out: an unknown fact then matches nothing",
+    ),
+    "unknown of a condition that the rule has not": (
+        rule().replace("  use:", "  unknown: [gpu_name]\n  use:", 1),
+        "5:12: unknown names 'gpu_name', but when has no condition on such a fact of the server "
+        "(did you mean 'gpu_arch'?)",
+    ),
+    "unknown of a write": (
+        rule(when="{write_tokens: 5, gpu_arch: sm90}").replace(
+            "  use:", "  unknown: [write_tokens]\n  use:", 1
+        ),
+        "5:12: unknown names 'write_tokens', but when has no condition on such a fact of the server",
+    ),
+    "unknown without a condition": (
+        rule(when="{write_tokens: 5}").replace("  use:", "  unknown: match\n  use:", 1),
+        "5:12: unknown says nothing here: when has no condition on the server",
+    ),
+    "unmeasured that is no path": (
+        rule().replace("  use:", "  unmeasured: {when.page_size: all}\n  use:", 1),
+        "5:16: unmeasured names 'when.page_size', which the rule does not have",
+    ),
+    "unmeasured a list": (
+        rule().replace("  use:", "  unmeasured: [when.gpu_arch]\n  use:", 1),
+        "5:15: unmeasured must be a mapping such as {when.page_size: pages of 2 to 15}, not a list",
+    ),
+    "unmeasured without words": (
+        rule().replace("  use:", "  unmeasured: {when.gpu_arch: }\n  use:", 1),
+        "5:16: unmeasured says in words what nobody measured",
+    ),
+    "extends nothing": (
+        rule().replace("rules:", "extends:\nrules:", 1),
+        "2:1: extends takes default, or the name of a policy file, not nothing",
+    ),
+    "more CTAs than any GPU has SMs": (
+        rule(use="{backend: hybrid, options: {gather_ctas: 193}}"),
+        "5:49: gather_ctas must be at most 192, not 193: no GPU has more SMs (a full GB202 has 192, a B200 "
+        "148, an H200 132)",
+    ),
+    "more staging than any GPU has memory": (
+        rule(use="{backend: hybrid, options: {staging_mb: 1000000}}"),
+        "5:48: staging_mb must be at most 294,912, not 1,000,000: no GPU has more memory (a B300 has 288 GB)",
+    ),
+    "a negative staging": (
+        rule(use="{backend: hybrid, options: {staging_mb: -1}}"),
+        "5:48: staging_mb must be a whole number above 0, not -1",
+    ),
+    "a batch that crashed": (
+        rule(use="{backend: copy_engine, options: {max_copies_per_batch: 51828}}"),
+        "5:63: max_copies_per_batch must be at most 51,827, not 51,828: a batch call of 51,828 copies "
+        "crashed (vLLM #49276)",
+    ),
+    "more blocks than run at once": (
+        rule(use="{backend: fenced_kernel, fence_forward: [], options: {block_quota: 10000}}"),
+        "5:75: block_quota must be at most 6,144, not 10,000: no GPU runs more thread blocks at once "
+        "(192 SMs of 32 blocks)",
     ),
 }

@@ -21,11 +21,6 @@ from sglang_hicache.policy.load import default_policy
 GIVEN = ["--attention-backend", "fa3", "--gpu-arch", "sm90"]
 
 
-@pytest.fixture(autouse=True)
-def _no_policy_of_the_machine(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("SGLANG_HICACHE_IO_POLICY", raising=False)
-
-
 def run(*arguments: str | Path, **env: str) -> Result:
     return CliRunner().invoke(
         app, [str(each) for each in arguments], env={"NO_COLOR": "1", "COLUMNS": "80", **env}
@@ -54,19 +49,20 @@ def test_explain_as_json():
     assert answer["upstream_io_backend"] == "kernel"
     assert list(answer["facts"]) == list(FACT_NAMES)
     assert answer["facts"]["gpu_arch"] == {"value": "sm90", "source": "given"}
-    assert answer["considered"] == [
-        {
-            "rule": "fa3-on-hopper-tiny-pages",
-            "matched": False,
-            "reason": "mem_layout is page_first (the rule wants layer_first)",
-        },
-        {
-            "rule": "fa3-on-hopper",
-            "matched": True,
-            "reason": "prefill_attention_backend is fa3 and decode_attention_backend is fa3; "
-            "gpu_arch is sm90",
-        },
+    assert answer["layer"] == "shipped default"
+    assert [(each["rule"], each["matched"], each["layer"]) for each in answer["considered"]] == [
+        ("fa3-on-hopper-large-pages", False, "shipped default"),
+        ("fa3-on-hopper-short-copies", False, "shipped default"),
+        ("fa3-on-hopper", True, "shipped default"),
     ]
+    assert answer["considered"][1]["reason"] == "mem_layout is page_first (the rule wants layer_first)"
+    assert answer["considered"][2]["reason"] == (
+        "prefill_attention_backend is fa3 and decode_attention_backend is fa3; gpu_arch is sm90"
+    )
+    assert [(route["backend"], route["when"]) for route in answer["routes"]] == [("hybrid", {})]
+    assert answer["forwards"]["decode"] == (
+        "waits for the last gather within GPU memory, not for the copy to the host"
+    )
 
 
 def test_explain_takes_every_fact():
@@ -74,9 +70,10 @@ def test_explain_takes_every_fact():
         *("--prefill-attention-backend", "fa3", "--decode-attention-backend", "flashinfer"),
         *("--gpu-arch", "sm90", "--sgl-kernel", "0.4.9", "--sglang", "0.5.22", "--kv-kind", "mla"),
         *("--mem-layout", "page_first_direct", "--page-size", "64"),
+        *("--fact", "row_bytes=1152,overlap=off", "--fact", "tp=8", "--fact", "driver=580.159.04"),
     )
     facts = {name: fact["value"] for name, fact in answer["facts"].items()}
-    assert facts == {
+    given = {
         "prefill_attention_backend": "fa3",
         "decode_attention_backend": "flashinfer",
         "gpu_arch": "sm90",
@@ -85,9 +82,14 @@ def test_explain_takes_every_fact():
         "kv_kind": "mla",
         "mem_layout": "page_first_direct",
         "page_size": 64,
-        "device": "cuda",
+        "row_bytes": 1152,
+        "overlap": False,
+        "tp": 8,
+        "driver": "580.159.04",
     }
-    assert {answer["facts"][name]["source"] for name in FACT_NAMES if name != "device"} == {"given"}
+    assert {name: facts[name] for name in given} == given
+    assert {answer["facts"][name]["source"] for name in given} == {"given"}
+    assert facts["device"] == "cuda"
     assert answer["fence_forward"] == ["extend"]
     assert answer["upstream_io_backend"] == "direct"
 
@@ -131,7 +133,8 @@ def test_explain_for_people_shows_everything(columns: str):
     assert "rule fa3-on-hopper of the shipped policy" in flat(shown)
     for name in FACT_NAMES:
         assert name in shown
-    assert shown.index("Why") < shown.index("Facts") < shown.index("Rules considered")
+    titles = ("Why", "What it costs", "Facts", "Rules considered")
+    assert sorted(titles, key=shown.index) == list(titles)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +142,7 @@ def test_explain_for_people_shows_everything(columns: str):
     [
         (["--attention-backend", "triton"], "No forward waits: compute and write-back overlap fully."),
         (
-            ["--decode-attention-backend", "fa3"],
+            ["--prefill-attention-backend", "triton", "--decode-attention-backend", "fa3"],
             "Decode waits, on the GPU, for the last gather within GPU memory",
         ),
         (
@@ -158,18 +161,99 @@ def test_fences_in_a_sentence(arguments: list[str], sentence: str):
 
 
 def test_explain_says_which_unknown_facts_could_matter():
-    shown = flat(run("explain", "--gpu-arch", "sm90").stdout)
-    note = (
-        "with more known, another rule might match (fa3-on-hopper, fa3-inside-dsa-on-hopper): "
-        "give --attention-backend."
-    )
+    shown = flat(run("explain", "--gpu-arch", "sm100").stdout)
+    note = "unknown facts count as a match in trtllm-on-blackwell, to be safe: give --attention-backend."
     # Before the answer that it puts in doubt.
     assert note in shown
-    assert shown.index(note) < shown.index("No forward waits")
+    assert shown.index(note) < shown.index("Prefill (extend) and decode wait")
     known = run("explain", "--gpu-arch", "sm90", "--attention-backend", "triton")
+    assert "to be safe" not in known.stdout
     assert "with more known" not in known.stdout
-    undecided = json.loads(run("explain", "--gpu-arch", "sm90", "--json").stdout)["undecided"]
-    assert undecided == ["fa3-on-hopper", "fa3-inside-dsa-on-hopper"]
+
+
+def test_explain_says_which_rule_more_facts_could_choose():
+    layer_first = ["--gpu-arch", "sm90", "--attention-backend", "triton", "--mem-layout", "layer_first"]
+    passed = run("explain", *layer_first, "--page-size", "64")
+    assert (
+        "with more known, another rule might match (layer-first-large-pages): give --fact row_bytes=...."
+        in flat(passed.stdout)
+    )
+    assert explained(*layer_first, "--page-size", "64")["undecided"] == ["layer-first-large-pages"]
+    assert explained(*layer_first, "--page-size", "64", "--fact", "row_bytes=2048")["undecided"] == []
+
+
+def test_explain_says_which_writes_go_which_way():
+    given = [*GIVEN, "--mem-layout", "layer_first", "--page-size", "8", "--fact", "row_bytes=2048"]
+    shown = flat(run("explain", *given).stdout)
+    assert shown.startswith(
+        "D2H backend writes with entries of at most 18,432 bytes: fenced_kernel; others: hybrid "
+    )
+    assert "rule fa3-on-hopper of the shipped policy; for some writes fa3-on-hopper-short-copies" in shown
+    assert (
+        "fenced_kernel (writes with entries of at most 18,432 bytes): Prefill (extend) and decode wait, on "
+        "the GPU, for the whole of the last transfer to the host. hybrid (others): Prefill (extend) "
+        "and decode wait"
+    ) in shown
+
+
+def test_explain_names_every_forward_of_speculative_decoding():
+    given = ["--attention-backend", "triton", "--gpu-arch", "sm90", "--fact"]
+    drafted = explained(*given, "speculative=EAGLE,draft_attention_backend=fa3")
+    assert list(drafted["forwards"]) == ["prefill (extend)", "decode", "target verify", "draft"]
+    assert all(said.startswith("waits for the last gather") for said in drafted["forwards"].values())
+    verified = explained(*given, "speculative=EAGLE,verify_attention_backend=fa3")
+    # Verification is of the decode step; the scheduler launches all of a step behind one fence.
+    assert verified["fence_forward"] == ["decode"]
+    assert verified["forwards"] == drafted["forwards"]
+    plain = explained(*given, "speculative=none,draft_attention_backend=fa3")
+    assert plain["forwards"] == {"prefill (extend)": "does not wait", "decode": "does not wait"}
+
+
+def test_costs_are_measured_with_their_machine_or_unknown():
+    given = ["--attention-backend", "triton", "--mem-layout", "page_first", "--page-size", "16"]
+    kernel, here = explained(*given, "--gpu-arch", "sm90", "--kv-kind", "mha")["cost"]
+    assert (kernel["backend"], kernel["kind"]) == ("fenced_kernel", "measured")
+    assert "52.4 GB/s with contiguous slots" in kernel["text"]
+    assert (here["backend"], here["kind"]) == ("hybrid", "measured")
+    assert "53.5 GB/s with contiguous slots" in here["text"]
+    assert here["source"].startswith("NVIDIA H200, driver 580.159.04, CUDA 13.0")
+    _, elsewhere = explained(*given, "--gpu-arch", "sm100")["cost"]
+    assert elsewhere["text"].startswith("not measured on sm100; on another GPU, ")
+    _, other = explained("--page-size", "32", "--gpu-arch", "sm90", "--attention-backend", "triton")["cost"]
+    assert (other["kind"], other["source"]) == ("unknown", None)
+    assert other["text"] == "nobody has measured pages of 32 (measured: 1, 16, 64)"
+    (head,) = explained(*GIVEN, "--mem-layout", "page_head")["cost"]
+    assert head["text"] == "nobody has measured hybrid with page_head"
+    (fenced,) = explained(*GIVEN, "--page-size", "16")["cost"]
+    assert "a forward that must wait waits 1.22 ms" in fenced["text"]
+
+
+def test_what_if_shows_the_other_decision_and_what_changes():
+    answer = explained(*GIVEN, "--what-if", "attention_backend=trtllm_mha,gpu_arch=sm100")
+    assert answer["rule"] == "fa3-on-hopper"
+    then = answer["what_if"]["decision"]
+    assert (then["rule"], then["facts"]["gpu_arch"]) == (
+        "trtllm-on-blackwell",
+        {"value": "sm100", "source": "what if"},
+    )
+    assert then["facts"]["device"]["value"] == "cuda"
+    assert {"what": "rule", "now": "fa3-on-hopper", "then": "trtllm-on-blackwell"} in answer["what_if"][
+        "changes"
+    ]
+    shown = flat(run("explain", *GIVEN, "--what-if", "gpu_arch=sm80").stdout)
+    backends = "writes with entries of at most 73,728 bytes: fenced_kernel; others: hybrid"
+    assert f"What if gpu_arch=sm80 D2H backend {backends} Fences No forward waits" in shown
+    assert "fence_forward extend, decode none rule fa3-on-hopper default" in shown
+    same = flat(run("explain", *GIVEN, "--what-if", "kv_kind=mla").stdout)
+    assert "Nothing changes: the same rules decide the same." in same
+
+
+def test_a_machines_own_facts_do_not_outlive_its_architecture():
+    then = explained(*GIVEN, "--fact", "gpu_name=NVIDIA H200", "--what-if", "gpu_arch=cpu")["what_if"][
+        "decision"
+    ]
+    assert then["facts"]["gpu_name"]["value"] is None
+    assert then["facts"]["device"]["value"] == "cpu"
 
 
 def test_explain_says_what_a_server_would_refuse():
@@ -185,6 +269,14 @@ def test_explain_says_who_copies_a_layout_that_the_backend_cannot():
     shown = json.loads(run("explain", *GIVEN, "--mem-layout", "page_unified", "--json").stdout)
     assert shown["refused"] is None
     assert "SGLang's own copy runs instead, and extend and decode would wait for it" in shown["fallback"]
+
+
+def test_explain_says_so_of_every_way_for_a_write(tmp_path: Path):
+    path = tmp_path / "p.yaml"
+    path.write_text(rule(when="{write_tokens: '<64'}", use="{backend: copy_engine, fence_forward: decode}"))
+    fallback = explained(*GIVEN, "--policy", path, "--mem-layout", "page_head")["fallback"]
+    assert fallback.startswith("copy_engine cannot serve --hicache-mem-layout page_head (it can: ")
+    assert fallback.endswith("SGLang's own copy runs instead, and decode would wait for it")
 
 
 def test_text_of_a_policy_file_is_never_read_as_markup(tmp_path: Path):
@@ -217,22 +309,85 @@ def test_text_of_a_policy_file_is_never_read_as_markup(tmp_path: Path):
         (["--sglang", "new"], "--sglang: 'new' is not a version of sglang, such as 0.5.23"),
         (["--backend", "hybird"], "--backend: unknown backend 'hybird' (did you mean 'hybrid'?)"),
         (["--policy", "/does/not/exist.yaml"], "/does/not/exist.yaml: there is no such file"),
+        (["--fact", "device=gpu"], "--fact: unknown device 'gpu' (did you mean 'cuda'?)"),
+        (["--fact", "tp"], "--fact: 'tp' is not FACT=VALUE, such as gpu_arch=sm100"),
+        (["--fact", "tp=0"], "--fact: '0' is not a tensor-parallel size: a whole number, 1 or more"),
+        (["--fact", "pagesize=1"], "--fact: unknown fact 'pagesize' (did you mean 'page_size'?)"),
+        (
+            ["--fact", "overlap=maybe"],
+            "--fact: unknown overlap 'maybe'; valid: true, false, yes, no, on, off",
+        ),
+        (
+            ["--what-if", "gpu_arch=sm_90"],
+            "--what-if: unknown GPU architecture 'sm_90': written sm90, sm100, ... "
+            "or cpu (did you mean 'sm90'?)",
+        ),
+        (["--what-if", ","], "--what-if: no fact is named; write FACT=VALUE, such as gpu_arch=sm100"),
+        (["--markdown"], "--markdown belongs to --matrix"),
+        (
+            ["--matrix", "--what-if", "tp=2"],
+            "--matrix shows every attention backend and architecture; leave --what-if out",
+        ),
+        (
+            ["--matrix", "--gpu-arch", "sm90"],
+            "--matrix goes through every attention backend and architecture; leave gpu_arch out",
+        ),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(arguments: list[str], message: str):
     result = run("explain", *arguments)
     assert (result.exit_code, result.stdout, result.stderr) == (2, "", message + "\n")
+    as_json = run("explain", *arguments, "--json")
+    assert (as_json.exit_code, as_json.stderr) == (2, "")
+    answer = json.loads(as_json.stdout)
+    assert answer["ok"] is False
+    assert [error["text"] for error in answer["errors"]] == [message]
 
 
 def test_validate_a_good_file(file: Path):
     result = run("policy", "validate", file)
     assert (result.exit_code, result.stdout) == (0, f"{file}: ok, 1 rule\n")
     as_json = run("policy", "validate", file, "--json")
-    assert (as_json.exit_code, json.loads(as_json.stdout)) == (0, {"ok": True, "rules": 1, "errors": []})
+    answer = json.loads(as_json.stdout)
+    assert (as_json.exit_code, answer["ok"], answer["rules"], answer["errors"]) == (0, True, 1, [])
+
+
+def test_validate_warns_of_what_works_and_may_not_be_meant(file: Path, tmp_path: Path):
+    shown = run("policy", "validate", file)
+    sentence = (
+        "lets {} by fa3 on sm90 run beside D2H work on the SMs: fence_forward does not list them, and the "
+        "shipped policy does (#20611)"
+    )
+    # The file's own rule fences decode; its default is never asked on sm90.
+    assert shown.stderr == f"{file}:3:9: warning: rule 'one' {sentence.format('extend')}\n"
+    fenced = tmp_path / "fenced.yaml"
+    fenced.write_text(rule(when="{attention_backend: fa3}", use="{backend: hybrid, fence_forward: uses}"))
+    assert run("policy", "validate", fenced).stderr == ""
+    fenced.write_text(rule(when="{attention_backend: fa3}", use="{backend: hybrid}"))
+    assert "rule 'one' lets extend and decode by fa3" in run("policy", "validate", fenced).stderr
+    fenced.write_text(rule(when="{gpu_arch: sm80}", use="{backend: hybrid, options: {staging_mb: 9000}}"))
+    answer = json.loads(run("policy", "validate", fenced, "--json").stdout)
+    assert [each["message"].split(" by fa3")[0].split(" takes")[0] for each in answer["warnings"]] == [
+        "staging_mb 9,000",
+        "the default lets extend and decode",
+    ]
+    over = tmp_path / "over.yaml"
+    over.write_text(
+        "version: 1\nextends: default\nrules:\n- {name: mine, when: {attention_backend: "
+        "[fa3, dual_chunk_flash_attn, minicpm_flashattn], gpu_arch: "
+        "sm90}, unknown: match, use: {backend: copy_engine, fence_forward: uses}, because: mine}\n"
+    )
+    covered = run("policy", "validate", over)
+    assert covered.stdout == f"{over}: ok, {len(default_policy().rules) + 1} rules\n"
+    assert (
+        "rule 'fa3-on-hopper' is never reached any more: rule 'mine' matches whenever it does"
+        in covered.stderr
+    )
 
 
 @pytest.mark.parametrize(
-    "command", [["policy", "validate"], ["policy", "show", "--policy"], ["explain", "--policy"]]
+    "command",
+    [["policy", "validate"], ["policy", "show"], ["policy", "show", "--policy"], ["explain", "--policy"]],
 )
 def test_a_broken_file_is_one_line_and_status_2(command: list[str], tmp_path: Path):
     path = tmp_path / "bad.yaml"
@@ -265,24 +420,66 @@ def test_validate_a_broken_file_as_json(tmp_path: Path):
 
 def test_show_for_people():
     shown = flat(run("policy", "show").stdout)
+    count = len(default_policy().rules)
     assert shown.startswith(
-        "shipped default: 5 rules, the first match decides 1. fa3-on-hopper-tiny-pages when "
+        f"shipped default: {count} rules, the first match decides 1. fa3-on-hopper-large-pages when "
     )
     for each in (*default_policy().rules, default_policy().default):
         start = shown.index("because " + each.because[:20])
         assert each.because in shown[start:]
 
 
+def test_show_takes_the_file_either_way(file: Path):
+    assert run("policy", "show", file).stdout == run("policy", "show", "--policy", file).stdout
+    both = run("policy", "show", file, "--policy", file)
+    assert (both.exit_code, both.stderr) == (2, "the policy file is named twice: FILE and --policy\n")
+
+
+def test_show_says_where_each_rule_comes_from(tmp_path: Path):
+    over = tmp_path / "over.yaml"
+    over.write_text(
+        "version: 1\nextends: default\nrules:\n"
+        "- {name: mine, when: {kv_kind: mla}, use: {backend: copy_engine}, because: mine}\n"
+    )
+    shown = flat(run("policy", "show", over, COLUMNS="300").stdout)
+    assert f"because mine from policy file {over}:4 2. fa3-on-hopper-large-pages" in shown
+    rules = json.loads(run("policy", "show", over, "--json").stdout)["rules"]
+    assert (rules[0]["layer"], rules[0]["file"], rules[0]["line"]) == ("policy file", str(over), 4)
+    assert {each["layer"] for each in rules[1:]} == {"shipped default"}
+
+
+def test_show_lists_what_nobody_measured(file: Path):
+    listed = json.loads(run("policy", "show", "--unmeasured", "--json").stdout)["unmeasured"]
+    expected = [
+        (name, path)
+        for name, each in [
+            *((rule.name, rule) for rule in default_policy().rules),
+            ("default", default_policy().default),
+        ]
+        for path in each.unmeasured
+    ]
+    assert [(each["rule"], each["path"]) for each in listed] == expected
+    shown = flat(run("policy", "show", "--unmeasured", COLUMNS="200").stdout)
+    assert "fa3-on-hopper-short-copies when.write_entry_bytes 18,433 to 32,767 bytes" in shown
+    none = run("policy", "show", file, "--unmeasured")
+    assert flat(none.stdout).endswith("no rule says that anything of it is unmeasured")
+
+
 def test_show_as_json_is_a_policy_again(tmp_path: Path, file: Path):
     for arguments, source in (([], "shipped default"), (["--policy", file], str(file))):
         shown = json.loads(run("policy", "show", *arguments, "--json").stdout)
         assert shown.pop("source") == source
+        for each in (*shown["rules"], shown["default"]):
+            for key in ("layer", "file", "line"):
+                each.pop(key)
         again = tmp_path / "again.json"
         again.write_text(json.dumps(shown))
         assert run("policy", "validate", again).exit_code == 0
-        assert (
-            json.loads(run("policy", "show", "--policy", again, "--json").stdout)["rules"] == shown["rules"]
-        )
+        once_more = json.loads(run("policy", "show", "--policy", again, "--json").stdout)
+        for each in once_more["rules"]:
+            for key in ("layer", "file", "line"):
+                each.pop(key)
+        assert once_more["rules"] == shown["rules"]
 
 
 def test_schema_prints_json_schema():
@@ -312,3 +509,14 @@ def test_help_imports_neither_torch_nor_sglang():
         "assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+
+
+def test_pools_that_sglang_copies_itself_are_named_with_the_reason():
+    shown = run("explain", "--attention-backend", "fa3", "--gpu-arch", "sm90", "--json")
+    others = json.loads(shown.stdout)["other_pools"]
+    assert others["DSA indexer"] == "holds keys page by page, with their scales between them"
+    assert {"Mamba", "MXFP8", "NVFP4"} <= set(others)
+    text = run("explain", "--attention-backend", "fa3", "--gpu-arch", "sm90").stdout
+    assert "pools of Mamba, DSA indexer" in " ".join(text.split())
+    own = run("explain", "--attention-backend", "fa3", "--gpu-arch", "sm90", "--backend", "kernel", "--json")
+    assert json.loads(own.stdout)["other_pools"] == {}

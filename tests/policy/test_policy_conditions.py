@@ -8,11 +8,22 @@ import pytest
 from hypothesis import assume, example
 from hypothesis import strategies as st
 from packaging.specifiers import SpecifierSet
-from policy_strategies import accepted, facts, given, holds, whens
+from policy_strategies import (
+    SURVEY,
+    accepted,
+    facts_for,
+    given,
+    holds,
+    holds_for,
+    tolerated,
+    unknowns,
+    whens,
+    writes,
+)
 
-from sglang_hicache.policy.conditions import PageSizes, Versions
-from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.reach import never_matches, shadows
+from sglang_hicache.policy.conditions import Flags, Numbers, Versions
+from sglang_hicache.policy.reach import Reach, never_matches, shadows
+from sglang_hicache.policy.routes import WriteFacts
 from sglang_hicache.policy.schema import When
 
 SIZES = range(1, 40)  # past every number below, so that it stands for all sizes
@@ -40,18 +51,21 @@ def satisfied(condition: list[list[tuple[str, int]]], size: int) -> bool:
 
 @given(page_conditions, page_conditions)
 @example([[("", 5)], [(">=", 5)]], [[("==", 5)]])  # spans that start alike, one without an end
-def test_page_sizes_are_sets_of_numbers(first: Any, second: Any):
-    these = PageSizes.of(written(first))
+def test_numbers_are_sets_of_numbers(first: Any, second: Any):
+    these = Numbers.of(written(first))
     assert [size for size in SIZES if these.holds(size)] == [size for size in SIZES if satisfied(first, size)]
     assert these.is_empty() == (not any(satisfied(first, size) for size in SIZES))
     covered = all(satisfied(second, size) for size in SIZES if satisfied(first, size))
-    assert these.within(PageSizes.of(written(second))) == covered
+    assert these.within(Numbers.of(written(second))) == covered
 
 
-def test_a_page_size_is_a_number():
-    everything = PageSizes.of([">=1"])
+def test_a_number_is_no_text_and_no_flag():
+    everything = Numbers.of([">=1"])
     assert not everything.holds("64")
+    assert not everything.holds(True)
+    assert not everything.holds(0)
     assert everything.holds(10**9)
+    assert not Flags(frozenset({True})).holds(1)
 
 
 releases = st.lists(st.integers(0, 3), min_size=1, max_size=3).map(lambda parts: ".".join(map(str, parts)))
@@ -106,41 +120,55 @@ def test_what_cannot_be_decided_is_let_through(entry: str):
     assert not Versions.of([entry]).within(Versions.of([">=0.1"]))
 
 
-def conditions(when: dict[str, Any]) -> dict[str, Any]:
+def reach(rule: dict[str, Any]) -> Reach:
     # model_construct does not validate, so that a contradiction gets this far; it does not normalise either.
-    listed = {key: tuple(value) if isinstance(value, list) else (value,) for key, value in when.items()}
-    return When.model_construct(**listed).conditions()
+    listed = {
+        key: tuple(value) if isinstance(value, list) else (value,) for key, value in rule["when"].items()
+    }
+    return Reach(When.model_construct(**listed).conditions(), tolerated(rule))
 
 
-@given(whens(), facts)
-def test_a_rule_refused_alone_matches_nothing(when: dict[str, Any], known: Facts):
+@st.composite
+def rules(draw: st.DrawFn, *, beside: dict[str, Any] | None = None) -> dict[str, Any]:
+    when = {**(beside["when"] if beside else {}), **draw(whens())}
+    return {"when": when, **draw(unknowns(when))}
+
+
+@given(st.data(), writes)
+def test_a_rule_refused_alone_matches_nothing(data: st.DataObject, write: WriteFacts):
     """Within one machine: a GPU's architecture and the device cpu do not meet."""
+    rule = data.draw(rules())
+    known = data.draw(facts_for(rule))
     arch, device = known.value("gpu_arch"), known.value("device")
     assume(arch is None or device is None or (arch == "cpu") == (device == "cpu"))
-    if never_matches(conditions(when)):
-        assert not holds(when, known)
+    found = reach(rule)
+    if never_matches(found.conditions, found.unknown):
+        assert not (holds(rule, known) and holds_for(rule, write))
 
 
-@given(whens(), whens(), facts)
-def test_a_rule_refused_for_an_earlier_one_is_covered(
-    first: dict[str, Any], second: dict[str, Any], known: Facts
-):
-    narrower = {**first, **second}  # often covered, seldom by chance alone
-    for later in (second, narrower):
-        if shadows(conditions(first), conditions(later)) and holds(later, known):
+@given(st.data(), writes)
+def test_a_rule_refused_for_an_earlier_one_is_covered(data: st.DataObject, write: WriteFacts):
+    first = data.draw(rules())
+    # The second is often covered, which it seldom is by chance alone.
+    for later in (data.draw(rules()), data.draw(rules(beside=first))):
+        known = data.draw(facts_for(later))
+        if shadows(reach(first), reach(later)) and holds(later, known) and holds_for(later, write):
             assert holds(first, known)
+            assert holds_for(first, write)
 
 
 def test_the_strategy_reaches_both_sides():
     """The two tests above say nothing if no rule is ever refused, or all are."""
-    rule = {"name": "a", "use": {"backend": "hybrid"}, "because": "seen"}
+    rule = {"use": {"backend": "hybrid"}, "because": "seen"}
     document = {"version": 1, "default": {"use": {"backend": "hybrid"}, "because": "seen"}}
     seen = set()
 
-    @given(whens(), whens())
-    def collect(first: dict[str, Any], second: dict[str, Any]) -> None:
-        rules = [{**rule, "when": first}, {**rule, "when": {**first, **second}, "name": "b"}]
-        seen.add(accepted({**document, "rules": rules}))
+    @given(st.data(), **SURVEY)
+    def collect(data: st.DataObject) -> None:
+        first = data.draw(rules())
+        second = data.draw(rules(beside=first))
+        both = [{**rule, **first, "name": "a"}, {**rule, **second, "name": "b"}]
+        seen.add(accepted({**document, "rules": both}))
 
     collect()
     assert seen == {True, False}

@@ -9,14 +9,30 @@ from typing import Any
 import pytest
 from hypothesis import assume
 from hypothesis import strategies as st
-from policy_strategies import accepted, documents, facts, given, holds, policy, uses, whens
+from policy_strategies import (
+    SURVEY,
+    accepted,
+    documents,
+    facts,
+    facts_for,
+    given,
+    holds,
+    holds_for,
+    policy,
+    unknowns,
+    uses,
+    waiting,
+    whens,
+    writes,
+)
 
 from sglang_hicache.io_backends.registry import register_backend, unregister_backend
 from sglang_hicache.policy.decide import Decision, decide, describe
 from sglang_hicache.policy.facts import Facts
+from sglang_hicache.policy.routes import WriteFacts, writes_in_words
 from sglang_hicache.policy.vocabulary import NameProblem
 
-FA3_ON_HOPPER = Facts.given(attention_backend="fa3", gpu_arch="sm90")
+FA3_ON_HOPPER = Facts.given(attention_backend="fa3", gpu_arch="sm90", speculative="none")
 
 
 def document(*rules: dict[str, Any], default: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -73,6 +89,7 @@ def test_without_a_match_the_default_decides():
             "prefill_attention_backend is fa3, decode_attention_backend is fa3 "
             "(the rule wants triton or fa4); kv_kind is unknown (the rule wants mla)",
         ),
+        ({"overlap": False}, "overlap is unknown (the rule wants false)"),
     ],
 )
 def test_a_rule_says_every_reason_why_it_does_not_match(when: dict[str, Any], reason: str):
@@ -80,19 +97,65 @@ def test_a_rule_says_every_reason_why_it_does_not_match(when: dict[str, Any], re
     assert decision.considered[0].reason == reason
 
 
-@given(documents(), facts)
-def test_decisions_follow_a_plain_reading_of_the_format(written: dict[str, Any], known: Facts):
-    """Also: a file that validates never fails at decision time."""
+def read_plainly(written: dict[str, Any], known: Facts) -> list[dict[str, Any]]:
+    """The rules that are left for writes, the default at the end if it is one of them."""
+    found = []
+    for rule in written["rules"]:
+        if holds(rule, known):
+            found.append(rule)
+            if not any(key.startswith("write_") and key != "write_policy" for key in rule["when"]):
+                return found
+    return [*found, {"name": "default", "when": {}, **written["default"]}]
+
+
+@st.composite
+def documents_and_facts(draw: st.DrawFn) -> tuple[dict[str, Any], Facts]:
+    """A policy, and facts that one of its rules often matches."""
+    written = draw(documents())
+    rules = written["rules"]
+    return written, draw(facts_for(draw(st.sampled_from(rules))) if rules else facts)
+
+
+@given(documents_and_facts(), writes)
+def test_decisions_follow_a_plain_reading_of_the_format(
+    drawn: tuple[dict[str, Any], Facts], write: WriteFacts
+):
+    """Also: every combination of facts has a decision, and a file that validates never fails there."""
+    written, known = drawn
     decision = decide(policy(written), known)
-    expected = next((rule for rule in written["rules"] if holds(rule["when"], known)), None)
-    use = (expected or written["default"])["use"]
-    assert decision.rule == (expected["name"] if expected else "default")
-    assert decision.backend == use["backend"]
-    assert decision.options == use.get("options", {})
-    assert [each.matched for each in decision.considered] == [False] * (len(decision.considered) - 1) + [True]
-    if "uses" not in use.get("fence_forward", []):
-        assert set(decision.fence_forward) == set(use.get("fence_forward", []))
-    assert decision.fence_forward == tuple(f for f in ("extend", "decode") if f in decision.fence_forward)
+    expected = read_plainly(written, known)
+    assert [route.rule for route in decision.routes] == [rule["name"] for rule in expected]
+    for route, rule in zip(decision.routes, expected, strict=True):
+        assert (route.backend, route.because) == (rule["use"]["backend"], rule["because"])
+        assert route.options == rule["use"].get("options", {})
+        assert set(route.fence_forward) == waiting(rule, known)
+        assert route.fence_forward == tuple(f for f in ("extend", "decode") if f in route.fence_forward)
+    last = decision.routes[-1]
+    assert (decision.rule, decision.backend, decision.because) == (last.rule, last.backend, last.because)
+    assert (decision.fence_forward, decision.options, decision.layer) == (
+        last.fence_forward,
+        last.options,
+        last.layer,
+    )
+    assert [each.rule for each in decision.considered if each.matched] == [rule["name"] for rule in expected]
+    taken = next(rule for rule in expected if holds_for(rule, write))
+    assert decision.routes[decision.route(write)].rule == taken["name"]
+
+
+def test_the_strategy_reaches_routes_and_rules_of_every_kind():
+    """The test above says little if hardly a rule matches, or no decision has a route before the last."""
+    seen = set()
+
+    @given(documents_and_facts(), writes, **SURVEY)
+    def collect(drawn: tuple[dict[str, Any], Facts], write: WriteFacts) -> None:
+        decision = decide(policy(drawn[0]), drawn[1])
+        seen.add("default" if decision.rule == "default" else "rule")
+        seen.add("routes" if len(decision.routes) > 1 else "one way")
+        seen.add("taken early" if decision.route(write) < len(decision.routes) - 1 else "taken last")
+        seen.update("assumed" for each in decision.considered if each.assumed)
+
+    collect()
+    assert seen == {"default", "rule", "routes", "one way", "taken early", "taken last", "assumed"}
 
 
 @given(
@@ -108,31 +171,55 @@ def test_decisions_are_deterministic_and_travel(written: dict[str, Any], known: 
     assert Decision.from_dict(pickle.loads(pickle.dumps(plain))) == decision
 
 
-@given(documents(), whens(), uses(), facts)
+@given(documents(), whens(), uses(), st.data())
 def test_a_rule_added_at_the_end_changes_no_earlier_match(
-    written: dict[str, Any], when: dict[str, Any], use: dict[str, Any], known: Facts
+    written: dict[str, Any], when: dict[str, Any], use: dict[str, Any], data: st.DataObject
 ):
-    last = {"name": "last", "when": when, "use": use, "because": "new"}
+    last = {"name": "last", "when": when, "use": use, "because": "new", **data.draw(unknowns(when))}
+    known = data.draw(facts_for(last))
     longer = {**written, "rules": [*written["rules"], last]}
     assume(accepted(longer))
     before, after = decide(policy(written), known), decide(policy(longer), known)
     if before.rule == "default":
-        assert after.rule == ("last" if holds(when, known) else "default")
+        earlier = [route.rule for route in before.routes[:-1]]
+        assert [route.rule for route in after.routes][: len(earlier)] == earlier
+        new = [route.rule for route in after.routes if route.rule == "last"]
+        assert new == (["last"] if holds(last, known) else [])
     else:
         assert after == before
 
 
-@given(documents(), facts)
-def test_one_more_known_fact_never_hides_a_match(written: dict[str, Any], known: Facts):
-    """A rule that matched without a fact matches with it: unknown only ever fails."""
+@given(documents_and_facts())
+def test_one_more_known_fact_hides_a_match_only_where_unknown_counts_as_one(
+    drawn: tuple[dict[str, Any], Facts],
+):
+    """A rule that matched without a fact matches with it, unless it says that unknown matches."""
+    written, known = drawn
     for name in known:
         less = Facts({each: fact for each, fact in known.items() if each != name})
-        matched = {each.rule for each in decide(policy(written), less).considered if each.matched} - {
-            "default"
-        }
+        matched = {each.rule for each in decide(policy(written), less).considered if each.matched}
         for rule in written["rules"]:
-            if rule["name"] in matched:
-                assert holds(rule["when"], known)
+            # With an unknown algorithm, verification and drafts may run and match; without one they do not.
+            if rule["name"] in matched and "unknown" not in rule and name != "speculative":
+                assert holds(rule, known)
+
+
+def test_decisions_depend_on_nothing_else(monkeypatch: pytest.MonkeyPatch):
+    """No file, no environment, no device: with all of them out of reach the decision is the same."""
+    rules = policy(document({"when": {"gpu_arch": "sm90"}, "use": {"backend": "copy_engine"}}))
+    before = decide(rules, FA3_ON_HOPPER)
+
+    class OutOfReach:
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError("a decision reads nothing but the policy and the facts")
+
+        __call__ = __getitem__ = __getattr__
+
+    with monkeypatch.context() as patch:
+        for target in ("os.environ", "builtins.open", "importlib.import_module"):
+            patch.setattr(target, OutOfReach())
+        after = decide(rules, FA3_ON_HOPPER)
+    assert after == before
 
 
 @pytest.mark.parametrize(
@@ -158,7 +245,9 @@ def test_uses_means_the_forwards_that_run_a_named_backend(
     when: dict[str, Any], prefill: str, decode: str | None, expected: tuple[str, ...]
 ):
     rules = policy(document({"when": when, "use": {"backend": "hybrid", "fence_forward": "uses"}}))
-    known = Facts.given(prefill_attention_backend=prefill, decode_attention_backend=decode)
+    known = Facts.given(
+        prefill_attention_backend=prefill, decode_attention_backend=decode, speculative="none"
+    )
     decision = decide(rules, known)
     assert decision.rule == "rule-0"
     assert decision.fence_forward == expected
@@ -167,8 +256,131 @@ def test_uses_means_the_forwards_that_run_a_named_backend(
 def test_uses_beside_a_named_forward_adds_to_it():
     use = {"backend": "hybrid", "fence_forward": ["decode", "uses"]}
     rules = policy(document({"when": {"attention_backend": "fa3"}, "use": use}))
-    known = Facts.given(prefill_attention_backend="fa3", decode_attention_backend="triton")
+    known = Facts.given(
+        prefill_attention_backend="fa3", decode_attention_backend="triton", speculative="none"
+    )
     assert decide(rules, known).fence_forward == ("extend", "decode")
+
+
+@pytest.mark.parametrize(
+    ("speculative", "verify", "draft", "expected"),
+    [
+        ("none", "fa3", "fa3", None),  # they do not run
+        ("EAGLE", "fa3", "triton", ("decode",)),  # part of a decode step
+        ("EAGLE", "triton", "fa3", ("extend", "decode")),  # after prefill and in a decode step
+        (None, "triton", "fa3", ("extend", "decode")),  # they may run
+        ("EAGLE", None, "triton", None),  # unknown matches nothing where the rule does not say so
+    ],
+)
+def test_verification_and_drafts_count_where_they_may_run(
+    speculative: str | None, verify: str | None, draft: str, expected: tuple[str, ...] | None
+):
+    rule = {"when": {"attention_backend": "fa3"}, "use": {"backend": "hybrid", "fence_forward": "uses"}}
+    known = Facts.given(
+        prefill_attention_backend="triton",
+        decode_attention_backend="triton",
+        verify_attention_backend=verify,
+        draft_attention_backend=draft,
+        speculative=speculative,
+    )
+    decision = decide(policy(document(rule)), known)
+    assert (decision.rule == "rule-0", decision.fence_forward) == (expected is not None, expected or ())
+
+
+UNKNOWN_MATCHES = {
+    "when": {"attention_backend": "fa3", "gpu_arch": "sm90", "page_size": 64},
+    "use": {"backend": "hybrid", "fence_forward": "uses"},
+}
+
+
+def test_an_unknown_fact_matches_where_the_rule_says_so():
+    known = Facts.given(prefill_attention_backend="triton", page_size=64, speculative="none")
+    for unknown in ("match", ["attention_backend", "gpu_arch"]):
+        decision = decide(policy(document({**UNKNOWN_MATCHES, "unknown": unknown})), known)
+        assert (decision.rule, decision.fence_forward) == ("rule-0", ("decode",))
+        (considered,) = decision.considered
+        assert considered.assumed == ("decode_attention_backend", "gpu_arch")
+        assert "gpu_arch unknown, which this rule counts as a match" in considered.reason
+    for unknown in (["attention_backend"], ["gpu_arch"], ["page_size"]):
+        assert decide(policy(document({**UNKNOWN_MATCHES, "unknown": unknown})), known).rule == "default"
+
+
+def test_a_known_fact_that_differs_matches_no_rule():
+    rules = policy(document({**UNKNOWN_MATCHES, "unknown": "match"}))
+    assert decide(rules, Facts.given(attention_backend="triton", speculative="none")).rule == "default"
+    assert decide(rules, Facts.given(gpu_arch="sm100")).rule == "default"
+
+
+LONG, SHORT = WriteFacts(4096, 72, 604_000_000, 1), WriteFacts(64, 4608, 9_400_000, 64)
+ROUTED = document(
+    {
+        "when": {"gpu_arch": "sm90", "write_entry_bytes": ">=32768"},
+        "use": {"backend": "copy_engine", "fence_forward": ["decode"]},
+    },
+    {"when": {"gpu_arch": "sm100", "write_contiguous": True}, "use": {"backend": "copy_engine"}},
+    {
+        "when": {"write_contiguous": False, "write_tokens": "<128"},
+        "use": {"backend": "fenced_kernel", "fence_forward": ["extend"], "options": {"block_quota": 4}},
+    },
+    default={"backend": "hybrid", "options": {"staging_mb": 64}},
+)
+
+
+def test_each_write_takes_the_first_route_that_holds():
+    decision = decide(policy(ROUTED), FA3_ON_HOPPER)
+    assert [(each.rule, each.backend, dict(each.when)) for each in decision.routes] == [
+        ("rule-0", "copy_engine", {"write_entry_bytes": (">=32768",)}),
+        ("rule-2", "fenced_kernel", {"write_contiguous": (False,), "write_tokens": ("<128",)}),
+        ("default", "hybrid", {}),
+    ]
+    assert decision.route(LONG) == 0
+    assert decision.route(SHORT) == 1
+    assert decision.route(WriteFacts(4096, 294_912, 604_000_000, 4096)) == 2
+    assert decision.route(WriteFacts(0, 0, 0, 0)) == 2
+    assert (decision.rule, decision.backend, decision.options) == ("default", "hybrid", {"staging_mb": 64})
+    assert decision.fence_forward == ()
+    assert decision.fences() == ("extend", "decode")
+    assert [each.writes for each in decision.considered] == [
+        "writes with entries of at least 32,768 bytes",
+        "writes in one run of host slots",
+        "writes of under 128 tokens and in more than one run of host slots",
+        None,
+    ]
+
+
+def test_a_write_is_known_by_its_host_indices():
+    assert (LONG.entry_bytes, LONG.contiguous) == (8_388_888, True)
+    assert (SHORT.entry_bytes, SHORT.contiguous) == (2039, False)
+    assert WriteFacts(0, 0, 0, 0).entry_bytes == 0
+
+
+@pytest.mark.parametrize("backend", ["hybrid", "copy_engine"])
+def test_by_hand_every_write_goes_one_way_and_waits_for_all_that_any_would(backend: str):
+    decision = decide(policy(ROUTED), FA3_ON_HOPPER, backend=backend)
+    (route,) = decision.routes
+    assert (route.backend, dict(route.when)) == (backend, {})
+    assert decision.fence_forward == route.fence_forward == ("extend", "decode")
+    assert route.options == ({"staging_mb": 64} if backend == "hybrid" else {})
+    assert "rule 'rule-0', rule 'rule-2', the policy's default" in decision.because
+    assert decision.route(LONG) == decision.route(SHORT) == 0
+
+
+@pytest.mark.parametrize(
+    ("when", "words"),
+    [
+        ({}, "every write"),
+        ({"write_tokens": (64,)}, "writes of 64 tokens"),
+        ({"write_entries": ("<=72",)}, "writes of at most 72 entries"),
+        (
+            {"write_entry_bytes": (">=2048,<32768", 1)},
+            "writes with entries of at least 2,048 and under 32,768 or 1 bytes",
+        ),
+        ({"write_contiguous": (True, False)}, "writes in any runs of host slots"),
+        ({"write_tokens": ("!=5", "> 9")}, "writes of other than 5 or over 9 tokens"),
+    ],
+)
+def test_writes_in_words(when: dict[str, Any], words: str):
+    assert writes_in_words(when) == words
 
 
 BY_HAND = document(
@@ -220,11 +432,12 @@ def test_fenced_kernel_by_hand_fences_every_forward(written: dict[str, Any], kno
     assert "given by hand" in decision.because
 
 
-@given(documents(), facts, st.sampled_from(["hybrid", "copy_engine"]))
-def test_by_hand_the_fences_are_those_that_auto_finds(written: dict[str, Any], known: Facts, backend: str):
+@given(documents_and_facts(), st.sampled_from(["hybrid", "copy_engine"]))
+def test_by_hand_the_fences_are_those_that_auto_finds(drawn: tuple[dict[str, Any], Facts], backend: str):
+    written, known = drawn
     asked, by_hand = decide(policy(written), known), decide(policy(written), known, backend=backend)
-    assert by_hand.backend == backend
-    assert (by_hand.fence_forward, by_hand.rule) == (asked.fence_forward, asked.rule)
+    assert (by_hand.backend, by_hand.layer, len(by_hand.routes)) == (backend, "option", 1)
+    assert (by_hand.fence_forward, by_hand.rule) == (asked.fences(), asked.rule)
     assert by_hand.considered == asked.considered
 
 
@@ -285,3 +498,11 @@ def test_the_log_line_is_one_line():
     assert len(line) < 300
     unfenced = describe(decide(policy(document()), FA3_ON_HOPPER))
     assert unfenced.endswith("forwards that wait: none, by rule default (p.yaml): nothing else")
+
+
+def test_the_log_line_names_every_backend_and_forward_that_a_write_may_meet():
+    line = describe(decide(policy(ROUTED), FA3_ON_HOPPER))
+    assert line.startswith(
+        "hicache-io: D2H backend copy_engine or fenced_kernel or hybrid, forwards that wait: extend+decode, "
+        "by rule default (p.yaml): nothing else"
+    )

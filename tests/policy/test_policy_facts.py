@@ -15,8 +15,12 @@ from sglang_hicache.policy.vocabulary import NameProblem
 
 
 def fake_torch(*, gpu: tuple[int, int] | None, hip: str | None = None) -> Any:
-    cuda = SimpleNamespace(is_available=lambda: gpu is not None, get_device_capability=lambda: gpu)
-    return SimpleNamespace(cuda=cuda, version=SimpleNamespace(hip=hip))
+    cuda = SimpleNamespace(
+        is_available=lambda: gpu is not None,
+        get_device_capability=lambda: gpu,
+        get_device_name=lambda: "NVIDIA H200",
+    )
+    return SimpleNamespace(cuda=cuda, version=SimpleNamespace(hip=hip, cuda="13.0"))
 
 
 def test_every_name_is_always_there():
@@ -129,3 +133,77 @@ def test_the_kernels_package_had_another_name(monkeypatch: pytest.MonkeyPatch):
     known = detect({"gpu_arch": "sm90"})
     assert known["sgl_kernel"] == Fact("0.3.21", "the installed sgl-kernel")
     assert known["sglang"] == Fact(None, "sglang is not installed here")
+
+
+def test_a_given_architecture_may_be_another_machines(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "torch", fake_torch(gpu=(8, 0)))
+    known = detect({"gpu_arch": "sm90"})
+    for name in ("gpu_name", "driver", "cuda", "batch_copy"):
+        assert known[name] == Fact(None, "not given; gpu_arch was, and this machine's GPU may be another")
+    assert detect({"gpu_arch": "sm90", "batch_copy": True})["batch_copy"] == Fact(True, "given")
+
+
+def test_this_machines_gpu_has_a_name_and_software(monkeypatch: pytest.MonkeyPatch):
+    class NVMLError(Exception):
+        pass
+
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlSystemGetDriverVersion=lambda: "580.159.04",
+        NVMLError=NVMLError,
+    )
+    monkeypatch.setitem(sys.modules, "torch", fake_torch(gpu=(9, 0)))
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    known = detect()
+    assert known["gpu_name"] == Fact("NVIDIA H200", "torch.cuda on this machine")
+    assert known["driver"] == Fact("580.159.04", "NVML on this machine")
+    assert known["cuda"] == Fact("13.0", "torch's build")
+
+    def fails() -> None:
+        raise NVMLError("Driver Not Loaded")
+
+    nvml.nvmlInit = fails
+    assert detect()["driver"] == Fact(None, "NVML cannot say: Driver Not Loaded")
+
+
+def test_a_cpu_server_has_no_gpu_and_no_copy_engine():
+    known = detect({"device": "cpu"})
+    assert known["gpu_arch"] == Fact("cpu", "follows from device")
+    assert known["driver"] == Fact(None, "a CPU server has no GPU")
+    assert known["batch_copy"] == Fact(False, "a CPU server has no copy engine")
+
+
+@pytest.mark.parametrize(
+    ("variable", "hub", "binary"),
+    [
+        (None, True, "sgl_kernel"),
+        ("1", True, "sgl_kernel"),
+        ("0", True, "kernels_community"),
+        ("False", True, "kernels_community"),
+        # SGLang falls back to its own without the package that loads from the Hub.
+        ("0", False, "sgl_kernel"),
+    ],
+)
+def test_whose_fa3_is_loaded(monkeypatch: pytest.MonkeyPatch, variable: str | None, hub: bool, binary: str):
+    if variable is None:
+        monkeypatch.delenv("SGLANG_USE_SGL_FA3_KERNEL", raising=False)
+    else:
+        monkeypatch.setenv("SGLANG_USE_SGL_FA3_KERNEL", variable)
+    monkeypatch.setattr(facts_module.importlib.util, "find_spec", lambda name: object() if hub else None)
+    assert detect({"gpu_arch": "sm90"}).value("fa3_binary") == binary
+
+
+def test_batches_are_what_the_driver_offers(monkeypatch: pytest.MonkeyPatch):
+    from sglang_hicache.io_backends.device import driver
+
+    monkeypatch.setitem(sys.modules, "torch", fake_torch(gpu=(9, 0)))
+    monkeypatch.setattr(driver, "Driver", lambda: SimpleNamespace(batched=False, version=12_040))
+    assert detect()["batch_copy"] == Fact(False, "the CUDA driver, version 12040")
+
+    def missing() -> None:
+        raise driver.DeviceUnavailableError("the CUDA driver does not start: no libcuda.so.1")
+
+    monkeypatch.setattr(driver, "Driver", missing)
+    known = detect()["batch_copy"]
+    assert (known.value, known.source.startswith("the driver cannot be asked here: ")) == (None, True)

@@ -157,12 +157,26 @@ def test_two_rules_of_one_name():
         pytest.param("{sglang: '>=0.5'}", "{sglang: '>=0.5.19,<0.5.21'}", id="versions within"),
         pytest.param("{sglang: ==0.5.*}", "{sglang: ~=0.5.19}", id="versions by prefix"),
         pytest.param(
+            "{attention_backend: fa3}",
+            "{draft_attention_backend: fa3, speculative: [EAGLE, NGRAM]}",
+            id="a draft that surely runs",
+        ),
+        pytest.param("{overlap: [true, false]}", "{overlap: true}", id="a flag within"),
+        pytest.param("{write_tokens: '<64'}", "{write_tokens: 1, tp: 8}", id="writes within"),
+        pytest.param(
+            "{page_size: 1}\n  unknown: match", "{page_size: 1}\n  unknown: match", id="unknown too"
+        ),
+        pytest.param("{page_size: 1}\n  unknown: match", "{page_size: 1}", id="unknown before only"),
+        pytest.param(
             "{sglang: '>=1.0rc1'}", "{sglang: '>=1.0rc1', device: cuda}", id="the same undecidable one"
         ),
     ],
 )
 def test_a_rule_behind_a_broader_one_can_never_match(first: str, second: str):
-    expected = "p.yaml:7:9: rule 'second' can never match: rule 'first' before it matches whenever it does"
+    line = 7 + first.count("\n")
+    expected = (
+        f"p.yaml:{line}:9: rule 'second' can never match: rule 'first' before it matches whenever it does"
+    )
     assert error_of(two_rules(first, second)) == expected
 
 
@@ -173,6 +187,27 @@ def test_a_rule_behind_a_broader_one_can_never_match(first: str, second: str):
         pytest.param("{gpu_arch: sm90}", "{attention_backend: fa3}", id="another key"),
         pytest.param("{prefill_attention_backend: fa3}", "{attention_backend: fa3}", id="either behind one"),
         pytest.param("{page_size: '<64'}", "{page_size: '<=64'}", id="one page size more"),
+        pytest.param("{page_size: 1}", "{page_size: 1}\n  unknown: match", id="unknown behind known"),
+        pytest.param(
+            "{attention_backend: fa3}",
+            "{decode_attention_backend: fa3}\n  unknown: match",
+            id="unknown behind either",
+        ),
+        pytest.param(
+            "{attention_backend: fa3}", "{draft_attention_backend: fa3}", id="a draft that may not run"
+        ),
+        pytest.param(
+            "{attention_backend: fa3}",
+            "{draft_attention_backend: fa3, speculative: [none, EAGLE]}",
+            id="a draft that need not run",
+        ),
+        pytest.param(
+            "{kv_kind: mla}",
+            "{attention_backend: fa3, prefill_attention_backend: fa4, decode_attention_backend: fa4, "
+            "speculative: none}\n  unknown: [decode_attention_backend]",
+            id="an unknown that may be the one excluded",
+        ),
+        pytest.param("{write_tokens: 1}", "{}", id="every write behind some"),
         pytest.param("{sglang: '>0.5.18'}", "{sglang: '>=0.5.18'}", id="one version more"),
         pytest.param("{sglang: <0.5.19}", "{sglang: <=0.5.19}", id="one version more at the end"),
     ],

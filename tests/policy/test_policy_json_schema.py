@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 
 from sglang_hicache.io_backends.registry import register_backend, unregister_backend
 from sglang_hicache.policy.json_schema import policy_json_schema
+from sglang_hicache.policy.load import load_policy_text
 
 # What the schema leaves to `policy validate`: broken YAML, values that exclude each other.
 BEYOND = {
@@ -25,6 +26,11 @@ BEYOND = {
     "a key twice",
     "a nested key twice",
     "a page size below every one",
+    "a number of ranks below every one",
+    "entries that exclude each other",
+    "attention backends that exclude each other, drafts included",
+    "unknown of a condition that the rule has not",
+    "unmeasured that is no path",
     "page sizes that exclude each other",
     "versions that exclude each other",
     "attention backends that exclude each other",
@@ -49,6 +55,24 @@ def test_it_accepts_the_shipped_policy():
 
 
 CHECK = validator()
+
+EXTENDING = """
+version: 1
+extends: default
+rules:
+- name: mine
+  when: {overlap: false, tp: ">1", speculative: [none, EAGLE], gpu_name: NVIDIA H200, write_contiguous: true}
+  unknown: [overlap, tp]
+  use: {backend: hybrid, fence_forward: [extend, decode], options: {gather_ctas: 192}}
+  because: seen
+  unmeasured: {when.tp: 3 and 5 to 7, use.options.gather_ctas: above 64}
+"""
+
+
+def test_it_accepts_a_difference_without_a_default():
+    load_policy_text(EXTENDING, "p.yaml")
+    CHECK.validate(parsed(EXTENDING))
+    assert not CHECK.is_valid(parsed(EXTENDING.replace("extends: default\n", "")))
 
 
 @given(documents())

@@ -1,0 +1,56 @@
+"""Everything that is said about one decision: why, what else was looked at, who waits, what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from sglang_hicache.policy import serving, words
+from sglang_hicache.policy.cost import cost
+from sglang_hicache.policy.decide import Decision, decide
+from sglang_hicache.policy.facts import Facts
+from sglang_hicache.policy.layers import Policy
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A decision with the policy and the facts that it was made from, and what a server would make of it.
+
+    ``refused`` says why a server would not start, ``fallback`` who copies a pool that a chosen backend
+    cannot.
+    """
+
+    policy: Policy
+    facts: Facts
+    decision: Decision
+    refused: str | None
+    fallback: str | None
+
+    @classmethod
+    def of(cls, policy: Policy, facts: Facts, *, backend: str) -> Self:
+        """Decide as ``--hicache-io-backend backend`` would. Raises NameProblem for an unknown name."""
+        decision = decide(policy, facts, backend=backend)
+        return cls(
+            policy,
+            facts,
+            decision,
+            serving.refusal(decision, facts, backend=backend),
+            serving.fallback(decision, facts, backend=backend),
+        )
+
+    def careful(self) -> str | None:
+        """What rests on unknown facts, or None."""
+        return words.unknown_note(self.decision, self.policy, self.facts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`Decision.to_dict` and the rest, plain JSON types."""
+        return {
+            **self.decision.to_dict(),
+            "fences": words.fence_sentence(self.decision),
+            "forwards": words.forward_sentences(self.decision, self.facts),
+            "cost": cost(self.decision, self.facts),
+            "undecided": list(words.might_match(self.decision, self.policy, self.facts)),
+            "refused": self.refused,
+            "fallback": self.fallback,
+            "other_pools": serving.other_pools(self.decision),
+        }

@@ -1,0 +1,56 @@
+"""What is odd about a policy that can be used: `policy validate` says it; a server starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_hicache.policy.layers import Origin, Policy, covered
+from sglang_hicache.policy.protection import unprotected
+
+# The largest write of bench/results/2026-11-23-h200/gpu.json: 32,768 tokens of Qwen3-8B, 147,456 bytes each.
+_LARGEST_WRITE_MB = 32_768 * 147_456 // 2**20
+
+
+@dataclass(frozen=True)
+class PolicyWarning:
+    """A sentence, and the rule's place."""
+
+    origin: Origin
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.origin.source}:{self.origin.line}:{self.origin.column}: warning: {self.message}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parts and the whole, as plain JSON types."""
+        at = self.origin
+        return {
+            "filename": at.source,
+            "line": at.line,
+            "column": at.column,
+            "message": self.message,
+            "text": str(self),
+        }
+
+
+def warnings(policy: Policy) -> list[PolicyWarning]:
+    """What is odd about `policy`, in the order of its rules."""
+    names = [*(rule.name for rule in policy.rules), "default"]
+    found = sorted(_found(policy), key=lambda each: names.index(each[0]))
+    return [PolicyWarning(policy.origins[name], message) for name, message in found]
+
+
+def _found(policy: Policy) -> Iterator[tuple[str, str]]:
+    yield from unprotected(policy)
+    for name, earlier in covered(policy).items():
+        yield name, f"rule '{name}' is never reached any more: rule '{earlier}' matches whenever it does"
+    for name, use in [*((rule.name, rule.use) for rule in policy.rules), ("default", policy.default.use)]:
+        staging = use.options.get("staging_mb") if use.backend == "hybrid" else None
+        if staging is not None and staging > _LARGEST_WRITE_MB:
+            yield (
+                name,
+                f"staging_mb {staging:,} takes more GPU memory from the KV cache than the largest write "
+                f"measured is long ({_LARGEST_WRITE_MB:,} MiB); 256 is what is used without it",
+            )

@@ -1,0 +1,175 @@
+"""What a decision means, in sentences for operators."""
+
+from __future__ import annotations
+
+from sglang_hicache.io_backends.registry import UPSTREAM_NAMES
+from sglang_hicache.policy.decide import Decision
+from sglang_hicache.policy.facts import Facts
+from sglang_hicache.policy.layers import DEFAULT_RULE, OPTION, SHIPPED, Policy
+from sglang_hicache.policy.match import match
+from sglang_hicache.policy.routes import WriteRoute, writes_in_words
+from sglang_hicache.policy.vocabulary import NO_SPECULATION
+
+# What operators call the forwards; extend is SGLang's name for prefill, chunked or not.
+_FORWARD_WORDS = {"extend": "prefill (extend)", "decode": "decode"}
+_PRODUCER = "D2H waits, on the GPU, for the forward that writes the rows."
+
+
+def backend_sentence(decision: Decision) -> str:
+    """Which backend moves which writes."""
+    if len(decision.routes) == 1:
+        return decision.backend
+    *conditional, last = decision.routes
+    parts = [f"{writes_in_words(route.when)}: {route.backend}" for route in conditional]
+    return "; ".join([*parts, f"others: {last.backend}"])
+
+
+def fence_sentence(decision: Decision) -> str:
+    """Which forwards wait for what."""
+    if decision.backend in UPSTREAM_NAMES:
+        return "No fence of this project: SGLang's own behaviour, untouched."
+    if not decision.fences():
+        return f"No forward waits: compute and write-back overlap fully. {_PRODUCER}"
+    sentences = list(dict.fromkeys(_route_sentence(route) for route in decision.routes))
+    if len(sentences) > 1:
+        sentences = [
+            f"{route.backend} ({'others' if not route.when else writes_in_words(route.when)}): "
+            f"{_route_sentence(route)}"
+            for route in decision.routes
+        ]
+    return " ".join([*sentences, _PRODUCER])
+
+
+def forward_sentences(decision: Decision, facts: Facts) -> dict[str, str]:
+    """For each kind of forward, whether it waits and for what; verification and drafts with speculative
+    decoding.
+    """
+    said = {
+        "prefill (extend)": _waits(decision, ("extend",)),
+        "decode": _waits(decision, ("decode",)),
+    }
+    if facts.value("speculative") not in (None, NO_SPECULATION):
+        # One step launches all of them, so the scheduler fences it as a whole
+        # (io_backends/sglang/runtime.py).
+        step = _waits(decision, ("extend", "decode"))
+        said |= {"prefill (extend)": step, "decode": step, "target verify": step, "draft": step}
+    return said
+
+
+def decided_by(decision: Decision, policy: Policy) -> str:
+    """Which rule of which layer decided."""
+    if not decision.considered:
+        return f"{decision.rule}, given by hand"
+    origin = policy.origins[decision.rule]
+    what = "the default" if decision.rule == DEFAULT_RULE else f"rule {decision.rule}"
+    where = f"{what} of the {'shipped policy' if origin.layer == SHIPPED else origin}"
+    if len(decision.routes) > 1:
+        others = ", ".join(route.rule for route in decision.routes[:-1])
+        where += f"; for some writes {others}"
+    if decision.rule == DEFAULT_RULE and len(decision.routes) == 1:
+        where += ": no rule matched"
+    return (
+        f"{decision.backend} by hand ({OPTION}), the fences by {where}" if decision.layer == OPTION else where
+    )
+
+
+def upstream_sentence(decision: Decision) -> str:
+    """What SGLang itself is told."""
+    if decision.backend in UPSTREAM_NAMES:
+        return f"io backend {decision.upstream_io_backend}, as asked"
+    backends = " and ".join(dict.fromkeys(route.backend for route in decision.routes))
+    verb = "do" if len(decision.routes) > 1 and " and " in backends else "does"
+    return (
+        f"io backend {decision.upstream_io_backend}, for host-to-device copies and for pools that "
+        f"{backends} {verb} not support"
+    )
+
+
+def might_match(decision: Decision, policy: Policy, facts: Facts) -> dict[str, tuple[str, ...]]:
+    """Rules that were passed over only because facts are unknown, with those facts."""
+    passed = {each.rule for each in decision.considered if not each.matched}
+    unknown = {rule.name: match(rule, facts).unknown for rule in policy.rules if rule.name in passed}
+    return {name: missing for name, missing in unknown.items() if missing}
+
+
+def unknown_note(decision: Decision, policy: Policy, facts: Facts) -> str | None:
+    """What rests on unknown facts, and the options that give them; None when nothing does."""
+    assumed = {each.rule: each.assumed for each in decision.considered if each.matched and each.assumed}
+    passed = might_match(decision, policy, facts)
+    notes = []
+    if assumed:
+        rules = ", ".join(assumed)
+        notes.append(f"unknown facts count as a match in {rules}, to be safe: give {_options_for(assumed)}.")
+    if passed:
+        notes.append(
+            f"with more known, another rule might match ({', '.join(passed)}): give {_options_for(passed)}."
+        )
+    return " ".join(notes) or None
+
+
+def forwards_in_words(forwards: tuple[str, ...]) -> str:
+    """``extend`` and ``decode`` as operators call them, joined."""
+    return " and ".join(_FORWARD_WORDS[forward] for forward in forwards)
+
+
+def _route_sentence(route: WriteRoute) -> str:
+    if not route.fence_forward:
+        return "no forward waits."
+    who = forwards_in_words(route.fence_forward)
+    if route.backend == "copy_engine":
+        return (
+            f"No forward waits for copy_engine, which has no work on the SMs; {who} would wait for a pool "
+            "that falls back to SGLang's own copy."
+        )
+    verb = "wait" if len(route.fence_forward) > 1 else "waits"
+    return f"{who[0].upper()}{who[1:]} {verb}, on the GPU, {_for_what(route.backend)}."
+
+
+def _for_what(backend: str) -> str:
+    return {
+        "hybrid": "for the last gather within GPU memory, not for the copy to the host",
+        "fenced_kernel": "for the whole of the last transfer to the host",
+    }.get(backend, "for the backend's last work on the SMs")
+
+
+def _waits(decision: Decision, names: tuple[str, ...]) -> str:
+    """Whether a forward that counts as `names` waits."""
+    for_what = [
+        _for_what(route.backend)
+        for route in decision.routes
+        if route.backend != "copy_engine" and set(names) & set(route.fence_forward)
+    ]
+    if for_what:
+        return "waits " + " or ".join(dict.fromkeys(for_what))
+    if set(names) & set(decision.fences()):
+        return "does not wait; only for a pool that falls back to SGLang's own copy"
+    return "does not wait"
+
+
+def _options_for(unknown: dict[str, tuple[str, ...]]) -> str:
+    """The options that give the facts in `unknown`."""
+    missing = dict.fromkeys(name for names in unknown.values() for name in names)
+    both = {"prefill_attention_backend", "decode_attention_backend"} <= missing.keys()
+    given = dict.fromkeys("attention_backend" if both and "attention" in name else name for name in missing)
+    # device has no option: it follows from gpu_arch.
+    names = dict.fromkeys("gpu_arch" if name == "device" else name for name in given)
+    return ", ".join(option_of(name) for name in names)
+
+
+#: Facts that `explain` takes as options of their own; every other one as ``--fact NAME=VALUE``.
+OPTIONS: tuple[str, ...] = (
+    "attention_backend",
+    "prefill_attention_backend",
+    "decode_attention_backend",
+    "gpu_arch",
+    "sgl_kernel",
+    "sglang",
+    "kv_kind",
+    "mem_layout",
+    "page_size",
+)
+
+
+def option_of(fact: str) -> str:
+    """How `explain` is told `fact`."""
+    return f"--{fact.replace('_', '-')}" if fact in OPTIONS else f"--fact {fact}=..."
