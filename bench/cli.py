@@ -14,10 +14,15 @@ from typer.core import TyperGroup
 
 from sglang_hicache.policy import commands
 
-# Subcommands that need torch or are slow to import: name -> "module:function", imported when they are asked
-# for (and by `hicache-io --help`, which prints the first line of each function's docstring).
+# Subcommands that need torch or are slow to import: name -> "module:function" (or a typer.Typer of several),
+# imported when they are asked for (and by `hicache-io --help`, which prints the first line of their help).
 LAZY: dict[str, str] = {
+    "bench": "sglang_hicache.bench.measure.command:bench",
+    "calibrate": "sglang_hicache.bench.measure.calibrate_command:calibrate",
     "demo": "sglang_hicache.bench.demo:demo",
+    "doctor": "sglang_hicache.io_backends.sglang.doctor:doctor",
+    "race": "sglang_hicache.bench.race:race",
+    "stress": "sglang_hicache.bench.stress.command:stress",
 }
 
 
@@ -31,9 +36,12 @@ class _Group(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in LAZY:
             return super().get_command(ctx, cmd_name)
-        module, _, function = LAZY[cmd_name].partition(":")
+        module, _, attribute = LAZY[cmd_name].partition(":")
+        found = getattr(import_module(module), attribute)
+        if isinstance(found, typer.Typer):
+            return typer.main.get_command(found)
         single = typer.Typer(add_completion=False)
-        single.command(cmd_name)(getattr(import_module(module), function))
+        single.command(cmd_name)(found)
         return typer.main.get_command(single)
 
 

@@ -87,6 +87,11 @@ class HybridBackend:
         self._drain_stream: Stream = None
         self._waiting: deque[_Write] = deque()
 
+    @property
+    def staging_bytes(self) -> tuple[int, int]:
+        """(in use, in all) of the ring, for metrics."""
+        return self._ring.used, self._ring.nbytes
+
     def supports(self, geometry: PoolGeometry) -> str | None:
         if geometry.layout not in self.layouts:
             return f"hybrid does not know layout {geometry.layout}"
@@ -135,13 +140,17 @@ class HybridBackend:
             pending=None if write.enqueued() else write,
         )
 
+    def can_advance(self) -> bool:
+        """Whether a chunk is waiting and there is memory for it."""
+        return bool(self._waiting) and self._ring.has_room(self._waiting[0].rest[0].staged.nbytes)
+
     def advance(self, ready: tuple[Event, ...]) -> Event | None:
         """Enqueue chunks whose memory has become free; they run after ``ready``, in a gap between forwards.
 
         Returns:
             The event after the last gather, if there was one: forwards that wait for gathers wait for it.
         """
-        if not self._waiting:
+        if not self.can_advance():
             return None
         for event in ready:
             self._device.wait(self._gather_stream, event)

@@ -103,6 +103,7 @@ class Backend(Protocol):
 
     A backend that has an attribute ``upstream_indices`` which is true gets indices moved as SGLang's own copy
     wants them (host indices on the GPU, or device indices on the host), and calls ``upstream_copy``.
+    One that has ``staging_bytes``, (in use, in all), is asked for it by metrics.
     """
 
     name: str
@@ -128,6 +129,10 @@ class Backend(Protocol):
 @runtime_checkable
 class Deferring(Protocol):
     """What a backend has besides if it leaves parts of a transfer for later gaps between forwards."""
+
+    def can_advance(self) -> bool:
+        """Whether :meth:`advance` would enqueue something now. Asked at every poll."""
+        ...
 
     def advance(self, ready: tuple[Event, ...]) -> Event | None:
         """Enqueue what can be now, behind ``ready``. Called before each forward is launched and while the

@@ -32,6 +32,11 @@ class Ring:
         self._done = done
         self._regions: deque[Region] = deque()
 
+    @property
+    def used(self) -> int:
+        """Bytes that are not drained yet, as far as was seen when a region was last taken."""
+        return sum(region.stop - region.start for region in self._regions)
+
     def take(self, nbytes: int, *, wait: bool) -> tuple[Region, tuple[Event, ...]] | None:
         """A region of ``nbytes``, and the events its writer must wait for first.
 
@@ -43,17 +48,7 @@ class Ring:
         Raises:
             ValueError: the ring is smaller than that.
         """
-        size = -(-nbytes // STAGING_ALIGNMENT) * STAGING_ALIGNMENT
-        if size > self.nbytes:
-            raise ValueError(f"a region of {size} bytes does not fit a ring of {self.nbytes} bytes")
-        self._retire()
-        start = self._regions[-1].stop if self._regions else 0
-        if start + size > self.nbytes:
-            start = 0
-        # Regions are retired in order, so whatever overlaps is at the old end.
-        overlapping = [
-            region for region in self._regions if region.start < start + size and start < region.stop
-        ]
+        start, size, overlapping = self._place(nbytes)
         if overlapping and not wait:
             return None
         events: list[Event] = []
@@ -70,6 +65,23 @@ class Ring:
         region = Region(start, start + size)
         self._regions.append(region)
         return region, tuple(events)
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether :meth:`take` would find drained memory for ``nbytes`` now."""
+        return not self._place(nbytes)[2]
+
+    def _place(self, nbytes: int) -> tuple[int, int, list[Region]]:
+        """Where a region would begin, its size, and which regions in use it would lie on."""
+        size = -(-nbytes // STAGING_ALIGNMENT) * STAGING_ALIGNMENT
+        if size > self.nbytes:
+            raise ValueError(f"a region of {size} bytes does not fit a ring of {self.nbytes} bytes")
+        self._retire()
+        start = self._regions[-1].stop if self._regions else 0
+        if start + size > self.nbytes:
+            start = 0
+        # Regions are retired in order, so whatever overlaps is at the old end.
+        on = [region for region in self._regions if region.start < start + size and start < region.stop]
+        return start, size, on
 
     def _retire(self) -> None:
         while self._regions:

@@ -177,6 +177,16 @@ class CudaDevice:
         event.record(stream)
         return event
 
+    def record_timed(self, stream: Stream) -> Event:
+        """As :meth:`record`, with an event for :meth:`seconds_between`."""
+        event = self._torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+    def seconds_between(self, start: Event, end: Event) -> float:
+        """GPU time from ``start`` to ``end``, both complete."""
+        return float(start.elapsed_time(end)) / 1e3
+
     def wait(self, stream: Stream, event: Event) -> None:
         stream.wait_event(event)
 

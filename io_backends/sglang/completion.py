@@ -19,7 +19,7 @@ def deferred(
     stream: Stream,
     pending: Sequence[Pending],
     advance: Callable[[], None],
-    flush: Callable[[Sequence[Pending]], None],
+    flush: Callable[[], None],
 ) -> Any:
     """An event of ``native``'s kind that becomes complete when everything in ``pending`` has run.
 
@@ -29,7 +29,7 @@ def deferred(
         stream: where the rest of the transfer ends; the event is recorded there.
         pending: what is left.
         advance: called when SGLang polls, to enqueue what can be.
-        flush: called with ``pending`` when SGLang waits, to enqueue all of it.
+        flush: called when SGLang waits, to enqueue all of it.
     """
     kind = type(native)
     if kind not in _types:
@@ -51,12 +51,12 @@ def _deferred_type(native: Any) -> Any:
             stream: Stream,
             pending: Sequence[Pending],
             advance: Callable[[], None],
-            flush: Callable[[Sequence[Pending]], None],
+            flush: Callable[[], None],
         ) -> None:
             self._pending = tuple(pending)
             self._left = len(pending)
             self._advance = advance
-            self._flush_parts = flush
+            self._flush_all = flush
             self._stream = stream
             for part in pending:
                 part.then(self._part_enqueued)
@@ -68,7 +68,7 @@ def _deferred_type(native: Any) -> Any:
 
         def _flush(self) -> None:
             if self._left:
-                self._flush_parts(self._pending)
+                self._flush_all()
 
         def query(self) -> bool:
             if self._left:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 _ALL_LAYER_KERNELS = (
@@ -18,11 +21,37 @@ def kernel_of(host_pool: Any, io_backend: str) -> str:
     """What SGLang's write-back of this pool runs, for the log."""
     if io_backend == "direct":
         return "direct copies"
-    if host_pool.can_use_write_back_jit and host_pool.layout == "page_first":
-        return "staged kernel (relayout in GPU memory, then copies)"
-    if not getattr(host_pool, "can_use_jit", False):
-        return "AOT kernel of sglang-kernel"
-    return "TMA kernel (JIT)" if _uses_tma(host_pool) else "register kernel (JIT)"
+    with without_staging(host_pool):
+        packed = getattr(host_pool, "device_rows_packed", True)
+        if not getattr(host_pool, "can_use_jit", False) or (packed and host_pool.layout == "page_first"):
+            return "AOT kernel of sglang-kernel"
+        return "TMA kernel (JIT)" if _uses_tma(host_pool) else "register kernel (JIT)"
+
+
+@contextlib.contextmanager
+def without_staging(host_pool: Any) -> Iterator[None]:
+    """Inside, SGLang writes this pool back by an SM kernel in ``page_first`` too.
+
+    SGLang's default there is its staged path, which copies page by page after a relayout in GPU memory; with
+    pages of 1, that is two copies a token. From 0.5.22 on it takes its JIT kernels rather than its AOT kernel
+    where device rows are strided: packed ones are strided by their own width.
+    """
+    staged, strided = "can_use_write_back_jit", "_strided_device_row_bytes"
+    wanted: dict[str, Any] = {}
+    if host_pool.layout == "page_first" and getattr(host_pool, staged, False):
+        wanted[staged] = False
+        # Pools whose K and V differ in width have no single stride, and no JIT kernel either.
+        row = getattr(host_pool, "token_stride_size", None)
+        if row is not None and getattr(host_pool, "can_use_jit", False) and hasattr(host_pool, strided):
+            wanted[strided] = getattr(host_pool, strided) or row
+    before = {name: getattr(host_pool, name) for name in wanted}
+    for name, value in wanted.items():
+        setattr(host_pool, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(host_pool, name, value)
 
 
 def _uses_tma(host_pool: Any) -> bool:
@@ -37,6 +66,26 @@ def _uses_tma(host_pool: Any) -> bool:
             page_size=host_pool.page_size,
         )
     )
+
+
+def build_limited(host_pool: Any, quota: int) -> bool:
+    """Compile the JIT kernel of this pool for ``quota`` thread blocks now, not under the first write.
+
+    Returns:
+        False if the pool has no JIT kernel, or it cannot be built (SGLang's log says why).
+    """
+    if not getattr(host_pool, "can_use_jit", False):
+        return False
+    from sglang.kernels.ops.kvcache.hicache import can_use_hicache_jit_kernel
+
+    shape = {
+        "element_size": host_pool.token_stride_size,
+        "block_quota": quota,
+        "page_size": host_pool.page_size,
+    }
+    known = inspect.signature(can_use_hicache_jit_kernel).parameters
+    # Before the TMA kernel (0.5.21) the page size did not matter.
+    return bool(can_use_hicache_jit_kernel(**{name: shape[name] for name in shape if name in known}))
 
 
 def limit_blocks(quota: int) -> None:

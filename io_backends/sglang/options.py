@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_hicache.io_backends.registry import (
@@ -13,14 +15,13 @@ from sglang_hicache.io_backends.registry import (
     available_backends,
     unknown_backend,
 )
+from sglang_hicache.io_backends.sglang import unsafe
 from sglang_hicache.io_backends.sglang.errors import RefusedError
-from sglang_hicache.policy.load import PolicyError, load_policy
+from sglang_hicache.policy.errors import PolicyError
+from sglang_hicache.policy.load import load_policy
 
-POLICY_ATTRIBUTE = "_hicache_io_policy"
-"""On ``ServerArgs``: the policy file given as an option, or absent. Underscored names travel, unsealed."""
-
-CLI_ATTRIBUTE = "_hicache_io_from_cli"
-"""On ``ServerArgs``: the arguments came from a command line, so a refusal is a line and an exit status."""
+ASKED_ATTRIBUTE = "_hicache_io_asked"
+"""On ``ServerArgs``: an :class:`Asked`, or absent. Underscored names travel, unsealed."""
 
 
 def is_ours(name: str | None) -> bool:
@@ -75,19 +76,56 @@ def extend_parser(problem: str | None) -> Callable[..., None]:
             help="Policy file of sglang-hicache-io: which write-back backend, and which forwards wait "
             "for it. Default: $SGLANG_HICACHE_IO_POLICY, else the shipped policy.",
         )
+        unsafe.add_arguments(parser)
 
     return hook
 
 
-def keep_policy_option(server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """Hook after ``ServerArgs.from_cli_args``, which keeps declared fields only."""
+@dataclass(frozen=True)
+class Asked:
+    """What a person asked for beside SGLang's own fields.
+
+    Attributes:
+        policy: the policy file given as an option, or None.
+        from_cli: the arguments came from a command line, so a refusal is a line and an exit status.
+        experiment: which fences to leave out, if any.
+    """
+
+    policy: str | None = None
+    from_cli: bool = False
+    experiment: unsafe.Request = field(default_factory=unsafe.Request)
+
+
+_asking: ContextVar[Asked | None] = ContextVar("hicache_io_asking", default=None)
+"""While arguments are made: 0.5.18 resolves them in their constructor, before anything can be set on them."""
+
+
+def asked(server_args: Any) -> Asked:
+    """What was asked for with these arguments."""
+    found = getattr(server_args, ASKED_ATTRIBUTE, None) or _asking.get()
+    return found if isinstance(found, Asked) else Asked()
+
+
+def _made(make: Callable[[], Any], what: Asked) -> Any:
+    token = _asking.set(what)
+    try:
+        server_args = make()
+    finally:
+        _asking.reset(token)
+    setattr(server_args, ASKED_ATTRIBUTE, what)
+    return server_args
+
+
+def around_from_cli_args(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Hook around ``ServerArgs.from_cli_args``, which keeps declared fields only."""
     namespace = next(a for a in (*args, *kwargs.values()) if isinstance(a, argparse.Namespace))
-    setattr(server_args, POLICY_ATTRIBUTE, getattr(namespace, "hicache_io_policy", None))
-    setattr(server_args, CLI_ATTRIBUTE, True)
+    policy = getattr(namespace, "hicache_io_policy", None)
+    what = Asked(policy, from_cli=True, experiment=unsafe.Request.of(vars(namespace)))
+    return _made(lambda: original(*args, **kwargs), what)
 
 
 def accept_engine_keywords(problem: str | None) -> None:
-    """Let ``sglang.Engine(hicache_io_policy=...)`` through: ``ServerArgs`` has no such field.
+    """Let ``sglang.Engine(hicache_io_policy=...)`` and the like through: ``ServerArgs`` has no such field.
 
     ``Engine.__init__`` loads plug-ins and then calls ``self.server_args_class(**kwargs)``, so that is the
     place; the class itself stays what it is.
@@ -102,9 +140,8 @@ def accept_engine_keywords(problem: str | None) -> None:
 
     def make(*args: Any, **kwargs: Any) -> Any:
         policy = kwargs.pop("hicache_io_policy", None)
+        experiment = unsafe.Request.taken_from(kwargs)
         check_name(kwargs.get("hicache_io_backend", UPSTREAM_NAMES[0]), problem)
-        server_args = original(*args, **kwargs)
-        setattr(server_args, POLICY_ATTRIBUTE, policy)
-        return server_args
+        return _made(lambda: original(*args, **kwargs), Asked(policy, experiment=experiment))
 
     engine.server_args_class = staticmethod(make)

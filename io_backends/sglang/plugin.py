@@ -41,9 +41,12 @@ def _load() -> None:
     options.accept_engine_keywords(problem)
     if problem is not None:
         return
-    HookRegistry.register(versions.FROM_CLI_ARGS, options.keep_policy_option, HookType.AFTER)
-    handle = versions.HANDLE_HICACHE_0_5_18 if version.startswith("0.5.18") else versions.HANDLE_HICACHE
+    HookRegistry.register(versions.FROM_CLI_ARGS, options.around_from_cli_args, HookType.AROUND)
+    old = version.startswith("0.5.18")
+    handle = versions.HANDLE_HICACHE_0_5_18 if old else versions.HANDLE_HICACHE
     HookRegistry.register(handle, resolution.around_handle_hicache, HookType.AROUND)
+    resolve = versions.RESOLVE_0_5_18 if old else versions.RESOLVE
+    HookRegistry.register(resolve, resolution.around_resolution, HookType.AROUND)
     if "sglang.srt.managers.scheduler" in sys.modules:
         # Not in the detokenizer, say: importing the scheduler there would cost seconds and memory.
         runtime.register_scheduler_hook()

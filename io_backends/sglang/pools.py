@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sglang_hicache.io_backends.geometry import LAYOUTS, Component, PoolGeometry, host_strides
+
+OTHER_KINDS: Mapping[str, tuple[str, str]] = {
+    "MambaPoolHost": ("Mamba", "holds states, not a row for each token"),
+    "DSAIndexerPoolHost": ("DSA indexer", "holds keys page by page, with their scales between them"),
+    "QSAIndexerPoolHost": ("QSA indexer", "holds compressed keys page by page"),
+    "DeepSeekV4PagedHostPool": ("DeepSeek V4", "holds pages of several sub-pools"),
+    "MHATokenToKOnlyPoolHost": ("sparse index", "holds keys without values"),
+    "MHATokenToKVPoolMXFP8Host": ("MXFP8", "holds the scales of its blocks beside its rows"),
+    "MiniMaxM3Nvfp4MainKVPoolHost": ("NVFP4", "holds packed pages of keys, values and scales"),
+    "MiniMaxM3Nvfp4IndexKPoolHost": ("NVFP4 index", "holds packed pages of keys and scales"),
+    "HiSparseMHATokenToKVPoolHost": ("HiSparse", "is copied by HiSparse itself"),
+    "UnifiedPageEnvelopeHostPool": ("unified memory", "moves whole pages whose indices SGLang translates"),
+}
+"""Host pools of SGLang (0.5.18 to 0.5.23) that its own copy writes back: class, what it holds, and why."""
 
 
 class UnsupportedPoolError(ValueError):
@@ -27,7 +41,8 @@ def describe(host_pool: Any) -> PoolGeometry:
         "MLATokenToKVPoolHost": _mla,
     }.get(kind)
     if describe_kind is None:
-        raise UnsupportedPoolError(f"{kind} is not a plain MHA or MLA pool")
+        _, why = OTHER_KINDS.get(kind, ("", "is not a plain MHA or MLA pool"))
+        raise UnsupportedPoolError(f"{kind} {why}")
     if host_pool.layout not in LAYOUTS:
         raise UnsupportedPoolError(f"layout {host_pool.layout} is not covered")
     if getattr(host_pool, "dcp_size", 1) > 1:

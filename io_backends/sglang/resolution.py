@@ -1,61 +1,93 @@
-"""The decision: made once, in the launching process, while SGLang resolves its arguments."""
+"""The decision: made once, in the launching process, when SGLang has resolved its arguments.
+
+Two steps, because SGLang's own HiCache step must see a name that it knows, and what the decision rests on is
+final only at the end of the resolution (see `server_facts`).
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sglang_hicache.io_backends.device import unavailable
 from sglang_hicache.io_backends.registry import AUTO, OWN_NAMES, get_backend
-from sglang_hicache.io_backends.sglang import runtime, versions
+from sglang_hicache.io_backends.sglang import runtime, unsafe, versions
 from sglang_hicache.io_backends.sglang.carried import ATTRIBUTE, Carried
 from sglang_hicache.io_backends.sglang.errors import RefusedError, exit_with
-from sglang_hicache.io_backends.sglang.options import (
-    CLI_ATTRIBUTE,
-    POLICY_ATTRIBUTE,
-    check_name,
-    is_ours,
-)
+from sglang_hicache.io_backends.sglang.options import asked, check_name, is_ours
+from sglang_hicache.io_backends.sglang.server_facts import resolved_facts, view
 from sglang_hicache.policy.decide import Decision, decide
-from sglang_hicache.policy.facts import Fact, Facts, detect
-from sglang_hicache.policy.load import PolicyError, policy_in_force
+from sglang_hicache.policy.errors import PolicyError
+from sglang_hicache.policy.load import policy_in_force
 
 logger = logging.getLogger(__name__)
 
 _SOURCE = "sglang-hicache-io"
 
+WANTED_ATTRIBUTE = "_hicache_io_wanted"
+"""On ``ServerArgs``: the name that was asked for, from SGLang's HiCache step on."""
+
+explaining = False
+"""Set in a process that only asks what arguments resolve to: it makes no decision, and hooks no scheduler."""
+
 
 def around_handle_hicache(original: Callable[[Any], None], server_args: Any) -> None:
-    """Hook around SGLang's HiCache argument resolution.
+    """Hook around SGLang's HiCache step: check what was asked for, and tell SGLang a name that it knows.
 
     Raises:
         RefusedError: the server must not start (called from ``sglang.Engine``).
         SystemExit: the same, for a command line: one line on standard error, status 2.
     """
+    with _refusing(server_args):
+        if _prepare(server_args):
+            setattr(server_args, WANTED_ATTRIBUTE, view(server_args).hicache_io_backend)
+            # SGLang knows only its own names. What it is told serves H2D, and pools that ours does not.
+            layout = view(server_args).hicache_mem_layout
+            _declare(server_args, hicache_io_backend="direct" if layout == "page_first_direct" else "kernel")
+    original(server_args)
+
+
+def around_resolution(original: Callable[[Any], None], server_args: Any) -> None:
+    """Hook around SGLang's whole resolution: decide when it is done.
+
+    Raises:
+        RefusedError, SystemExit: as above.
+    """
+    original(server_args)
+    name = getattr(server_args, WANTED_ATTRIBUTE, None)
+    # The mark travels to other processes; the decision is made where it is not there yet.
+    if name is not None and not explaining and getattr(server_args, ATTRIBUTE, None) is None:
+        with _refusing(server_args):
+            _decide(server_args, name)
+
+
+@contextmanager
+def _refusing(server_args: Any) -> Iterator[None]:
     try:
-        _resolve(original, server_args)
+        yield
     except (RefusedError, PolicyError) as error:
-        if getattr(server_args, CLI_ATTRIBUTE, False):
+        if asked(server_args).from_cli:
             raise exit_with(error, 2) from None
         raise
 
 
-def _resolve(original: Callable[[Any], None], server_args: Any) -> None:
-    config = _view(server_args)
+def _prepare(server_args: Any) -> bool:
+    """Whether this server's write-back is ours. Raises RefusedError for what is not covered."""
+    config = view(server_args)
     name = config.hicache_io_backend
-    option = getattr(server_args, POLICY_ATTRIBUTE, None)
-    in_use = _hicache_in_use(config)
+    option = asked(server_args).policy
+    asked(server_args).experiment.check(name, served=is_ours(name) and hicache_in_use(config))
     if not is_ours(name):
         if option is not None:
             raise RefusedError(
                 f"--hicache-io-policy has no say over --hicache-io-backend {name}, which is SGLang's own; "
                 f"use --hicache-io-backend {AUTO}, or leave the policy out"
             )
-        original(server_args)
-        return
+        return False
     check_name(name, None)
-    if not in_use:
+    if not hicache_in_use(config):
         if option is not None:
             raise RefusedError(
                 "--hicache-io-policy needs HiCache: add --enable-hierarchical-cache, or leave the policy out"
@@ -66,30 +98,30 @@ def _resolve(original: Callable[[Any], None], server_args: Any) -> None:
             name,
         )
         _declare(server_args, hicache_io_backend="kernel")
-        original(server_args)
-        return
-
+        return False
     _refuse_what_is_not_covered(config, name)
-    policy = policy_in_force(option)
-    # SGLang knows only its own names. What it is told serves H2D, and pools that our backend does not.
-    layout = config.hicache_mem_layout
-    _declare(server_args, hicache_io_backend="direct" if layout == "page_first_direct" else "kernel")
-    original(server_args)
+    policy_in_force(option)
+    return True
+
+
+def _decide(server_args: Any, name: str) -> None:
+    facts = resolved_facts(server_args)
+    fences = asked(server_args).experiment.fences
+    decision = unsafe.applied(decide(policy_in_force(asked(server_args).policy), facts, backend=name), fences)
     # SGLang may have changed the layout (storage backends do).
-    decision = decide(policy, _facts(server_args, _view(server_args)), backend=name)
-    _refuse_layout(name, decision, _view(server_args).hicache_mem_layout)
+    _refuse_layout(name, decision, str(facts.value("mem_layout")))
     problem = versions.check_points(
         versions.LAUNCHER_POINTS + versions.SCHEDULER_POINTS + versions.CALLED_POINTS, versions.installed()
     )
     if problem is not None:
         raise RefusedError(problem)
-    setattr(server_args, ATTRIBUTE, Carried(decision.to_dict()))
+    setattr(server_args, ATTRIBUTE, Carried(unsafe.to_carry(decision, fences)))
     # A forked scheduler, or one in this process, finds the hook here; a spawned one loads the plug-in.
     runtime.register_scheduler_hook()
 
 
-def _hicache_in_use(config: Any) -> bool:
-    # The condition under which handle_hicache normalizes anything, in 0.5.18 to 0.5.23.
+def hicache_in_use(config: Any) -> bool:
+    """The condition under which ``handle_hicache`` normalizes anything, in 0.5.18 to 0.5.23."""
     return bool(
         config.enable_hierarchical_cache
         or config.disaggregation_decode_enable_offload_kvcache
@@ -126,30 +158,6 @@ def _refuse_layout(name: str, decision: Decision, layout: str) -> None:
         )
 
 
-def _facts(server_args: Any, config: Any) -> Facts:
-    resolved = "resolved by SGLang"
-    device = str(config.device).partition(":")[0]
-    backends = _attention_backends(config)
-    facts = {
-        "prefill_attention_backend": Fact(backends[0], resolved),
-        "decode_attention_backend": Fact(backends[1], resolved),
-        "kv_kind": Fact("mla" if _uses_mla(server_args) else "mha", resolved),
-        "mem_layout": Fact(config.hicache_mem_layout, resolved),
-        "page_size": Fact(config.page_size, resolved),
-        "device": Fact(device, resolved),
-    }
-    return Facts({**detect({"device": device}), **facts})
-
-
-def _view(server_args: Any) -> Any:
-    """Resolved values so far; before 0.5.19 the arguments themselves are resolved in place."""
-    if versions.installed().startswith("0.5.18"):
-        return server_args
-    from sglang.srt.arg_groups.overrides import resolving_view
-
-    return resolving_view(server_args)
-
-
 def _declare(server_args: Any, **fields: Any) -> None:
     if versions.installed().startswith("0.5.18"):
         for field, value in fields.items():
@@ -158,18 +166,3 @@ def _declare(server_args: Any, **fields: Any) -> None:
     from sglang.srt.arg_groups.overrides import declare_resolution
 
     declare_resolution(server_args, _SOURCE, **fields)
-
-
-def _attention_backends(config: Any) -> tuple[str | None, str | None]:
-    from sglang.srt.arg_groups.overrides import attention_backends_of
-
-    prefill, decode = attention_backends_of(config)
-    return prefill, decode
-
-
-def _uses_mla(server_args: Any) -> bool:
-    if versions.installed().startswith("0.5.18"):
-        return bool(server_args.use_mla_backend())
-    from sglang.srt.arg_groups.overrides import use_mla_backend
-
-    return bool(use_mla_backend(server_args))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from sglang_hicache.io_backends.device import open_device
 from sglang_hicache.io_backends.device.base import Device, Stream
 from sglang_hicache.io_backends.registry import get_backend
-from sglang_hicache.io_backends.sglang import cpu_engine, kernels, versions
+from sglang_hicache.io_backends.sglang import cpu_engine, kernels, ranks, unsafe, versions
 from sglang_hicache.io_backends.sglang.carried import ATTRIBUTE
 from sglang_hicache.io_backends.sglang.errors import RefusedError, exit_with
+from sglang_hicache.io_backends.sglang.metrics import metrics_of
 from sglang_hicache.io_backends.sglang.options import is_ours
+from sglang_hicache.io_backends.sglang.routes import routes_of
 from sglang_hicache.io_backends.sglang.writeback import WriteBack
 from sglang_hicache.policy.decide import Decision, describe
 
@@ -29,19 +32,21 @@ class Active:
     writeback: WriteBack
     scheduler: Any
     speculative: bool
+    unsafe_fences: str | None = None
 
     def fence_forward(self, batch: Any) -> None:
         """Before a forward is launched: wait for SM-side D2H work if the decision says so."""
         # The gap before this forward is where gathers of a long write may run.
         self.writeback.advance()
-        if self.decision.fence_forward and forwards_of(
-            batch.forward_mode, speculative=self.speculative
-        ).intersection(self.decision.fence_forward):
-            events = self.writeback.take_sm_done()
+        events = self.writeback.take_sm_done(forwards_of(batch.forward_mode, speculative=self.speculative))
+        if not events:
+            return
+        self.writeback.counters.forward_fences += 1
+        streams, metrics = self._launch_streams(), self.writeback.metrics
+        with nullcontext() if metrics is None else metrics.fence(self.device, streams[-1]):
             for event in events:
-                for stream in self._launch_streams():
+                for stream in streams:
                     self.device.wait(stream, event)
-            self.writeback.counters.forward_fences += bool(events)
 
     def _launch_streams(self) -> tuple[Stream, ...]:
         if self.scheduler.enable_overlap:
@@ -55,12 +60,14 @@ class Active:
         decision = self.decision
         return {
             "backend": decision.backend,
-            "fence_forward": list(decision.fence_forward),
+            "fence_forward": list(decision.fences()),
             "rule": decision.rule,
             "because": decision.because,
+            "routes": [route.to_dict() for route in decision.routes],
             "upstream_io_backend": decision.upstream_io_backend,
             "policy": decision.policy,
             **self.writeback.summary(),
+            **unsafe.summary(self.unsafe_fences),
         }
 
 
@@ -112,12 +119,28 @@ def around_scheduler_init(
             )
         original(scheduler, server_args, *args, **kwargs)
         return
+    decision = Decision.from_dict(carried.decision)
+    unsafe_fences = unsafe.carried(carried.decision)
+    refusal: Exception | None = None
     try:
-        _activate(scheduler, Decision.from_dict(carried.decision))
+        _activate(scheduler, decision, unsafe_fences)
     except (RefusedError, RuntimeError, ValueError) as error:
-        raise exit_with(error, 1) from error
+        if ranks.alone(server_args):
+            raise exit_with(error, 1) from error
+        # The others would wait for a rank that is gone; they hear of it where all meet.
+        refusal = error
     original(scheduler, server_args, *args, **kwargs)
-    _announce(scheduler)
+    try:
+        if refusal is None:
+            _make_ready(scheduler)
+    except (RefusedError, RuntimeError, ValueError) as error:
+        refusal = error
+    try:
+        ranks.agree(scheduler, decision, refusal)
+    except RefusedError as error:
+        raise exit_with(error, 1) from (refusal or error)
+    logger.info("%s", describe(decision))
+    unsafe.warn(unsafe_fences)
 
 
 def _effective_io_backend(server_args: Any) -> str | None:
@@ -128,7 +151,7 @@ def _effective_io_backend(server_args: Any) -> str | None:
     return name
 
 
-def _activate(scheduler: Any, decision: Decision) -> None:
+def _activate(scheduler: Any, decision: Decision, unsafe_fences: str | None) -> None:
     global _active
     version = versions.installed()
     problem = versions.problem_with(version) or versions.check_points(
@@ -137,14 +160,14 @@ def _activate(scheduler: Any, decision: Decision) -> None:
     if problem is not None:
         raise RefusedError(problem)
     device = open_device(str(decision.facts["device"]["value"]))
-    backend = get_backend(decision.backend)(device, decision.options)
-    writeback = WriteBack(
-        device, backend, lambda: scheduler.forward_stream, forwards_wait=bool(decision.fence_forward)
-    )
+    routes = routes_of(decision, lambda name, options: get_backend(name)(device, options))
+    writeback = unsafe.write_back_type(unsafe_fences)(device, routes, lambda: scheduler.forward_stream)
     if device.name == "cpu":
         cpu_engine.install()
-    elif "block_quota" in decision.options:
-        kernels.limit_blocks(int(decision.options["block_quota"]))
+    else:
+        for route in decision.routes:
+            if "block_quota" in route.options:
+                kernels.limit_blocks(int(route.options["block_quota"]))
     _apply(
         {
             versions.SCHEDULER + ".run_batch": ("BEFORE", _before_run_batch),
@@ -155,7 +178,7 @@ def _activate(scheduler: Any, decision: Decision) -> None:
             versions.HYBRID_CONTROLLER + "._move_write_operation": ("AROUND", _around_move),
         }
     )
-    _active = Active(decision, device, writeback, scheduler, speculative=False)
+    _active = Active(decision, device, writeback, scheduler, speculative=False, unsafe_fences=unsafe_fences)
 
 
 def _apply(hooks: dict[str, tuple[str, Callable[..., Any]]]) -> None:
@@ -185,16 +208,17 @@ def _wraps(function: Any, hook: Callable[..., Any]) -> bool:
     return False
 
 
-def _announce(scheduler: Any) -> None:
+def _make_ready(scheduler: Any) -> None:
     assert _active is not None
     spec = getattr(scheduler, "spec_algorithm", None)
     _active.speculative = spec is not None and not spec.is_none()
+    _active.writeback.metrics = metrics_of(scheduler)
     offload = getattr(scheduler, "decode_offload_manager", None)
     for owner in (scheduler.tree_cache, offload):
         controller = getattr(owner, "cache_controller", None)
         if controller is not None:
             _prepare(controller, _active)
-    logger.info("%s", describe(_active.decision))
+            unsafe.leave_out_sglangs(controller, _active.unsafe_fences)
 
 
 def _prepare(controller: Any, active: Active) -> None:
@@ -204,10 +228,14 @@ def _prepare(controller: Any, active: Active) -> None:
     # 0.5.18 keeps the draft's pool apart and gives it the target's indices: both go one way.
     draft = getattr(controller, "mem_pool_host_draft", None)
     if draft is not None:
-        active.writeback.serve_alike([*pools, draft])
+        active.writeback.pools.serve_alike([*pools, draft])
     for pool in pools:
-        active.writeback.serves(pool)
-        if active.decision.backend == "fenced_kernel" and active.device.name == "cuda":
+        active.writeback.pools.serves(pool)
+        kernel_options = [r.options for r in active.decision.routes if r.backend == "fenced_kernel"]
+        if kernel_options and active.device.name == "cuda":
+            for options in kernel_options:
+                if "block_quota" in options:
+                    kernels.build_limited(pool, int(options["block_quota"]))
             logger.info(
                 "hicache-io: pool %s is written back by SGLang's %s",
                 getattr(pool, "pool_label", type(pool).__name__),

@@ -47,12 +47,16 @@ ADD_CLI_ARGS = _S + "server_args.ServerArgs.add_cli_args"
 FROM_CLI_ARGS = _S + "server_args.ServerArgs.from_cli_args"
 HANDLE_HICACHE = _S + "arg_groups.hicache_hook.handle_hicache"
 HANDLE_HICACHE_0_5_18 = _S + "server_args.ServerArgs._handle_hicache"
+RESOLVE = _S + "arg_groups.pipeline.run_resolution_pipeline"
+RESOLVE_0_5_18 = _S + "server_args.ServerArgs._run_resolution_pipeline"
 
 LAUNCHER_POINTS = (
     HookPoint(ADD_CLI_ARGS, ("parser",)),
     HookPoint(FROM_CLI_ARGS, ("cls", "args")),
     HookPoint(HANDLE_HICACHE, ("server_args",), since="0.5.19"),
     HookPoint(HANDLE_HICACHE_0_5_18, ("self",), until="0.5.18"),
+    HookPoint(RESOLVE, ("server_args",), since="0.5.19"),
+    HookPoint(RESOLVE_0_5_18, ("self",), until="0.5.18"),
 )
 """Wrapped in every process that loads plug-ins."""
 

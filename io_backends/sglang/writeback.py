@@ -1,39 +1,45 @@
-"""Every write to host memory passes here: producer fence, route per pool, forward fence.
+"""Every write to host memory passes here: producer fence, a route for each pool, forward fence.
 
 SGLang's ``L2TransferEngine.submit_device_to_host`` keeps its own body (streams, events, error path); it is
-handed pools whose copy method asks the router first. A pool that no backend of ours supports takes SGLang's
-own path, which counts as SM work.
+handed pools whose copy method comes back here. A pool that no backend of ours supports takes SGLang's own
+path, which counts as SM work.
 """
 
 from __future__ import annotations
 
-import logging
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from sglang_hicache.io_backends.copy_engine import BREAK_EVEN_ENTRY_BYTES
 from sglang_hicache.io_backends.device.base import Device, Event, Stream
 from sglang_hicache.io_backends.geometry import PoolGeometry
 from sglang_hicache.io_backends.interface import Backend, Deferring, Pending, Transfer
+from sglang_hicache.io_backends.sglang import kernels
 from sglang_hicache.io_backends.sglang.completion import deferred
-from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError, describe, host_buffers
+from sglang_hicache.io_backends.sglang.indices import PlainIndices, translated
+from sglang_hicache.io_backends.sglang.known_pools import KnownPools, label_of
+from sglang_hicache.io_backends.sglang.metrics import Metrics
+from sglang_hicache.io_backends.sglang.routes import Route, distinct, write_facts
 
-logger = logging.getLogger(__name__)
-
-_BACKEND, _UPSTREAM = "backend", "upstream"
+UPSTREAM = "upstream"
+"""Where a count by backend stands for SGLang's own path."""
 
 _NO_SLOTS = np.empty(0, dtype=np.int64)
-
-_REGISTERED_RANGES = "_sglang_cuda_host_registered_ranges"
-"""Where SGLang leaves (address, bytes) of each registration of a host buffer."""
 
 
 @dataclass(slots=True)
 class Counters:
-    """What happened in this process. ``fallback_writes`` are pools copied by SGLang's own path."""
+    """What happened in this process.
+
+    ``by_backend`` counts pools written, by who copied them. Of those written in copy-engine entries,
+    ``short_entry_writes`` had entries that were shorter on average than
+    :data:`~sglang_hicache.io_backends.copy_engine.BREAK_EVEN_ENTRY_BYTES`.
+    """
 
     bytes: int = 0
     writes: int = 0
@@ -41,15 +47,11 @@ class Counters:
     producer_fences: int = 0
     forward_fences: int = 0
     fallback_writes: int = 0
+    short_entry_writes: int = 0
+    by_backend: dict[str, int] = field(default_factory=dict)
 
-
-@dataclass(frozen=True, slots=True)
-class _Route:
-    """How one pool is served: by the backend with this geometry, or by SGLang for this reason."""
-
-    fingerprint: tuple[int, ...]
-    geometry: PoolGeometry | None
-    reason: str | None
+    def served_by(self, name: str) -> None:
+        self.by_backend[name] = self.by_backend.get(name, 0) + 1
 
 
 class WriteBack:
@@ -57,64 +59,52 @@ class WriteBack:
 
     Args:
         device: the seam.
-        backend: the decision's backend.
+        routes: the decision's; the last one holds for every write.
         forward_stream: gives the stream that forwards run on, once the scheduler has it.
-        forwards_wait: whether any forward waits for SM-side D2H work.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        backend: Backend,
-        forward_stream: Callable[[], Stream],
-        *,
-        forwards_wait: bool = False,
-    ) -> None:
+    def __init__(self, device: Device, routes: Sequence[Route], forward_stream: Callable[[], Stream]) -> None:
         self._device = device
-        self._backend = backend
+        self._routes = tuple(routes)
+        self._backends = distinct(routes)
         self._forward_stream = forward_stream
-        self._forwards_wait = forwards_wait
-        self._pending: list[Pending] = []
-        self._routes: dict[int, _Route] = {}
-        self._in_flight: deque[tuple[Event, tuple[object, ...]]] = deque()
-        # One event for each stream that SM work runs on: the backend's own, and SGLang's transfer stream
-        # for pools that fall back. Neither covers the other.
-        self._sm_done: dict[str, Event] = {}
+        # Forwards that wait for SM work which no single route answers for: of SGLang's own path, and of what
+        # a backend left for later.
+        self._forwards = frozenset[str]().union(*(route.forwards for route in routes))
+        self._pending: list[tuple[Backend, Pending]] = []
+        self.pools = KnownPools(device, self._backends)
+        self._indices = PlainIndices(self.pools.serves)
+        self.move_write_operation = self._indices.move_write_operation
+        self._in_flight: deque[tuple[Any, Sequence[str], tuple[object, ...]]] = deque()
+        # The last event of each backend (of SGLang's own path: None) for each set of forwards that wait. They
+        # may be on streams of their own: none of them covers another.
+        self._sm_done: dict[tuple[Backend | None, frozenset[str]], Event] = {}
         self.counters = Counters()
-
-    def serves(self, host_pool: Any) -> bool:
-        """Whether the backend copies this pool. Asked first, it prepares the backend."""
-        return self._route(host_pool).geometry is not None
-
-    def serve_alike(self, pools: Sequence[Any]) -> None:
-        """These pools share their indices: if one of them takes SGLang's own path, all do."""
-        if len({self.serves(pool) for pool in pools}) > 1:
-            for pool in pools:
-                reason = "it shares its indices with a pool that takes SGLang's own path"
-                self._routes[id(pool)] = _Route(_fingerprint(pool), None, reason)
-
-    def fallbacks(self) -> list[str]:
-        """Why pools seen so far take SGLang's own path."""
-        return [route.reason for route in self._routes.values() if route.reason is not None]
+        self.metrics: Metrics | None = None
 
     def submit(self, original: Callable[..., Any], engine: Any, transfers: Sequence[Any]) -> Any:
         """Hook around ``submit_device_to_host``: returns SGLang's own ``TransferCompletion``."""
         device = self._device
+        chosen = [self._choose(transfer) for transfer in transfers]
+        # After that: moving indices is work on the current stream.
         ready = self._ready()
         for event in ready:
             device.wait(engine.device_to_host_stream, event)
         self.counters.producer_fences += 1
         self.counters.writes += 1
         kept: list[object] = []
-        self._pending = [part for part in self._pending if not part.enqueued()]
+        self._forget_enqueued()
         earlier = len(self._pending)
-        # Fallbacks first: behind a served pool their kernel, which forwards may wait for, would wait for its
-        # drain.
-        routed = [
-            transfer._replace(host_pool=_RoutedPool(self, transfer.host_pool, engine, ready, kept))
-            for transfer in sorted(transfers, key=lambda transfer: self.serves(transfer.host_pool))
-        ]
-        completion = original(engine, routed)
+        # Kernels on the transfer stream first: behind another pool's drain, a forward that waits for them
+        # would wait for the link.
+        chosen.sort(key=lambda choice: choice[1] is not None and not choice[1].upstream_indices)
+        completion = original(
+            engine,
+            [
+                transfer._replace(host_pool=_RoutedPool(self, transfer.host_pool, route, engine, ready, kept))
+                for transfer, route in chosen
+            ],
+        )
         pending = self._pending[earlier:]
         if pending:
             completion = completion._replace(
@@ -122,34 +112,42 @@ class WriteBack:
                     completion.finish_event,
                     completion.timing_enabled,
                     engine.device_to_host_stream,
-                    pending,
+                    [part for _, part in pending],
                     self.advance,
-                    self.flush,
+                    functools.partial(self._flush, pending),
                 )
             )
-        self._keep(completion.finish_event, tuple(kept))
+        by = [UPSTREAM if route is None else route.backend.name for _, route in chosen]
+        self._keep(completion, by, tuple(kept))
         return completion
 
     def advance(self) -> None:
         """Enqueue what earlier writes left for a gap between forwards, if there is anything."""
-        if not self._pending or not isinstance(self._backend, Deferring):
+        if not self._pending:
             return
-        gathered = self._backend.advance(self._ready())
-        if gathered is not None:
-            self._sm_done[_BACKEND] = gathered
-        self._pending = [part for part in self._pending if not part.enqueued()]
+        for backend in self._backends:
+            # Nothing is recorded or waited for at a poll that finds no memory free.
+            if isinstance(backend, Deferring) and backend.can_advance():
+                self._sm_work(backend, self._forwards, backend.advance(self._ready()))
+        self._forget_enqueued()
 
-    def flush(self, parts: Sequence[Pending]) -> None:
+    def _flush(self, pending: Sequence[tuple[Backend, Pending]]) -> None:
         """Enqueue the rest of these at once: somebody waits for them. Forwards wait for their SM work too."""
-        for part in parts:
-            gathered = part.flush()
-            if gathered is not None:
-                self._sm_done[_BACKEND] = gathered
+        for backend, part in pending:
+            self._sm_work(backend, self._forwards, part.flush())
+
+    def _forget_enqueued(self) -> None:
+        self._pending = [each for each in self._pending if not each[1].enqueued()]
+
+    def _sm_work(self, backend: Backend | None, forwards: frozenset[str], done: Event | None) -> None:
+        if done is not None and forwards:
+            self._sm_done[backend, forwards] = done
 
     def abandon(self) -> None:
         """The cache is being reset: nobody will ask for what is not enqueued."""
-        if isinstance(self._backend, Deferring):
-            self._backend.abandon()
+        for backend in self._backends:
+            if isinstance(backend, Deferring):
+                backend.abandon()
         self._pending.clear()
 
     def _ready(self) -> tuple[Event, Event]:
@@ -161,64 +159,42 @@ class WriteBack:
         device = self._device
         return device.record(self._forward_stream()), device.record(device.current_stream())
 
-    def move_write_operation(self, original: Callable[..., Any], controller: Any, operation: Any) -> Any:
-        """Hook around ``_move_write_operation``: leave indices where our backends want them.
+    def _choose(self, transfer: Any) -> tuple[Any, Route | None]:
+        """The way a pool's rows take, with the indices where that wants them. None: SGLang's own path."""
+        pool = transfer.host_pool
+        move = self._indices.move_of(pool)
+        served = self.pools[pool]
+        route = None
+        # Host indices on the GPU were moved by SGLang, for its own copy.
+        plain = not transfer.host_indices.is_cuda and not translated(transfer.device_pool)
+        if served.geometry is not None and plain:
+            route = self._route(served.geometry, transfer.host_indices)
+            if route.backend.name in served.reasons:
+                route = None
+        if move is not None and (route is None or route.upstream_indices):
+            host, device = move(transfer.host_indices, transfer.device_indices, may_stage=route is None)
+            transfer = transfer._replace(host_indices=host, device_indices=device)
+        return transfer, route
 
-        SGLang moves host indices to the GPU or device indices to the host here, the latter with a wait
-        for the forward in flight. Our backends take host indices on the host, device indices on the device.
+    def _route(self, geometry: PoolGeometry, host_indices: Any) -> Route:
+        if len(self._routes) == 1:
+            return self._routes[0]
+        facts = write_facts(geometry, host_indices)
+        return next(route for route in self._routes if route.holds(facts))
+
+    def take_sm_done(self, forwards: frozenset[str]) -> tuple[Event, ...]:
+        """Events after all SM-side D2H work that one of ``forwards`` must wait for and none has yet.
+
+        Forgotten then: what is launched later is behind them too.
         """
-        group = controller.mem_pool_host
-        anchor = getattr(group, "anchor_entry", None)
-        pool = group if anchor is None else anchor.host_pool
-        side = operation.pool_transfers or []
-        sides = [group.entry_map[transfer.name].host_pool for transfer in side]
-        if getattr(controller, "is_kv_sharded", False) or not any(
-            self._takes_plain_indices(controller, each) for each in [pool, *sides]
-        ):
-            return original(controller, operation)
-        host, device = self._move(controller, pool, operation.host_indices, operation.device_indices)
-        if anchor is None:
-            return host, device, None
-        moved = None
-        if side:
-            moved = []
-            for transfer, side_pool in zip(side, sides, strict=True):
-                side_host, side_device = self._move(
-                    controller, side_pool, transfer.host_indices, transfer.device_indices
-                )
-                moved.append(replace(transfer, host_indices=side_host, device_indices=side_device))
-        return host, device, moved
-
-    def _takes_plain_indices(self, controller: Any, pool: Any) -> bool:
-        if getattr(self._backend, "upstream_indices", False) or not self.serves(pool):
-            return False
-        entries = getattr(controller.mem_pool_host, "entries", ())
-        device_pools = [entry.device_pool for entry in entries if entry.host_pool is pool]
-        return not any(map(_translated, device_pools or [getattr(controller, "mem_pool_device", None)]))
-
-    def _move(self, controller: Any, pool: Any, host: Any, device: Any) -> tuple[Any, Any]:
-        if self._takes_plain_indices(controller, pool):
-            return host, device
-        # SGLang's rule for a pool of its own, as in each version's _move_write_operation.
-        staged = controller.io_backend == "kernel" and controller.mem_pool_host.layout == "page_first"
-        per_pool = getattr(controller, "_move_pool_indices", None)
-        if per_pool is not None:
-            moved: tuple[Any, Any] = per_pool(pool, host, device, write_back_jit=staged)
-            return moved
-        if staged and getattr(pool, "can_use_write_back_jit", False):
-            return (host.cpu() if host.is_cuda else host), device
-        moved = controller.move_indices(host, device)
-        return moved
-
-    def take_sm_done(self) -> tuple[Event, ...]:
-        """Events after all SM-side D2H work that no forward has waited for yet; then forget them."""
-        events, self._sm_done = tuple(self._sm_done.values()), {}
-        return events
+        taken = [key for key in self._sm_done if key[1] & forwards]
+        return tuple(self._sm_done.pop(key) for key in taken)
 
     def copy(
         self,
         host_pool: Any,
         upstream: Callable[..., None],
+        route: Route | None,
         engine: Any,
         ready: tuple[Event, ...],
         kept: list[object],
@@ -228,86 +204,74 @@ class WriteBack:
     ) -> None:
         """Copy one pool's rows; the transfer stream is current."""
         stream = engine.device_to_host_stream
+        known = self.pools[host_pool]
+        geometry = known.geometry
+        if geometry is None or route is None:
+            upstream(device_pool, host_indices, device_indices, engine.io_backend)
+            self._sm_work(None, self._forwards, self._device.record(stream))
+            self.counters.fallback_writes += 1
+            self.counters.served_by(UPSTREAM)
+            self.counters.bytes += len(host_indices) * int(host_pool.size_per_token)
+            if self.metrics is not None:
+                reason = next(iter(known.reasons.values()), "SGLang translates or shards its indices")
+                self.metrics.fell_back(label_of(host_pool), reason)
+            return
 
         def upstream_copy() -> None:
-            upstream(device_pool, host_indices, device_indices, engine.io_backend)
+            with kernels.without_staging(host_pool):
+                upstream(device_pool, host_indices, device_indices, engine.io_backend)
 
-        geometry = self._route(host_pool).geometry
-        if geometry is None or _translated(device_pool):
-            upstream_copy()
-            self._sm_done[_UPSTREAM] = self._device.record(stream)
-            self.counters.fallback_writes += 1
-            self.counters.bytes += len(host_indices) * int(host_pool.size_per_token)
-            return
         transfer = Transfer(
             geometry=geometry,
-            host_slots=(
-                _NO_SLOTS
-                if getattr(self._backend, "upstream_indices", False)
-                else np.asarray(host_indices, dtype=np.int64)
-            ),
+            host_slots=_NO_SLOTS if route.upstream_indices else np.asarray(host_indices, dtype=np.int64),
             device_slots=device_indices,
             ready=ready,
             indices_ready=ready[-1],
-            forwards_wait=self._forwards_wait,
+            forwards_wait=bool(route.forwards),
             upstream_copy=upstream_copy,
         )
-        submission = self._backend.submit(transfer, stream)
-        if submission.sm_done is not None:
-            self._sm_done[_BACKEND] = submission.sm_done
+        submission = route.backend.submit(transfer, stream)
+        self._sm_work(route.backend, route.forwards, submission.sm_done)
         if submission.pending is not None:
-            self._pending.append(submission.pending)
+            self._pending.append((route.backend, submission.pending))
         kept.extend(submission.keep)
         self.counters.copies += submission.copies
         self.counters.bytes += submission.nbytes
+        self.counters.served_by(route.backend.name)
+        short = submission.nbytes < submission.copies * BREAK_EVEN_ENTRY_BYTES
+        self.counters.short_entry_writes += short
+        if self.metrics is not None:
+            self.metrics.wrote(route.backend, geometry.label, submission, short=short)
 
-    def _keep(self, finish_event: Event, objects: tuple[object, ...]) -> None:
-        while self._in_flight and self._in_flight[0][0].query():
-            self._in_flight.popleft()
-        self._in_flight.append((finish_event, objects))
-
-    def _route(self, host_pool: Any) -> _Route:
-        known = self._routes.get(id(host_pool))
-        fingerprint = _fingerprint(host_pool)
-        if known is not None and known.fingerprint == fingerprint:
-            return known
-        try:
-            geometry: PoolGeometry | None = describe(host_pool)
-            reason = self._backend.supports(geometry) if geometry is not None else None
-        except UnsupportedPoolError as error:
-            geometry, reason = None, str(error)
-        if reason is not None:
-            geometry = None
-            logger.warning(
-                "sglang-hicache-io: pool %s goes through SGLang's own path, fenced: %s",
-                getattr(host_pool, "pool_label", type(host_pool).__name__),
-                reason,
-            )
-        if geometry is not None:
-            registered = [
-                extent
-                for buffer in host_buffers(host_pool)
-                for extent in getattr(buffer, _REGISTERED_RANGES, ())
-            ]
-            self._device.prepare_copies(geometry, registered)
-            self._backend.prepare(geometry)
-        route = _Route(fingerprint, geometry, reason)
-        self._routes[id(host_pool)] = route
-        return route
+    def _keep(self, completion: Any, backends: Sequence[str], objects: tuple[object, ...]) -> None:
+        while self._in_flight and self._in_flight[0][0].finish_event.query():
+            done, by, _ = self._in_flight.popleft()
+            if self.metrics is not None and done.timing_enabled:
+                self.metrics.transferred(by, done.start_event.elapsed_time(done.finish_event) / 1e3)
+        self._in_flight.append((completion, backends, objects))
 
     def summary(self) -> dict[str, Any]:
         """Counters and fallbacks, for ``/server_info``."""
-        return {"counters": asdict(self.counters), "fallbacks": self.fallbacks()}
+        counters = asdict(self.counters)
+        written_by = counters.pop("by_backend")
+        return {"counters": counters, "written_by": written_by, "fallbacks": self.pools.fallbacks()}
 
 
 class _RoutedPool:
     """A host pool, except that its copy to the host asks the router."""
 
     def __init__(
-        self, router: WriteBack, pool: Any, engine: Any, ready: tuple[Event, ...], kept: list[object]
+        self,
+        router: WriteBack,
+        pool: Any,
+        route: Route | None,
+        engine: Any,
+        ready: tuple[Event, ...],
+        kept: list[object],
     ) -> None:
         self._router = router
         self._pool = pool
+        self._route = route
         self._engine = engine
         self._ready = ready
         self._kept = kept
@@ -322,6 +286,7 @@ class _RoutedPool:
         self._router.copy(
             self._pool,
             upstream,
+            self._route,
             self._engine,
             self._ready,
             self._kept,
@@ -337,17 +302,3 @@ class _RoutedPool:
     def backup_from_device_all_layer_physical(self, *args: Any) -> None:
         """0.5.21 and later call this."""
         self._copy("backup_from_device_all_layer_physical", *args)
-
-
-def _fingerprint(host_pool: Any) -> tuple[int, ...]:
-    """Changes when a pool's memory does: a described geometry holds raw addresses."""
-    rows = getattr(host_pool, "device_k_buffers", None) or getattr(host_pool, "device_kv_buffers", None)
-    return (
-        *(buffer.data_ptr() for buffer in host_buffers(host_pool)),
-        rows[0].data_ptr() if rows else 0,
-    )
-
-
-def _translated(device_pool: Any) -> bool:
-    """Whether SGLang translates this pool's indices on its transfer stream (unified memory): not ours."""
-    return getattr(device_pool, "host_transfer_translate", None) is not None

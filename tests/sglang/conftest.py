@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from launching import Machine
 
-from sglang_hicache.bench import fake_libcuda
+from sglang_hicache.io_backends.sglang import fake_libcuda
 
 HERE = Path(__file__).parent
 

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglang_hicache.bench import d2h_sglang
+from sglang_hicache.bench.measure import sglang_pools
 from sglang_hicache.io_backends import get_backend
 from sglang_hicache.io_backends.device.cuda import CudaDevice
 from sglang_hicache.io_backends.registry import OWN_NAMES
+from sglang_hicache.io_backends.sglang import kernels
+from sglang_hicache.io_backends.sglang.routes import Route, one_route
 from sglang_hicache.io_backends.sglang.writeback import WriteBack
 
 
@@ -50,6 +52,7 @@ TOKENS = 2048
 LONG = 100_000_000
 """Cycles that a stream sleeps so that others get far ahead: 50 ms at 2 GHz."""
 LAYOUTS = ("layer_first", "page_first", "page_first_direct")
+BOTH = ("extend", "decode")
 DTYPES = ("bfloat16", "float8_e4m3fn")
 # (K, V) or (latent, rope) widths of a head, and heads. Rows of 512 bytes in bf16, 256 in fp8, unless named.
 MHA, MLA = ("mha", 4, 64, 64), ("mla", 1, 192, 64)
@@ -61,10 +64,10 @@ Shape = tuple[str, int, int, int]
 @pytest.fixture(scope="module")
 def gpu_sglang() -> None:
     """SGLang's kernels for the rows of these tests, compiled side by side."""
-    reason = d2h_sglang.why_not()
+    reason = sglang_pools.why_not()
     if reason is not None:
         pytest.skip(reason)
-    failed = d2h_sglang.compile_kernels([256, 512, 768, 1152, 2048])
+    failed = sglang_pools.compile_kernels([256, 512, 768, 1152, 2048])
     assert not failed
 
 
@@ -168,7 +171,9 @@ class Pools:
 class Scheduler:
     """What of SGLang's scheduler a write-back needs: a controller, an engine, a forward stream."""
 
-    def __init__(self, device: CudaDevice, name: str, pools: list[Pools], **fields: Any) -> None:
+    def __init__(
+        self, device: CudaDevice, name: str, pools: list[Pools], forwards: tuple[str, ...] = ()
+    ) -> None:
         from sglang.srt.managers.cache_controller import HiCacheController
         from sglang.srt.mem_cache.l2_transfer import L2TransferEngine
 
@@ -177,8 +182,8 @@ class Scheduler:
         self.forward = torch.cuda.Stream()
         # The least ring that hybrid takes is 1 MiB: larger writes go round it.
         backend = get_backend(name)(device, {"staging_mb": 1})
-        self.writeback = WriteBack(device, backend, lambda: self.forward, **fields)
-        self.controllers = []
+        self.writeback = WriteBack(device, one_route(backend, forwards), lambda: self.forward)
+        self.controllers: list[Any] = []
         for each in pools:
             controller = object.__new__(HiCacheController)
             controller.io_backend = io_backend
@@ -186,6 +191,11 @@ class Scheduler:
             controller.mem_pool_host = each.host
             self.controllers.append(controller)
         self.pools = pools
+
+    def use_routes(self, device: CudaDevice, first_holds: Any, names: tuple[str, str]) -> None:
+        first, last = (get_backend(name)(device, {}) for name in names)
+        routes = (Route(first, frozenset(), first_holds), *one_route(last))
+        self.writeback = WriteBack(device, routes, lambda: self.forward)
 
     def write(self, slots: list[tuple[Any, Any]]) -> Any:
         """One submission of all pools, indices moved as ``start_writing`` does. Returns its completion."""
@@ -238,7 +248,7 @@ def test_byte_for_byte(
         assert_event_works(scheduler.write([slots]))
         pools.assert_copied(*slots)
     counters = scheduler.writeback.counters
-    assert scheduler.writeback.fallbacks() == []
+    assert scheduler.writeback.pools.fallbacks() == []
     assert (counters.writes, counters.fallback_writes) == (2, 0)
     assert counters.bytes == (64 + 1024) * pools.host.size_per_token
 
@@ -263,19 +273,19 @@ def test_k_wider_than_v(device: CudaDevice, made: Callable[..., Pools], layout: 
     scheduler = Scheduler(device, name, [pools])
     assert_event_works(scheduler.write([slots]))
     pools.assert_copied(*slots)
-    assert scheduler.writeback.fallbacks() == []
+    assert scheduler.writeback.pools.fallbacks() == []
 
 
 @pytest.mark.parametrize("name", OWN_NAMES)
 def test_page_head(device: CudaDevice, made: Callable[..., Pools], name: str) -> None:
     pools = made(MHA, "page_head", 16)
     slots = pools.slots(512, seed=5)
-    scheduler = Scheduler(device, name, [pools])
+    scheduler = Scheduler(device, name, [pools], BOTH)
     assert_event_works(scheduler.write([slots]))
     pools.assert_copied(*slots)
     # The other two leave it to SGLang's AOT kernel, and fence behind that.
     assert scheduler.writeback.counters.fallback_writes == (0 if name == "hybrid" else 1)
-    assert bool(scheduler.writeback.take_sm_done()) or name == "hybrid"
+    assert scheduler.writeback.take_sm_done(frozenset(BOTH))
 
 
 @pytest.mark.parametrize("name", OWN_NAMES)
@@ -326,9 +336,63 @@ def test_where_forwards_wait(
     # 3 layers of 1 KiB a token: 12 rounds of hybrid's ring.
     pools = made(MHA, layout, 16, tokens=8192)
     slots = pools.slots(4096, seed=7)
-    scheduler = Scheduler(device, name, [pools], forwards_wait=True)
+    scheduler = Scheduler(device, name, [pools], BOTH)
     completion = scheduler.write([slots])
     assert_event_works(completion, wait)
+    pools.assert_copied(*slots)
+
+
+@pytest.mark.parametrize("kind", [MHA, MLA, WIDE_K])
+@pytest.mark.parametrize("page", [1, 16])
+def test_each_write_takes_its_route(
+    device: CudaDevice,
+    made: Callable[..., Pools],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Shape,
+    page: int,
+) -> None:
+    """One run by the gather, scattered ones by SGLang's SM kernel, which needs its indices on the GPU."""
+    from sglang.srt.mem_cache.pool_host import mha, mla
+
+    def not_this(*args: Any, **named: Any) -> None:
+        raise AssertionError("the staged path")
+
+    for module in (mha, mla):
+        for name in vars(module).copy():
+            if "staged_lf_pf" in name:
+                monkeypatch.setattr(module, name, not_this)
+    pools = made(kind, "page_first", page)
+    before = pools.host.can_use_write_back_jit
+    scattered = pools.slots(512, seed=9)
+    one_run = (torch.arange(256, 768), scattered[1])
+    scheduler = Scheduler(device, "hybrid", [pools])
+    scheduler.use_routes(device, lambda write: write.contiguous, ("hybrid", "fenced_kernel"))
+    for slots in (scattered, one_run, scattered):
+        for buffer in pools.buffers():
+            buffer.view(torch.uint8).fill_(POISON)
+        assert_event_works(scheduler.write([slots]))
+        pools.assert_copied(*slots)
+    assert scheduler.writeback.counters.by_backend == {"hybrid": 1, "fenced_kernel": 2}
+    assert scheduler.writeback.pools.fallbacks() == []
+    assert pools.host.can_use_write_back_jit == before
+
+
+@pytest.mark.parametrize("layout", ["layer_first", "page_first"])
+@pytest.mark.parametrize("quota", [1, 3])
+def test_a_limit_on_thread_blocks(
+    device: CudaDevice, made: Callable[..., Pools], monkeypatch: pytest.MonkeyPatch, layout: str, quota: int
+) -> None:
+    from sglang.srt.mem_cache.pool_host import mha
+
+    for name in list(vars(mha)):
+        if name.startswith("jit_transfer_hicache_all"):
+            monkeypatch.setattr(mha, name, getattr(mha, name))  # as before, afterwards
+    pools = made(QWEN3_8B, layout, 16)
+    assert kernels.build_limited(pools.host, quota)
+    kernels.limit_blocks(quota)
+    slots = pools.slots(512, seed=10)
+    scheduler = Scheduler(device, "fenced_kernel", [pools])
+    assert_event_works(scheduler.write([slots]))
     pools.assert_copied(*slots)
 
 

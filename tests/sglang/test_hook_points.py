@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sglang_hicache.io_backends.sglang.pools import OTHER_KINDS
 from sglang_hicache.io_backends.sglang.versions import (
     CALLED_POINTS,
     LAUNCHER_POINTS,
@@ -154,3 +155,14 @@ class TestRunningSglang:
         message = check_points(POINTS, installed())
         assert message is not None
         assert "takes ('self', 'jobs'), expected ('self', 'transfers')" in message
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_every_kind_of_pool_that_is_left_to_sglang_exists(kind: str) -> None:
+    found = [
+        version
+        for version in SUPPORTED
+        for path in (WHEELS / version / "sglang/srt/mem_cache").rglob("*.py")
+        if f"class {kind}(" in path.read_text(encoding="utf-8")
+    ]
+    assert found, f"no supported SGLang has {kind}"

@@ -7,9 +7,19 @@ from typing import Any
 
 import pytest
 
-from sglang_hicache.io_backends.sglang.kernels import kernel_of, limit_blocks
+from sglang_hicache.io_backends.sglang.kernels import build_limited, kernel_of, limit_blocks
 
 pytestmark = pytest.mark.usefixtures("cpu_sglang")
+
+
+# How 0.5.22 and later say that rows are packed.
+ROWS = {"_strided_device_row_bytes": None}
+
+
+class Pool(SimpleNamespace):
+    @property
+    def device_rows_packed(self) -> bool:
+        return getattr(self, "_strided_device_row_bytes", None) is None
 
 
 def pool(**values: Any) -> SimpleNamespace:
@@ -20,14 +30,16 @@ def pool(**values: Any) -> SimpleNamespace:
         "token_stride_size": 2048,
         "page_size": 64,
     }
-    return SimpleNamespace(**{**base, **values})
+    return Pool(**{**base, **values})
 
 
 @pytest.mark.parametrize(
     ("io_backend", "values", "expected"),
     [
         ("direct", {}, "direct"),
-        ("kernel", {"can_use_write_back_jit": True, "layout": "page_first"}, "staged"),
+        ("kernel", {"can_use_write_back_jit": True, "layout": "page_first"}, "AOT"),
+        ("kernel", {"can_use_write_back_jit": True, "layout": "page_first", **ROWS}, "register"),
+        ("kernel", {"can_use_jit": False, "layout": "page_first", **ROWS}, "AOT"),
         ("kernel", {"can_use_write_back_jit": True}, "register"),
         ("kernel", {"can_use_jit": False}, "AOT"),
     ],
@@ -73,4 +85,27 @@ def test_the_limit_reaches_the_write_back_kernels_and_not_the_loads(monkeypatch:
     assert calls == [
         *[(name, 3) for kernels in names.values() for name in kernels],
         ("jit_transfer_hicache_one_layer", None),
+    ]
+
+
+def test_a_limited_kernel_is_built_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.kernels.ops.kvcache import hicache
+
+    asked: list[dict[str, Any]] = []
+
+    def build(*, element_size: int, block_quota: int, page_size: int | None = None) -> bool:
+        asked.append({"element_size": element_size, "block_quota": block_quota, "page_size": page_size})
+        return True
+
+    def build_before_tma(*, element_size: int, block_quota: int) -> bool:
+        return build(element_size=element_size, block_quota=block_quota)
+
+    monkeypatch.setattr(hicache, "can_use_hicache_jit_kernel", build)
+    assert build_limited(pool(), 3)
+    monkeypatch.setattr(hicache, "can_use_hicache_jit_kernel", build_before_tma)
+    assert build_limited(pool(), 3)
+    assert not build_limited(pool(can_use_jit=False), 3)
+    assert asked == [
+        {"element_size": 2048, "block_quota": 3, "page_size": 64},
+        {"element_size": 2048, "block_quota": 3, "page_size": None},
     ]

@@ -12,6 +12,7 @@ from sglang_hicache.io_backends import Submission, Transfer, get_backend
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.registry import OWN_NAMES
 from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError, describe, host_buffers
+from sglang_hicache.io_backends.sglang.routes import one_route
 from sglang_hicache.io_backends.sglang.writeback import WriteBack
 
 pytestmark = pytest.mark.usefixtures("cpu_sglang")
@@ -119,9 +120,10 @@ def submit(writeback: WriteBack, pools: list[Pools], slots: list[tuple[Any, Any]
     return writeback.submit(L2TransferEngine.submit_device_to_host, engine, transfers)
 
 
-def write_back(name: str) -> WriteBack:
+def write_back(name: str, forwards: tuple[str, ...] = ()) -> WriteBack:
     device = CpuDevice()
-    return WriteBack(device, get_backend(name)(device, {"staging_mb": 1}), device.current_stream)
+    backend = get_backend(name)(device, {"staging_mb": 1})
+    return WriteBack(device, one_route(backend, forwards), device.current_stream)
 
 
 def random_slots(pools: Pools, pages: int, seed: int = 0) -> tuple[Any, Any]:
@@ -148,7 +150,7 @@ def test_sglangs_pools_byte_for_byte(name: str, kind: str, layout: str, page_siz
     completion = submit(writeback, [pools], [slots])
     pools.assert_copied(*slots)
     assert completion.finish_event.query()
-    assert writeback.fallbacks() == []
+    assert writeback.pools.fallbacks() == []
     assert writeback.counters.bytes == len(slots[0]) * pools.host.size_per_token
     assert writeback.counters.producer_fences == 1
 
@@ -211,14 +213,14 @@ class TestFallback:
     def test_sglangs_copy_runs_and_forwards_are_fenced_behind_it(
         self, pools: Pools, caplog: pytest.LogCaptureFixture
     ) -> None:
-        writeback = write_back("copy_engine")
+        writeback = write_back("copy_engine", ("decode",))
         for _ in range(2):
             submit(writeback, [pools], [random_slots(pools, 2)])
         assert pools.host.calls == ["kernel", "kernel"]
         assert writeback.counters.fallback_writes == 2
         # copy_engine itself has no SM work; SGLang's path has.
-        assert len(writeback.take_sm_done()) == 1
-        assert writeback.take_sm_done() == ()
+        assert len(writeback.take_sm_done(frozenset({"decode"}))) == 1
+        assert writeback.take_sm_done(frozenset({"decode"})) == ()
         said = [r.message for r in caplog.records if "goes through SGLang's own path" in r.message]
         assert len(said) == 1
 
@@ -239,7 +241,9 @@ def test_an_error_in_a_backend_reaches_sglang_and_nothing_is_acknowledged() -> N
     pools = Pools("mha", "page_first", 16)
     device = CpuDevice()
     with pytest.raises(ValueError, match="no"):
-        submit(WriteBack(device, Failing(), device.current_stream), [pools], [random_slots(pools, 2)])
+        submit(
+            WriteBack(device, one_route(Failing()), device.current_stream), [pools], [random_slots(pools, 2)]
+        )
 
 
 def test_indices_out_of_range_are_refused() -> None:

@@ -2,39 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
-from sglang_hicache.io_backends import Submission
-from sglang_hicache.io_backends.device.cpu import CpuDevice
+from sglang_hicache.io_backends import Submission, Transfer
+from sglang_hicache.io_backends.copy_engine import BREAK_EVEN_ENTRY_BYTES
+from sglang_hicache.io_backends.device.cpu import CpuDevice, CpuStream
+from sglang_hicache.io_backends.geometry import Component, PoolGeometry, host_strides
+from sglang_hicache.io_backends.sglang import known_pools
+from sglang_hicache.io_backends.sglang.indices import PlainIndices
+from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError
+from sglang_hicache.io_backends.sglang.routes import Route, one_route, routes_of
 from sglang_hicache.io_backends.sglang.writeback import WriteBack
+from sglang_hicache.policy.routes import WriteFacts, WriteRoute
+
+LAYOUTS = ("layer_first", "page_first", "page_first_direct")
 
 
-class Router(WriteBack):
-    """Serves the pools that say so."""
+class L2Transfer(NamedTuple):
+    """SGLang's, as far as it is used."""
 
-    def serves(self, host_pool: Any) -> bool:
-        return bool(host_pool.ours)
+    host_pool: Any
+    device_pool: Any
+    host_indices: Any
+    device_indices: Any
 
 
-class Upstream:
-    name = "any"
+class Named:
+    """A backend that notes what it is given."""
 
-    def supports(self, geometry: Any) -> None:
-        return None
+    def __init__(
+        self, name: str = "any", *, layouts: tuple[str, ...] = LAYOUTS, upstream: bool = False
+    ) -> None:
+        self.name = name
+        self.upstream_indices = upstream
+        self.prepared: list[Any] = []
+        self.given: list[Transfer] = []
+        self._layouts = layouts
+
+    def supports(self, geometry: Any) -> str | None:
+        return None if geometry.layout in self._layouts else f"{self.name} does not know {geometry.layout}"
 
     def prepare(self, geometry: Any) -> None:
-        pass
+        self.prepared.append(geometry)
 
-    def submit(self, transfer: Any, stream: Any) -> Submission:
-        return Submission(1, 1)
+    def submit(self, transfer: Transfer, stream: Any) -> Submission:
+        self.given.append(transfer)
+        if self.upstream_indices:
+            transfer.upstream_copy()
+        return Submission(copies=4, nbytes=transfer.tokens * 1024, sm_done=object())
 
 
-def router() -> Router:
-    device = CpuDevice()
-    return Router(device, Upstream(), device.current_stream)
+def router() -> PlainIndices:
+    return PlainIndices(lambda host_pool: bool(host_pool.ours))
 
 
 def pool(*, ours: bool, jit: bool = False, layout: str = "page_first") -> SimpleNamespace:
@@ -113,26 +137,181 @@ def test_a_pool_whose_indices_sglang_translates_gets_them_moved(operation: Simpl
 
 def test_a_draft_pool_goes_the_way_of_its_target() -> None:
     device = CpuDevice()
-    both = WriteBack(device, Upstream(), device.current_stream)
+    both = WriteBack(device, one_route(Named()), device.current_stream)
     # Neither is a kind of pool that is known, so neither is ours; nothing changes.
     pools = [SimpleNamespace(pool_label="kv"), SimpleNamespace(pool_label="draft")]
-    both.serve_alike(pools)
-    assert [both.serves(each) for each in pools] == [False, False]
+    both.pools.serve_alike(pools)
+    assert [both.pools.serves(each) for each in pools] == [False, False]
+
+
+class HostPool:
+    """A host pool of SGLang's, as far as a write sees it. Described as it says itself (see `described`)."""
+
+    pool_label = "kv"
+    size_per_token = 1024
+    can_use_write_back_jit = True
+    can_use_jit = True
+    _strided_device_row_bytes = None
+    token_stride_size = 256
+
+    def __init__(self, layout: str = "page_first") -> None:
+        self.layout = layout
+        self.copied: list[tuple[Any, Any, bool, int | None]] = []
+
+    def backup_from_device_all_layer_physical(self, _pool: Any, host: Any, device: Any, io: str) -> None:
+        self.copied.append((host, device, self.can_use_write_back_jit, self._strided_device_row_bytes))
+
+
+class Indices(np.ndarray):
+    is_cuda = False
+
+
+def indices(*values: int) -> Any:
+    return np.array(values, dtype=np.int64).view(Indices)
+
+
+class Write:
+    """Several writes of one pool through routes, with a controller's move and an engine's submission."""
+
+    def __init__(self, routes: Sequence[Route], host: HostPool) -> None:
+        device = CpuDevice()
+        self.writeback = WriteBack(device, routes, device.current_stream)
+        self.controller = SimpleNamespace(
+            mem_pool_host=host, mem_pool_device=None, io_backend="kernel", move_indices=self._move
+        )
+        self.host = host
+        self.moves = 0
+
+    def _move(self, host: Any, device: Any) -> tuple[Any, Any]:
+        self.moves += 1
+        return f"moved {host.tolist()}", device
+
+    def __call__(self, host: Any, device: Any = None) -> None:
+        device = indices(*range(len(host))) if device is None else device
+        operation = SimpleNamespace(host_indices=host, device_indices=device, pool_transfers=None)
+        host, device, _ = self.writeback.move_write_operation(sglangs_own, self.controller, operation)
+        engine = SimpleNamespace(device_to_host_stream=CpuStream(), io_backend="kernel")
+        transfer = L2Transfer(self.host, None, host, device)
+        self.writeback.submit(self._submission, engine, [transfer])
+
+    @staticmethod
+    def _submission(engine: Any, transfers: Any) -> Any:
+        for each in transfers:
+            each.host_pool.backup_from_device_all_layer_physical(
+                each.device_pool, each.host_indices, each.device_indices, engine.io_backend
+            )
+        return SimpleNamespace(finish_event=SimpleNamespace(query=lambda: True), timing_enabled=False)
+
+
+@pytest.fixture(autouse=True)
+def described(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`HostPool` is a pool of 4 layers of 256 bytes, in its layout, without memory."""
+
+    def describe(pool: HostPool) -> PoolGeometry:
+        if not isinstance(pool, HostPool):
+            raise UnsupportedPoolError("not a kind that is known")
+        host = host_strides(pool.layout, base=0, layers=4, page_size=2, slots=64, row_bytes=256, heads=1)
+        part = Component("kv", 256, (0, 1, 2, 3), 256, host)
+        return PoolGeometry("kv", "mla", pool.layout, "uint8", 1, 4, 2, 64, 64, (part,))
+
+    monkeypatch.setattr(known_pools, "describe", describe)
+    monkeypatch.setattr(known_pools, "_fingerprint", id)
+
+
+def long_entries(write: WriteFacts) -> bool:
+    return write.entry_bytes >= 4096
+
+
+class TestRoutes:
+    def test_each_write_takes_the_first_that_holds(self) -> None:
+        far, near = Named("far"), Named("near")
+        write = Write([Route(far, frozenset(), long_entries), *one_route(near)], HostPool())
+        write(indices(8, 9, 10, 11))  # one copy of 4 rows of 4 layers
+        write(indices(8, 10, 12, 14))  # four copies
+        write(indices(20, 21, 22, 23, 24))
+        assert [list(each.host_slots) for each in far.given] == [[8, 9, 10, 11], [20, 21, 22, 23, 24]]
+        assert [list(each.host_slots) for each in near.given] == [[8, 10, 12, 14]]
+        assert write.writeback.counters.by_backend == {"far": 2, "near": 1}
+        assert write.moves == 0
+
+    def test_a_write_for_sglangs_kernel_gets_its_indices_moved_and_no_staging(self) -> None:
+        ours, kernel = Named("ours"), Named("kernel", upstream=True)
+        host = HostPool()
+        write = Write([Route(ours, frozenset(), long_entries), *one_route(kernel)], host)
+        write(indices(8, 9, 10, 11))
+        assert write.moves == 0
+        write(indices(8, 10, 12, 14))
+        assert write.moves == 1
+        (copied,) = host.copied
+        assert copied[0] == "moved [8, 10, 12, 14]"
+        assert copied[2:] == (False, 256), "the SM kernel, packed rows strided by their own width"
+        assert (host.can_use_write_back_jit, host._strided_device_row_bytes) == (True, None)
+
+    def test_a_backend_that_cannot_serve_the_pool_leaves_its_writes_to_sglang(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        never, ours = Named("never", layouts=()), Named("ours")
+        host = HostPool()
+        write = Write([Route(never, frozenset({"decode"}), long_entries), *one_route(ours)], host)
+        write(indices(8, 9, 10, 11))
+        write(indices(8, 10))
+        assert never.given == never.prepared == []
+        assert len(ours.given) == 1
+        # The staged path takes host indices on the host, so nothing was moved.
+        assert [(list(each[0]), each[2]) for each in host.copied] == [([8, 9, 10, 11], True)]
+        assert write.writeback.counters.by_backend == {"upstream": 1, "ours": 1}
+        assert write.writeback.pools.fallbacks() == ["never does not know page_first"]
+        assert [record.getMessage() for record in caplog.records] == [
+            "sglang-hicache-io: what never was chosen for in pool kv goes through SGLang's own path, fenced: "
+            "never does not know page_first"
+        ]
+        # SGLang's kernels may run beside whatever any route fences.
+        assert len(write.writeback.take_sm_done(frozenset({"decode"}))) == 1
+
+    def test_short_entries_are_counted(self) -> None:
+        write = Write(one_route(Named()), HostPool())
+        write(indices(*range(8)))
+        assert write.writeback.counters.short_entry_writes == 1
+        write(indices(*range(4 * BREAK_EVEN_ENTRY_BYTES // 1024)))
+        assert write.writeback.counters.short_entry_writes == 1
+
+    def test_one_instance_for_routes_with_the_same_options(self) -> None:
+        def route(backend: str, **options: int) -> WriteRoute:
+            return WriteRoute("rule", "layer", "because", backend, ("extend",), options, {})
+
+        chosen = SimpleNamespace(
+            routes=(route("hybrid", staging_mb=1), route("copy_engine"), route("hybrid", staging_mb=1))
+        )
+        found = routes_of(chosen, lambda name, options: Named(name))  # type: ignore[arg-type]
+        assert [each.backend.name for each in found] == ["hybrid", "copy_engine", "hybrid"]
+        assert found[0].backend is found[2].backend
 
 
 class TestForwardFences:
-    def test_sm_work_on_two_streams_is_two_events(self) -> None:
-        writeback = router()
-        writeback._sm_done = {"backend": "gathered", "upstream": "copied"}
-        assert set(writeback.take_sm_done()) == {"gathered", "copied"}
-        assert writeback.take_sm_done() == ()
+    def test_forwards_wait_for_the_routes_that_name_them(self) -> None:
+        a, b = Named("a"), Named("b")
+        write = Write(
+            [Route(a, frozenset({"extend"}), long_entries), *one_route(b, ("extend", "decode"))], HostPool()
+        )
+        write(indices(8, 9, 10, 11))
+        assert write.writeback.take_sm_done(frozenset({"decode"})) == ()
+        write(indices(8, 10, 12, 14))
+        # Events on two streams, of which neither covers the other.
+        assert len(write.writeback.take_sm_done(frozenset({"extend"}))) == 2
+        assert write.writeback.take_sm_done(frozenset({"extend", "decode"})) == ()
+
+    def test_nothing_is_kept_for_forwards_that_nobody_fences(self) -> None:
+        write = Write(one_route(Named()), HostPool())
+        write(indices(8, 9))
+        assert write.writeback.take_sm_done(frozenset({"extend", "decode"})) == ()
 
     def test_a_flush_leaves_its_gather_for_the_next_forward(self) -> None:
         class Part:
             def flush(self) -> str:
                 return "gathered"
 
-        writeback = router()
-        writeback._sm_done = {"upstream": "copied"}
-        writeback.flush([Part()])  # type: ignore[list-item]
-        assert set(writeback.take_sm_done()) == {"gathered", "copied"}
+        backend = Named()
+        device = CpuDevice()
+        writeback = WriteBack(device, one_route(backend, ("decode",)), device.current_stream)
+        writeback._flush([(backend, Part())])  # type: ignore[list-item]
+        assert writeback.take_sm_done(frozenset({"decode"})) == ("gathered",)

@@ -1,0 +1,105 @@
+"""The host pools that writes come from: which backends serve each, and why not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_hicache.io_backends.device.base import Device
+from sglang_hicache.io_backends.geometry import PoolGeometry
+from sglang_hicache.io_backends.interface import Backend
+from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError, describe, host_buffers
+
+logger = logging.getLogger(__name__)
+
+_REGISTERED_RANGES = "_sglang_cuda_host_registered_ranges"
+"""Where SGLang leaves (address, bytes) of each registration of a host buffer."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownPool:
+    """How one pool is served.
+
+    Attributes:
+        fingerprint: of its memory when it was looked at.
+        geometry: the pool, or None where all of its writes take SGLang's own path.
+        reasons: why that is so under ``""``, or else why single backends do not serve it, by their names.
+    """
+
+    fingerprint: tuple[int, ...]
+    geometry: PoolGeometry | None
+    reasons: Mapping[str, str]
+
+
+class KnownPools:
+    """Looks at each pool once, prepares the backends for it, and logs once what SGLang copies itself."""
+
+    def __init__(self, device: Device, backends: Sequence[Backend]) -> None:
+        self._device = device
+        self._backends = backends
+        self._pools: dict[int, KnownPool] = {}
+
+    def __getitem__(self, host_pool: Any) -> KnownPool:
+        known = self._pools.get(id(host_pool))
+        fingerprint = _fingerprint(host_pool)
+        if known is not None and known.fingerprint == fingerprint:
+            return known
+        reasons: dict[str, str] = {}
+        try:
+            geometry: PoolGeometry | None = describe(host_pool)
+        except UnsupportedPoolError as error:
+            geometry, reasons = None, {"": str(error)}
+        if geometry is not None:
+            found = {backend.name: backend.supports(geometry) for backend in self._backends}
+            reasons = {name: reason for name, reason in found.items() if reason is not None}
+            if len(reasons) == len(found):
+                geometry = None
+        label = label_of(host_pool)
+        for name, reason in reasons.items():
+            which = f"pool {label}" if geometry is None else f"what {name} was chosen for in pool {label}"
+            logger.warning("sglang-hicache-io: %s goes through SGLang's own path, fenced: %s", which, reason)
+        if geometry is not None:
+            self._prepare(host_pool, geometry, reasons)
+        pool = KnownPool(fingerprint, geometry, reasons)
+        self._pools[id(host_pool)] = pool
+        return pool
+
+    def _prepare(self, host_pool: Any, geometry: PoolGeometry, unsupported: Iterable[str]) -> None:
+        registered = [
+            extent for buffer in host_buffers(host_pool) for extent in getattr(buffer, _REGISTERED_RANGES, ())
+        ]
+        self._device.prepare_copies(geometry, registered)
+        for backend in self._backends:
+            if backend.name not in unsupported:
+                backend.prepare(geometry)
+
+    def serves(self, host_pool: Any) -> bool:
+        """Whether some backend copies this pool."""
+        return self[host_pool].geometry is not None
+
+    def serve_alike(self, pools: Sequence[Any]) -> None:
+        """These pools share their indices: if one of them takes SGLang's own path, all do."""
+        if len({self.serves(pool) for pool in pools}) > 1:
+            for pool in pools:
+                reason = "it shares its indices with a pool that takes SGLang's own path"
+                self._pools[id(pool)] = KnownPool(_fingerprint(pool), None, {"": reason})
+
+    def fallbacks(self) -> list[str]:
+        """Why pools seen so far take SGLang's own path, always or where a certain backend was chosen."""
+        return [reason for pool in self._pools.values() for reason in pool.reasons.values()]
+
+
+def label_of(host_pool: Any) -> str:
+    """SGLang's name for a pool (``kv``, ``swa``, ...)."""
+    return str(getattr(host_pool, "pool_label", type(host_pool).__name__))
+
+
+def _fingerprint(host_pool: Any) -> tuple[int, ...]:
+    """Changes when a pool's memory does: a described geometry holds raw addresses."""
+    rows = getattr(host_pool, "device_k_buffers", None) or getattr(host_pool, "device_kv_buffers", None)
+    return (
+        *(buffer.data_ptr() for buffer in host_buffers(host_pool)),
+        rows[0].data_ptr() if rows else 0,
+    )

@@ -1,0 +1,68 @@
+"""This project's hooks on the simulated scheduler: the functions that a server registers, on one run's
+objects.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_hicache.io_backends import get_backend
+from sglang_hicache.io_backends.hybrid import HybridBackend
+from sglang_hicache.io_backends.sglang import runtime
+from sglang_hicache.io_backends.sglang.routes import routes_of
+from sglang_hicache.io_backends.sglang.runtime import Active
+from sglang_hicache.io_backends.sglang.simulation.cache import Cache
+from sglang_hicache.io_backends.sglang.simulation.scheduler import Scheduler
+from sglang_hicache.io_backends.sglang.writeback import WriteBack
+from sglang_hicache.io_backends.staging import Ring
+from sglang_hicache.io_backends.virtual.device import VirtualDevice
+from sglang_hicache.policy.decide import Decision
+
+RING_PAGES = 4
+"""Pages (of 4 tokens at least) in the staging ring: less than a long write, more than a short one."""
+
+
+def attach(scheduler: Scheduler, cache: Cache, decision: Decision) -> Active:
+    """What ``runtime`` does around ``Scheduler.__init__``; the hooks go when the cache is restarted."""
+    device = VirtualDevice()
+
+    def make(name: str, options: Any) -> Any:
+        backend = get_backend(name)(device, options)
+        if isinstance(backend, HybridBackend):
+            _shrink_ring(backend, device, cache)
+        return backend
+
+    writeback = WriteBack(device, routes_of(decision, make), lambda: scheduler.forward_stream)
+    active = Active(decision, device, writeback, scheduler, speculative=False)
+    runtime._active = active
+    controller = cache.controller
+    engine = controller.l2_transfer_engine
+    engine.submit_device_to_host = lambda transfers: runtime._around_submit(
+        type(engine).submit_device_to_host, engine, transfers
+    )
+    controller._move_write_operation = lambda operation: runtime._around_move(
+        type(controller)._move_write_operation, controller, operation
+    )
+
+    def reset() -> None:
+        runtime._before_reset(controller)
+        type(controller).reset(controller)
+
+    controller.reset = reset
+    scheduler.before_forward = lambda batch: runtime._before_run_batch(scheduler, batch)
+    runtime._prepare(controller, active)
+    return active
+
+
+def detach(cache: Cache) -> None:
+    """SGLang's own functions again."""
+    runtime._active = None
+    for name in ("reset", "_move_write_operation"):
+        vars(cache.controller).pop(name, None)
+
+
+def _shrink_ring(backend: HybridBackend, device: VirtualDevice, cache: Cache) -> None:
+    """``staging_mb`` counts in MiB, and a modelled row is a fraction of a real one: so is the ring."""
+    tokens = RING_PAGES * max(cache.setup.page_size, 4)
+    largest = max(int(pool.size_per_token) for pool in cache.host_pools)
+    backend._ring = Ring(tokens * largest, device.query)

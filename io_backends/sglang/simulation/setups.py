@@ -1,0 +1,58 @@
+"""From facts and a backend's name to an experiment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sglang_hicache.io_backends.sglang.simulation.cache import Cache, Setup
+from sglang_hicache.io_backends.sglang.simulation.experiment import Experiment, Fences
+from sglang_hicache.io_backends.sglang.simulation.forward import is_exclusive
+from sglang_hicache.policy.decide import Decision
+from sglang_hicache.policy.facts import Facts
+from sglang_hicache.policy.vocabulary import FORWARDS
+
+LAYOUTS = ("layer_first", "page_first", "page_first_direct")
+"""Host layouts whose copies have stand-ins."""
+
+
+def exclusive_forwards(facts: Facts) -> tuple[str, ...]:
+    """The forwards that were reported to crash beside SM-side write-back work."""
+    backends = {
+        "extend": facts.value("prefill_attention_backend"),
+        "decode": facts.value("decode_attention_backend"),
+    }
+    return tuple(name for name in FORWARDS if is_exclusive(backends[name], facts.value("gpu_arch")))
+
+
+def fenced(decision: Decision, fences: Fences) -> Decision:
+    """``decision``, with every forward waiting unless the policy is what is looked at."""
+    if fences == "auto":
+        return decision
+    return replace(
+        decision,
+        fence_forward=FORWARDS,
+        routes=tuple(replace(route, fence_forward=FORWARDS) for route in decision.routes),
+    )
+
+
+def setup_of(facts: Facts, io_backend: str) -> Setup:
+    """What is simulated for these facts, SGLang itself being told ``io_backend``."""
+    layout = str(facts.value("mem_layout"))
+    return Setup(
+        kv_kind=str(facts.value("kv_kind")),
+        mem_layout=layout,
+        page_size=int(str(facts.value("page_size"))),
+        gpu_arch=str(facts.value("gpu_arch")),
+        # SGLang makes the same of it (arg_groups/hicache_hook.py).
+        io_backend="direct" if layout == "page_first_direct" else io_backend,
+    )
+
+
+def experiment(
+    facts: Facts, decision: Decision | None, fences: Fences, io_backend: str = "kernel"
+) -> Experiment:
+    """Builds SGLang's cache, which takes a moment, and what is to be done to it."""
+    cache = Cache(setup_of(facts, io_backend))
+    return Experiment(
+        cache, None if decision is None else fenced(decision, fences), exclusive_forwards(facts)
+    )

@@ -1,0 +1,246 @@
+"""``hicache-io doctor``: each check, and the whole command on this machine."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from sglang_hicache.bench import tiny_model
+from sglang_hicache.bench.cli import app
+from sglang_hicache.io_backends.sglang import findings, server_findings, versions
+from sglang_hicache.io_backends.sglang.dry_run import Server
+from sglang_hicache.io_backends.sglang.findings import BAD, OK, WARNING, Finding
+from sglang_hicache.policy.facts import Facts
+from sglang_hicache.policy.load import default_policy, load_policy_text
+
+UNFENCED = """\
+version: 1
+rules: []
+default: {use: {backend: hybrid, fence_forward: []}, because: a test}
+"""
+
+
+def of(found: Any, about: str) -> Finding:
+    return next(each for each in found if each.about == about)
+
+
+def worst(found: Any) -> str:
+    return findings.worst({"one": list(found)})
+
+
+class TestInstallation:
+    @pytest.fixture(autouse=True)
+    def no_child(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The hook points are compared in `test_the_command`."""
+        monkeypatch.setattr(findings, "_hook_points", lambda version: Finding("hook points", OK, version))
+
+    def test_this_one_is_good(self) -> None:
+        assert worst(findings.installation()) == OK
+
+    def test_sglangs_fences_are_read_off_its_code(self) -> None:
+        assert findings.upstream_fences() == {
+            "H2D waits for the forward": True,
+            "D2H waits for the forward": True,
+            "forwards wait for D2H": False,
+        }
+
+    @pytest.mark.parametrize(("version", "d2h", "h2d"), [("0.5.18", False, False), ("0.5.22", False, True)])
+    def test_older_releases_have_fewer(
+        self, monkeypatch: pytest.MonkeyPatch, version: str, d2h: bool, h2d: bool
+    ) -> None:
+        tree = Path(__file__).parents[2] / ".sglang-versions" / version / "sglang"
+        spec = SimpleNamespace(submodule_search_locations=[str(tree)])
+        monkeypatch.setattr(findings, "find_spec", lambda name: spec)
+        found = findings.upstream_fences()
+        assert found is not None
+        assert (found["D2H waits for the forward"], found["H2D waits for the forward"]) == (d2h, h2d)
+        assert of(findings.installation(), "SGLang's fences").status == WARNING
+
+    def test_a_plug_in_that_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SGLANG_PLUGINS", "another, one")
+        found = of(findings.installation(), "plug-in")
+        assert (found.status, found.advice) == (BAD, "add hicache_io to it, or unset it")
+        monkeypatch.setenv("SGLANG_PLUGINS", "another, hicache_io")
+        assert of(findings.installation(), "plug-in").status == OK
+
+    def test_a_plug_in_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(findings, "entry_points", lambda group: [])
+        assert of(findings.installation(), "plug-in").status == BAD
+
+    def test_an_sglang_that_is_not_known(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(versions, "installed", lambda: "0.5.24")
+        found = of(findings.installation(), "SGLang")
+        assert found.status == BAD
+        assert "0.5.18 to 0.5.23" in found.text
+
+    def test_no_sglang(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def missing() -> str:
+            raise ImportError("No module named 'sglang'")
+
+        monkeypatch.setattr(versions, "installed", missing)
+        (found,) = findings.installation()
+        assert found.status == WARNING
+
+
+class TestMachine:
+    @pytest.fixture(autouse=True)
+    def a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(findings, "unavailable", lambda device: None)
+
+    def facts(self, **other: Any) -> Facts:
+        return Facts.given(**{"gpu_arch": "sm90", "device": "cuda", "batch_copy": True, **other})
+
+    def test_every_backend_is_listed(self) -> None:
+        found = list(findings.machine(self.facts()))
+        assert {of(found, name).status for name in ("fenced_kernel", "copy_engine", "hybrid")} == {OK}
+        assert "page_head" in of(found, "hybrid").text
+
+    def test_without_a_gpu_nothing_is_bad(self) -> None:
+        found = list(findings.machine(Facts()))
+        assert worst(found) == WARNING
+        assert of(found, "hybrid").status == of(found, "GPU").status == WARNING
+
+    def test_a_driver_without_batches(self) -> None:
+        found = of(findings.machine(self.facts(batch_copy=False)), "batch copy")
+        assert found.status == WARNING
+        assert "12.8" in found.advice
+
+    @pytest.mark.parametrize(
+        ("facts", "status", "words"),
+        [
+            ({"fa3_binary": "sgl_kernel", "sgl_kernel": "0.4.10"}, OK, "0.4.10"),
+            ({"fa3_binary": "sgl_kernel", "sgl_kernel": "0.3.21"}, WARNING, "ACQBULK"),
+            ({"fa3_binary": "kernels_community", "sgl_kernel": "0.4.10"}, WARNING, "nobody has examined it"),
+        ],
+    )
+    def test_fa3_binaries(self, facts: dict[str, Any], status: str, words: str) -> None:
+        found = of(findings.machine(self.facts(**facts)), "FA3 binary")
+        assert found.status == status
+        assert words in found.text
+
+    @pytest.mark.parametrize(("limit", "status"), [(resource.RLIM_INFINITY, OK), (65536, WARNING)])
+    def test_locked_memory(self, monkeypatch: pytest.MonkeyPatch, limit: int, status: str) -> None:
+        monkeypatch.setattr(findings.resource, "getrlimit", lambda which: (limit, limit))
+        assert of(findings.machine(self.facts()), "locked memory").status == status
+
+    @pytest.mark.parametrize(("text", "words"), [("max\n", "no limit"), (f"{2**33}\n", "8.0 GiB")])
+    def test_container_memory(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, words: str
+    ) -> None:
+        monkeypatch.setattr(findings, "_CGROUP_LIMIT", tmp_path / "memory.max")
+        (tmp_path / "memory.max").write_text(text)
+        assert words in of(findings.machine(self.facts()), "container memory").text
+
+
+class TestPolicy:
+    def test_the_shipped_one_is_good(self) -> None:
+        found, policy = findings.in_force(None)
+        assert worst(found) == OK
+        assert policy is not None
+
+    def test_a_broken_one_is_bad(self, tmp_path: Path) -> None:
+        path = tmp_path / "policy.yaml"
+        path.write_text(UNFENCED.replace("hybrid", "hybird"))
+        (found,), policy = findings.in_force(str(path))
+        assert (found.status, policy) == (BAD, None)
+        assert "did you mean 'hybrid'?" in found.text
+
+    def test_one_that_takes_a_fence_away_is_a_warning(self, tmp_path: Path) -> None:
+        path = tmp_path / "policy.yaml"
+        path.write_text(UNFENCED)
+        found, _ = findings.in_force(str(path))
+        assert worst(found) == WARNING
+        assert "#20611" in found[0].text
+
+
+class TestServer:
+    def server(self, backend: str = "auto", *, hicache: bool = True, **facts: Any) -> Server:
+        known = {"gpu_arch": "sm90", "attention_backend": "fa3", "sglang": "0.5.23", "speculative": "none"}
+        return Server(Facts.given(**{**known, **facts}), backend, None, hicache)
+
+    def found(self, server: Server, policy: str | None = None) -> list[Finding]:
+        in_force = default_policy() if policy is None else load_policy_text(policy, "policy.yaml")
+        return list(server_findings.server(server, in_force))
+
+    def test_fa3_on_hopper_beside_sglangs_own_kernel_is_bad(self) -> None:
+        found = self.found(self.server("kernel"))
+        assert worst(found) == BAD
+        assert "#20611" in found[-1].text
+        assert found[-1].advice == "start with --hicache-io-backend auto"
+
+    @pytest.mark.parametrize("backend", ["auto", "hybrid", "copy_engine", "fenced_kernel"])
+    def test_ours_is_good_there(self, backend: str) -> None:
+        assert worst(self.found(self.server(backend))) == OK
+
+    def test_ours_with_a_policy_that_fences_nothing_is_bad(self) -> None:
+        found = self.found(self.server("auto"), UNFENCED)
+        assert worst(found) == BAD
+        assert "extend and decode run fa3 on sm90" in found[-1].text
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"gpu_arch": "sm80"},
+            {"attention_backend": "flashinfer"},
+        ],
+    )
+    def test_the_kernel_elsewhere_has_no_report(self, other: dict[str, Any]) -> None:
+        assert worst(self.found(self.server("kernel", **other))) == OK
+
+    def test_direct_beside_fa3_has_no_report(self) -> None:
+        assert worst(self.found(self.server("direct"))) == OK
+
+    def test_dsa_on_b300(self) -> None:
+        found = self.found(self.server("kernel", gpu_arch="sm103", attention_backend="dsa"))
+        assert worst(found) == BAD
+        assert "#38300" in found[-1].text
+
+    def test_an_sglang_without_its_own_producer_fence(self) -> None:
+        found = self.found(self.server("kernel", gpu_arch="sm80", sglang="0.5.22"))
+        assert worst(found) == WARNING
+
+    def test_a_server_that_would_not_start(self) -> None:
+        found = self.found(self.server("copy_engine", mem_layout="page_head"))
+        assert found[-1].status == BAD
+        assert "would not start" in found[-1].text
+
+    def test_without_hicache_there_is_nothing_to_say(self) -> None:
+        (found,) = self.found(self.server("kernel", hicache=False))
+        assert found.status == OK
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """On this machine, with the hook points compared and a server that would be unsafe."""
+    model = tiny_model.write(tmp_path / "model")
+    line = f"sglang serve --model-path {model} --skip-tokenizer-init --enable-hierarchical-cache"
+    result = CliRunner().invoke(app, ["doctor", "--server-args", line, "--gpu-arch", "sm90", "--json"])
+    report = json.loads(result.stdout)
+    assert (result.exit_code, report["status"]) == (1, "bad")
+    sections = report["sections"]
+    points = next(each for each in sections["SGLang and this plug-in"] if each["about"] == "hook points")
+    assert points["status"] == OK
+    assert "#20611" in sections["The server"][-1]["text"]
+
+
+def test_a_command_line_that_sglang_refuses() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--server-args", "--model-path 'x", "--gpu-arch", "sm90"])
+    assert result.exit_code == 2
+    assert result.stderr == "--server-args: the command line cannot be read: No closing quotation\n"
+
+
+def test_the_report_is_readable(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = Finding("locked memory", BAD, "[8] KiB", "raise it")
+    monkeypatch.setattr("sglang_hicache.io_backends.sglang.doctor.examine", lambda *_: {"This": [bad]})
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert [line.split() for line in result.stdout.splitlines() if line.strip()][:3] == [
+        ["This"],
+        ["bad", "locked", "memory", "[8]", "KiB"],
+        ["->", "raise", "it"],
+    ]

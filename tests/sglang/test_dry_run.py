@@ -1,0 +1,104 @@
+"""What a whole command line resolves to, without a GPU and without a server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from sglang_hicache.bench import tiny_model
+from sglang_hicache.bench.cli import app
+from sglang_hicache.io_backends.sglang.dry_run import CommandLineError, split
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["", "sglang serve ", "python -m sglang.launch_server ", "/usr/bin/python3.11 -m sglang.launch_server "],
+)
+def test_only_the_options_count(before: str) -> None:
+    assert split(before + "--model-path 'a b' --tp 2") == ({}, ["--model-path", "a b", "--tp", "2"])
+
+
+def test_variables_before_the_command() -> None:
+    assert split("A=1 B='2 3' sglang serve --x C=4") == ({"A": "1", "B": "2 3"}, ["--x", "C=4"])
+
+
+def test_open_quotes() -> None:
+    with pytest.raises(CommandLineError, match="No closing quotation"):
+        split("--model-path 'x")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model.write(tmp_path_factory.mktemp("dry_run") / "model")
+
+
+def explain(line: str, *more: str) -> Result:
+    return CliRunner().invoke(app, ["explain", "--server-args", line, *more])
+
+
+def test_sglangs_own_choice_for_a_gpu_that_is_not_here(model: Path) -> None:
+    line = f"sglang serve --model-path {model} --skip-tokenizer-init --enable-hierarchical-cache --tp 2"
+    result = explain(f"{line} --hicache-io-backend hybrid", "--gpu-arch", "sm100", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    facts = found["facts"]
+    told = "resolved by SGLang, told of gpu_arch sm100"
+    assert facts["prefill_attention_backend"] == {"value": "trtllm_mha", "source": told}
+    assert (facts["page_size"]["value"], facts["tp"]["value"]) == (64, 2)
+    assert facts["gpu_arch"] == {"value": "sm100", "source": "given"}
+    assert facts["gpu_name"]["value"] is None
+    assert found["backend"] == "hybrid"
+
+
+def test_what_is_given_beside_it_counts_first(model: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("version: 1\nrules: []\ndefault: {use: {backend: copy_engine}, because: a test}\n")
+    line = (
+        f"SGLANG_USE_SGL_FA3_KERNEL=true --model-path {model} --skip-tokenizer-init "
+        f"--enable-hierarchical-cache --hicache-io-backend auto --hicache-io-policy {policy}"
+    )
+    result = explain(line, "--gpu-arch", "sm90", "--sgl-kernel", "0.4.7", "--page-size", "32", "--json")
+    found = json.loads(result.stdout)
+    assert found["backend"] == "copy_engine"
+    assert found["facts"]["sgl_kernel"] == {"value": "0.4.7", "source": "given"}
+    assert found["facts"]["page_size"] == {"value": 32, "source": "given"}
+
+
+@pytest.mark.parametrize(
+    ("options", "more", "words"),
+    [
+        (
+            "--enable-hierarchical-cache --hicache-io-backend hybird",
+            ["--gpu-arch", "sm90"],
+            "did you mean 'hybrid'?",
+        ),
+        ("", ["--gpu-arch", "sm90"], "this server runs without HiCache: add --enable-hierarchical-cache"),
+    ],
+)
+def test_what_a_server_would_refuse(model: Path, options: str, more: list[str], words: str) -> None:
+    result = explain(f"--model-path {model} --skip-tokenizer-init {options}", *more)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("--server-args: ")
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_machine_without_a_gpu_asks_for_the_architecture(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    result = explain(f"--model-path {model} --skip-tokenizer-init --enable-hierarchical-cache")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "--server-args: SGLang asks the GPU while it resolves, and there is none here: "
+        "add --gpu-arch, such as sm90\n"
+    )
+
+
+def test_nothing_is_downloaded() -> None:
+    result = explain("--model-path nobody/nothing --enable-hierarchical-cache", "--gpu-arch", "sm90")
+    assert result.exit_code == 2
+    assert "config.json of the model nobody/nothing is not on this machine" in result.stderr

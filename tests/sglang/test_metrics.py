@@ -1,0 +1,220 @@
+"""What write-back counts for Prometheus."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from launching import Machine
+
+from sglang_hicache.bench import serving, tiny_model, workload
+from sglang_hicache.io_backends import Submission
+from sglang_hicache.io_backends.sglang.metrics import SAMPLED, Metrics, metrics_of
+
+prometheus_client = pytest.importorskip("prometheus_client")
+
+DASHBOARD = Path(__file__).parents[2] / "bench" / "grafana_dashboard.json"
+
+
+@pytest.fixture
+def registry() -> Any:
+    return prometheus_client.CollectorRegistry()
+
+
+@pytest.fixture
+def metrics(registry: Any) -> Metrics:
+    def made(kind: Any) -> Any:
+        return lambda **named: kind(**named, registry=registry)
+
+    kinds = SimpleNamespace(
+        Counter=made(prometheus_client.Counter),
+        Gauge=made(prometheus_client.Gauge),
+        Histogram=made(prometheus_client.Histogram),
+    )
+    return Metrics({"cache_type": "UnifiedRadixCache", "tp_rank": "1"}, kinds)
+
+
+def samples(registry: Any) -> dict[str, float]:
+    """Name and own labels -> value, of samples that are not zero."""
+    found = {}
+    for family in registry.collect():
+        for sample in family.samples:
+            labels = {k: v for k, v in sample.labels.items() if k not in ("cache_type", "tp_rank", "le")}
+            if sample.value and not sample.name.endswith(("_created", "_bucket")):
+                assert sample.labels["tp_rank"] == "1"
+                name = sample.name.removeprefix("sglang:hicache_io_")
+                found[" ".join([name, *labels.values()])] = sample.value
+    return found
+
+
+class Backend:
+    name = "hybrid"
+    staging_bytes = (3, 8)
+
+
+class TimedDevice:
+    """Events are the times at which they are recorded."""
+
+    def __init__(self) -> None:
+        self.clock = 0.0
+
+    def record_timed(self, stream: Any) -> float:
+        return self.clock
+
+    def seconds_between(self, start: float, end: float) -> float:
+        return end - start
+
+    def query(self, event: float) -> bool:
+        return True
+
+
+def test_a_write_is_counted_by_backend_and_pool(metrics: Metrics, registry: Any) -> None:
+    metrics.wrote(Backend(), "kv", Submission(copies=4, nbytes=1000), short=True)
+    metrics.wrote(Backend(), "kv", Submission(copies=1, nbytes=500), short=False)
+    metrics.wrote(Backend(), "swa", Submission(copies=1, nbytes=7), short=False)
+    assert samples(registry) == {
+        "bytes_total hybrid kv": 1500,
+        "bytes_total hybrid swa": 7,
+        "writes_total hybrid kv": 2,
+        "writes_total hybrid swa": 1,
+        "copy_entries_total hybrid kv": 5,
+        "copy_entries_total hybrid swa": 1,
+        "short_entry_writes_total hybrid kv": 1,
+        "staging_used_bytes hybrid": 3,
+        "staging_total_bytes hybrid": 8,
+    }
+
+
+def test_a_fallback_says_why(metrics: Metrics, registry: Any) -> None:
+    metrics.fell_back("mamba", "not a kind that is known")
+    assert samples(registry) == {"fallback_writes_total mamba not a kind that is known": 1}
+
+
+def test_transfers_are_timed_by_who_copied(metrics: Metrics, registry: Any) -> None:
+    metrics.transferred(["upstream", "hybrid", "hybrid"], 0.25)
+    assert samples(registry) == {
+        "transfer_seconds_count hybrid+upstream": 1,
+        "transfer_seconds_sum hybrid+upstream": 0.25,
+    }
+
+
+def test_one_fence_in_some_is_timed(metrics: Metrics, registry: Any) -> None:
+    device: Any = TimedDevice()
+    for _ in range(SAMPLED + 1):
+        with metrics.fence(device, "stream"):
+            device.clock += 0.5
+    assert samples(registry) == {
+        "forward_fences_total": SAMPLED + 1,
+        "forward_fence_seconds_count": 2,
+        "forward_fence_seconds_sum": 1.0,
+    }
+
+
+def test_a_device_without_a_clock_is_not_timed(metrics: Metrics, registry: Any) -> None:
+    with metrics.fence(SimpleNamespace(), "stream"):  # type: ignore[arg-type]
+        pass
+    assert samples(registry) == {"forward_fences_total": 1}
+
+
+@pytest.fixture
+def no_global_metrics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(prometheus_client, "Counter", lambda **_: None)
+    monkeypatch.setattr(prometheus_client, "Gauge", lambda **_: None)
+    monkeypatch.setattr(prometheus_client, "Histogram", lambda **_: None)
+    return
+
+
+@pytest.mark.usefixtures("no_global_metrics")
+def test_only_a_scheduler_with_metrics_has_these() -> None:
+    collector = SimpleNamespace(labels={"tp_rank": "0"})
+    off = SimpleNamespace(metrics_collector=None)
+    assert metrics_of(SimpleNamespace(tree_cache=off, metrics_collector=None)) is None
+    assert metrics_of(SimpleNamespace(tree_cache=off)) is None
+    assert metrics_of(SimpleNamespace(tree_cache=SimpleNamespace(metrics_collector=collector))) is not None
+    assert metrics_of(SimpleNamespace(tree_cache=off, metrics_collector=collector)) is not None
+
+
+class TestDashboard:
+    """``bench/grafana_dashboard.json``: what Grafana's import asks for, and no metric that does not exist."""
+
+    @pytest.fixture(scope="class")
+    def dashboard(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(DASHBOARD.read_text())
+        return found
+
+    def test_it_can_be_imported(self, dashboard: dict[str, Any]) -> None:
+        # What grafana's dashboard schema requires of an import: a title, a version of the schema, and panels
+        # with a place each that do not lie on one another.
+        assert dashboard["title"]
+        assert dashboard["schemaVersion"] >= 36
+        assert "id" not in dashboard, "an id would overwrite somebody's dashboard"
+        assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+        cells = [
+            (x, y)
+            for panel in dashboard["panels"]
+            for x in range(panel["gridPos"]["x"], panel["gridPos"]["x"] + panel["gridPos"]["w"])
+            for y in range(panel["gridPos"]["y"], panel["gridPos"]["y"] + panel["gridPos"]["h"])
+        ]
+        assert len(set(cells)) == len(cells)
+        assert max(x for x, _ in cells) < 24
+        names = {variable["name"] for variable in dashboard["templating"]["list"]}
+        used = set(re.findall(r"\$\{?(\w+)", json.dumps(dashboard))) - {"__rate_interval", "__all"}
+        assert used == names
+
+    def test_it_asks_for_every_metric_and_no_other(
+        self, dashboard: dict[str, Any], metrics: Metrics, registry: Any
+    ) -> None:
+        there = set()
+        for family in registry.collect():
+            kind = {"counter": "_total", "histogram": "_bucket", "gauge": ""}[family.type]
+            there.add(family.name + kind)
+        asked = {
+            name
+            for panel in dashboard["panels"]
+            for target in panel["targets"]
+            for name in re.findall(r"sglang:\w+", target["expr"])
+        }
+        assert asked == there
+
+
+@pytest.mark.server
+def test_a_server_publishes_what_it_counts(machine: Machine, tmp_path: Path) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(
+        "version: 1\nrules: []\ndefault:\n  because: a test\n"
+        "  use: {backend: hybrid, fence_forward: [extend, decode], options: {staging_mb: 1}}\n"
+    )
+    hicache = serving.HiCache("auto", None)
+    options = serving.base_args(
+        str(machine.model), cpu_engine=True, page_size=16, max_total_tokens=4096, hicache=hicache
+    )
+    env = {**machine.env(), "SGLANG_HICACHE_IO_POLICY": str(policy)}
+    server = serving.Server([*options, "--enable-metrics"], log=tmp_path / "server.log", env=env)
+    asked = workload.Workload(tiny_model.VOCAB_SIZE, conversations=8, turns=1, output_tokens=4)
+    with server:
+        workload.run(server, asked, lambda done: None)
+        counted = server.info()["internal_states"][0]["hicache_io"]["counters"]
+        with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+            text = answer.read().decode()
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            own = [sample.labels[label] for label in ("backend", "pool") if label in sample.labels]
+            name = sample.name.removeprefix("sglang:hicache_io_")
+            if name != sample.name and not name.endswith("_bucket"):
+                found[" ".join([name, *own])] = sample.value
+    assert counted["writes"] > 0
+    assert found["writes_total hybrid kv"] == counted["writes"]
+    assert found["bytes_total hybrid kv"] == counted["bytes"]
+    assert found["copy_entries_total hybrid kv"] == counted["copies"]
+    assert found["short_entry_writes_total hybrid kv"] == counted["short_entry_writes"]
+    assert found["forward_fences_total"] == counted["forward_fences"] > 0
+    assert found["staging_total_bytes hybrid"] == 2**20
