@@ -1,0 +1,285 @@
+"""SGLang's cache on the virtual device: which fences are needed, and that ours are there.
+
+Run by test_race.py, in a process that SGLang is changed in for good (simulation/machine.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from sglang_hicache.bench.race_result import Result
+from sglang_hicache.io_backends.registry import AUTO
+from sglang_hicache.io_backends.sglang import runtime, writeback
+from sglang_hicache.io_backends.sglang.simulation import setups
+from sglang_hicache.io_backends.sglang.simulation.cache import Cache, Setup
+from sglang_hicache.io_backends.sglang.simulation.experiment import (
+    D2H_STREAMS,
+    PRODUCERS,
+    Experiment,
+    Fences,
+    LeaveOut,
+    Run,
+    left_out,
+)
+from sglang_hicache.io_backends.sglang.simulation.published import published
+from sglang_hicache.policy.decide import decide
+from sglang_hicache.policy.facts import Facts, detect
+from sglang_hicache.policy.load import policy_in_force
+
+pytestmark = pytest.mark.usefixtures("libcuda")
+
+SEEDS = range(200)
+FEW_SEEDS = range(25)
+"""As many as it takes to find a mutant; most are found in the first."""
+
+FA3 = {"attention_backend": "fa3", "gpu_arch": "sm90"}
+TRITON = {"attention_backend": "triton", "gpu_arch": "sm90"}
+"""No forward waits, so that chunks of a long write are a pipeline."""
+
+
+def keep_all(waiting: Any, recorded_on: Any, site: str) -> bool:
+    return False
+
+
+@functools.cache
+def cache(setup: Setup) -> Cache:
+    return Cache(setup)
+
+
+def facts_of(**given: Any) -> Facts:
+    known = {"device": "cuda", "kv_kind": "mha", "mem_layout": "page_first", "page_size": 4, **given}
+    return detect(known)
+
+
+def experiment(backend: str | None, fences: Fences = "auto", **given: Any) -> Experiment:
+    """``backend`` None: SGLang's own ``kernel``."""
+    facts = facts_of(**{**FA3, **given})
+    decision = None if backend is None else decide(policy_in_force(None), facts, backend=backend)
+    return Experiment(
+        cache(setups.setup_of(facts, "kernel")),
+        None if decision is None else setups.fenced(decision, fences),
+        setups.exclusive_forwards(facts),
+    )
+
+
+def result_of(made: Experiment, seeds: range, leave_out: LeaveOut) -> Result:
+    result = Result()
+    for seed in seeds:
+        result.add(made.run(seed, leave_out))
+    return result
+
+
+class TestTheCrash:
+    """#20611: the SM copy kernel beside FA3 on Hopper."""
+
+    @pytest.mark.parametrize(
+        ("fences", "kinds", "corrupts"),
+        [
+            ("none", ["read_before_write", "sm_overlap"], True),
+            ("producer", ["sm_overlap"], False),
+            ("both", [], False),
+        ],
+    )
+    def test_two_fences_cure_two_races(self, fences: Fences, kinds: list[str], corrupts: bool) -> None:
+        found = result_of(experiment("fenced_kernel", fences), SEEDS, left_out(fences))
+        assert found.kinds == kinds
+        assert bool(found.corrupted) == corrupts
+        # It was a workload: long prompts, loads from the host.
+        assert sum(run.writes for run in found.runs) > 5 * len(SEEDS)
+        assert any(run.loads for run in found.runs)
+
+    def test_what_the_installed_sglang_has_and_lacks(self) -> None:
+        found = result_of(experiment(None), SEEDS, keep_all)
+        assert published().write_fence == ("read_before_write" not in found.kinds)
+        assert published().forward_fence == ("sm_overlap" not in found.kinds)
+        assert set(found.kinds) <= {"read_before_write", "sm_overlap"}
+
+    @pytest.mark.parametrize("backend", ["copy_engine", "hybrid", AUTO])
+    def test_by_the_policy_there_is_none(self, backend: str) -> None:
+        found = result_of(experiment(backend), SEEDS, keep_all)
+        assert found.good, found.to_dict()
+
+
+LAYOUTS = [
+    ("mha", "layer_first", 1),
+    ("mha", "layer_first", 16),
+    ("mha", "page_first", 1),
+    ("mha", "page_first_direct", 16),
+    ("mla", "layer_first", 4),
+    ("mla", "page_first", 16),
+    ("mla", "page_first_direct", 4),
+]
+
+
+@pytest.mark.parametrize("backend", ["fenced_kernel", "copy_engine", "hybrid", AUTO])
+@pytest.mark.parametrize(("kind", "layout", "page"), LAYOUTS)
+def test_every_pool_and_layout(kind: str, layout: str, page: int, backend: str) -> None:
+    made = experiment(backend, kv_kind=kind, mem_layout=layout, page_size=page)
+    found = result_of(made, range(5), keep_all)
+    assert found.good, found.to_dict()
+
+
+@pytest.mark.parametrize("backend", ["fenced_kernel", "copy_engine", "hybrid", AUTO])
+def test_where_no_forward_waits(backend: str) -> None:
+    found = result_of(experiment(backend, **TRITON), FEW_SEEDS, keep_all)
+    assert found.good, found.to_dict()
+
+
+def test_only_the_forwards_that_crash_need_a_fence() -> None:
+    """fa3 for prefill alone: decodes run beside the kernel, as the policy lets them."""
+    given = {"prefill_attention_backend": "fa3", "decode_attention_backend": "flashinfer", "gpu_arch": "sm90"}
+    facts = facts_of(**given)
+    assert setups.exclusive_forwards(facts) == ("extend",)
+    decision = decide(policy_in_force(None), facts, backend="hybrid")
+    made = Experiment(cache(setups.setup_of(facts, "kernel")), decision, setups.exclusive_forwards(facts))
+    waits: set[tuple[str, str]] = set()
+
+    def watch(waiting: Any, recorded_on: Any, site: str) -> bool:
+        waits.add((waiting.name, recorded_on.name))
+        return False
+
+    found = result_of(made, FEW_SEEDS, watch)
+    assert found.good, found.to_dict()
+    assert ("forward", "gather") in waits
+    assert "sm_overlap" in result_of(made, FEW_SEEDS, left_out("producer")).kinds
+
+
+@pytest.mark.parametrize("given", [FA3, TRITON], ids=["fa3", "triton"])
+@pytest.mark.parametrize("backend", ["fenced_kernel", "copy_engine", "hybrid"])
+def test_our_fences_are_enough_without_sglangs_own(backend: str, given: dict[str, str]) -> None:
+    """SGLang before 0.5.23 has no write fence; where it has one, it hides that ours is gone."""
+
+    def leave_out_sglangs(waiting: Any, recorded_on: Any, site: str) -> bool:
+        between = waiting.name in D2H_STREAMS and recorded_on.name in PRODUCERS
+        return between and site.startswith("sglang/")
+
+    found = result_of(experiment(backend, **given), FEW_SEEDS, leave_out_sglangs)
+    assert found.good, found.to_dict()
+
+
+# --- every fence of ours, one at a time ---
+
+Fence = tuple[str, str, str]
+"""Who waits, on which stream's event, and the function that asked for it."""
+
+REDUNDANT: dict[tuple[str, Fence], str] = {
+    (
+        "hybrid",
+        ("transfer", "forward", "submit"),
+    ): "hybrid moves no row on SGLang's transfer stream: its gather waits by itself",
+    ("hybrid", ("transfer", "schedule", "submit")): "the same",
+    (
+        "hybrid",
+        ("gather", "schedule", "advance"),
+    ): "the gather waited for the indices when the write was submitted",
+    (
+        "copy_engine",
+        ("transfer", "schedule", "submit"),
+    ): "the host has waited for the indices and planned with them",
+}
+"""(backend, fence): why another one covers it. They are there for pools that take SGLang's own path."""
+
+
+def own_fences(made: Experiment) -> set[Fence]:
+    """Waits that this project asks for in intact runs, wherever they are in its code."""
+    seen: set[Fence] = set()
+
+    def watch(waiting: Any, recorded_on: Any, site: str) -> bool:
+        if _is_ours(site):
+            seen.add((waiting.name, recorded_on.name, site.rpartition(" ")[2]))
+        return False
+
+    assert result_of(made, range(12), watch).good
+    return seen
+
+
+def _is_ours(site: str) -> bool:
+    return site.startswith("sglang_hicache/io_backends/") and "/simulation/" not in site
+
+
+def without(fence: Fence) -> LeaveOut:
+    """Leave out this fence of ours, and SGLang's own between the same streams, which would hide it."""
+
+    def leave_out(waiting: Any, recorded_on: Any, site: str) -> bool:
+        if (waiting.name, recorded_on.name) != fence[:2]:
+            return False
+        return site.startswith("sglang/") or (_is_ours(site) and site.rpartition(" ")[2] == fence[2])
+
+    return leave_out
+
+
+def is_found(made: Experiment, leave_out: LeaveOut, **named: Any) -> Run | None:
+    for seed in FEW_SEEDS:
+        run = made.run(seed, leave_out, **named)
+        if run.races or run.wrong_rows or run.wrong_reads:
+            return run
+    return None
+
+
+@pytest.mark.parametrize(
+    ("backend", "given"),
+    [("hybrid", FA3), ("hybrid", TRITON), ("copy_engine", FA3), ("fenced_kernel", FA3)],
+    ids=["hybrid", "hybrid without forward fence", "copy_engine", "fenced_kernel"],
+)
+def test_each_fence_is_needed(backend: str, given: dict[str, str]) -> None:
+    made = experiment(backend, **given)
+    fences = own_fences(made)
+    assert fences
+    missed = {fence for fence in fences if is_found(made, without(fence)) is None}
+    assert missed == {fence for name, fence in REDUNDANT if name == backend and fence in fences}
+
+
+def test_the_fences_of_the_staging_ring_are_among_them() -> None:
+    """A gather waits for the drain of the memory that it fills: only where chunks are a pipeline."""
+    assert ("gather", "drain", "_enqueue_chunk") in own_fences(experiment("hybrid", **TRITON))
+    assert ("gather", "drain", "_enqueue_chunk") not in own_fences(experiment("hybrid", **FA3))
+
+
+# --- what keeps a transfer whole ---
+
+
+def test_indices_are_kept_until_the_transfer_is_done() -> None:
+    def keep_nothing(active: runtime.Active) -> None:
+        active.writeback._keep = lambda *of_a_write: None  # type: ignore[method-assign]
+
+    run = is_found(experiment("hybrid"), keep_all, mutate=keep_nothing)
+    assert run is not None
+    assert {race.kind for race in run.races} == {"use_after_free"}
+
+
+def test_a_write_is_not_done_before_its_last_chunk_is_enqueued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event that is recorded later must not be handed out as it is: it reads as complete."""
+    made = experiment("hybrid")
+    monkeypatch.setattr(writeback, "deferred", lambda native, *rest: native)
+    run = is_found(made, keep_all)
+    assert run is not None
+    assert run.wrong_rows
+
+
+def test_a_seed_is_one_run() -> None:
+    made = experiment("fenced_kernel", "none")
+
+    def again(seed: int) -> tuple[Any, ...]:
+        run = made.run(seed, left_out("none"))
+        races = sorted((race.kind, race.first.issued, race.second.issued, race.count) for race in run.races)
+        return races, run.wrong_rows, run.wrong_reads, run.writes, run.counts
+
+    assert again(3) == again(3)
+    assert again(3) != again(4)
+
+
+# --- what it looks like ---
+
+
+def test_a_timeline_shows_who_waits() -> None:
+    """By the model: a forward waits for a whole transfer by kernel, for a gather only, or for nothing."""
+    from sglang_hicache.bench.race_timeline import timelines
+
+    runs = timelines(facts_of(**FA3, page_size=16))
+    waits = {name: timeline.waited("forward") for name, timeline in runs.items()}
+    assert waits["copy_engine"] == 0
+    assert 0 < waits["hybrid"] < waits["fenced_kernel"] / 10
+    assert runs["fenced_kernel"].waited("forward", on="transfer") == waits["fenced_kernel"]

@@ -1,0 +1,99 @@
+"""`hicache-io race`, and the simulation behind it. The cases run in processes of their own: they change
+SGLang.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from own_process import run_cases
+
+HERE = Path(__file__).parent
+VERSIONS = HERE.parents[1] / ".sglang-versions"
+
+
+def test_fences_and_races() -> None:
+    run_cases(HERE / "race_cases.py", {})
+
+
+def test_any_program() -> None:
+    run_cases(HERE / "race_programs.py", {})
+
+
+def race(*options: str, status: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from sglang_hicache.bench.cli import main; main()", "race", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+    assert done.returncode == status, done.stderr[-4_000:]
+    return done
+
+
+def test_a_published_sglang_without_a_write_fence() -> None:
+    """0.5.22: the last token of a finished request is copied while the next decode writes it."""
+    tree = VERSIONS / "0.5.22"
+    if not (tree / ".complete").exists():
+        pytest.skip("not unpacked; run `make versions`")
+    options = ["--backend", "kernel", "--json", "--sglang-path", str(tree)]
+    found: dict[str, Any] = json.loads(race(*options, status=1).stdout)
+    assert found["seeds"] == 200
+    assert found["sglang"] == {
+        "version": "0.5.22",
+        "load_fence": True,
+        "write_fence": False,
+        "forward_fence": False,
+    }
+    assert found["kinds"] == ["read_before_write", "sm_overlap"]
+    assert found["corrupted"]
+    (early,) = (each for each in found["races"] if each["kind"] == "read_before_write")
+    assert early["first"]["stream"] == "forward"
+    assert early["second"]["issued"].startswith("sglang/srt/mem_cache/pool_host/mha.py")
+    assert "must wait" in early["fence"]
+    # What it says replays it is one seed of the same.
+    words = found["replay"].split()
+    assert words[:2] == ["hicache-io", "race"]
+    again = json.loads(race(*words[2:], status=1).stdout)
+    assert again["seeds"] == 1
+    assert set(again["kinds"]) <= set(found["kinds"])
+
+
+def test_a_good_run_says_so_and_draws(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    trace, plot = tmp_path / "trace.json", tmp_path / "streams.png"
+    done = race("--seeds", "3", "--json", "--trace", str(trace), "--plot", str(plot), status=0)
+    found = json.loads(done.stdout)
+    assert found["races"] == []
+    assert found["corrupted"] == []
+    assert found["replay"] is None
+    assert "no race, and every row right" in done.stderr
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {event["name"] for event in events} & {"gather", "drain"}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_release_that_is_not_simulated() -> None:
+    tree = VERSIONS / "0.5.18"
+    if not (tree / ".complete").exists():
+        pytest.skip("not unpacked; run `make versions`")
+    assert "0.5.18 is not simulated" in race("--sglang-path", str(tree), status=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--backend", "hybird"], "did you mean 'hybrid'?"),
+        (["--backend", "kernel", "--fences", "both"], "has no fence for forwards"),
+        (["--mem-layout", "page_head"], "have no stand-in"),
+        (["--gpu-arch", "hopper"], "unknown GPU architecture"),
+        (["--sglang-path", "nowhere"], "holds no sglang/"),
+        (["--seed", "1", "--program", "dance"], "is not an action"),
+    ],
+)
+def test_wrong_input_is_one_sentence(options: list[str], why: str) -> None:
+    done = race(*options, status=2)
+    assert why in done.stderr
+    assert done.stdout == ""
