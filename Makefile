@@ -1,6 +1,7 @@
 # make demo        real SGLang servers, with and without HiCache: the outputs must not differ (no GPU needed)
 # make test        all tests; make test-fast: those that need neither SGLang nor a GPU, in seconds
 # make lint        ruff and mypy
+# make stress      five minutes of load on each backend, with real servers (no GPU needed; not part of make test)
 # make versions    the SGLang releases this project supports, unpacked for the tests
 # make clean       remove what was built, not .venv; make distclean: that too
 #
@@ -27,7 +28,7 @@ PINNED := $(PIP) install -c constraints.txt
 STEP := .ci/step
 SOURCES := io_backends policy bench tests
 
-.PHONY: demo test test-fast lint versions clean distclean
+.PHONY: demo test test-fast lint stress versions clean distclean
 
 demo: $(VENV)/.package
 	$(BIN)/hicache-io demo --cache .demo $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -50,6 +51,9 @@ lint: $(VENV)/.test
 		$(addprefix -m sglang_hicache.io_backends.,geometry plan interface registry copy_engine hybrid fenced_kernel)
 	$(MYPY) --disable-error-code import-untyped --no-warn-unused-ignores \
 		-p sglang_hicache.io_backends -p sglang_hicache.bench
+
+stress: $(VENV)/.test
+	$(BIN)/python -m sglang_hicache.bench.stress.on_cpu_engine --out .stress $(ARGS)
 
 versions: $(SUPPORTED:%=.sglang-versions/%/.complete)
 

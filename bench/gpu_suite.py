@@ -1,122 +1,190 @@
 """One call on a machine with a GPU: correctness first, then figures, all of it saved as data.
 
-    python -m sglang_hicache.bench.gpu_suite --out results [--skip-tests] [--budget 300] [--sglang]
+    python -m sglang_hicache.bench.gpu_suite --out results [--parts tests bench] [--budget 300]
 
-With ``--sglang``, SGLang's own write-back takes part (see :mod:`sglang_hicache.bench.d2h_sglang`).
+Prints device, driver, CUDA and versions, then runs the parts in that order:
 
-Writes ``results/gpu.json`` and prints what it finds. Exit status 1 if a test failed or a byte was wrong.
+tests      ``pytest -m gpu``; its output in ``gpu_tests.txt``
+sanitize   compute-sanitizer's memcheck and racecheck on a small write of each backend, where the tool is
+bench      every measurement, or those named with ``--measure``, within the time budget; ``bench.json``, CSV,
+           tables, plots and ``report.html``
+calibrate  ``calibration.json`` and ``machine.yaml``
+
+``suite.json`` says how each part went. SGLang takes part where it can be imported, or its bundle
+(:mod:`~sglang_hicache.bench.gpu_bundle`) is on ``PYTHONPATH``. Needs neither typer nor rich; without
+matplotlib there are no plots. Exit status 1 if a test or the sanitizer failed, or a byte was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
+import json
+import os
+import shutil
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sglang_hicache.bench import d2h, d2h_fence, d2h_sglang
-from sglang_hicache.bench.d2h import Case
+from sglang_hicache.bench.measure import report, results, suite, tables
+from sglang_hicache.bench.measure.calibrate import ON_CPU, Plan, calibrate, quicker
+from sglang_hicache.bench.measure.devices import gpu_missing
+from sglang_hicache.bench.measure.environment import describe
 
-LAYOUTS = ("page_first", "layer_first", "page_first_direct")
-
-
-def cases(model: str, tokens: tuple[int, ...]) -> list[Case]:
-    """The grid of one model, most telling cells first."""
-    return [
-        Case(model, layout, page_size, n, fragmented)
-        for n in tokens
-        for layout in LAYOUTS
-        for page_size in (1, 16, 64)
-        for fragmented in (False, True)
-    ]
+PARTS = ("tests", "sanitize", "bench", "calibrate")
+GPU_TESTS = ("tests/io_backends", "tests/sglang/test_gpu_pools.py")
+SANITIZER = "compute-sanitizer"
+_SANITIZER_ERROR = 9
+_SANITIZE_S = 240
 
 
-def run_tests(out: Path) -> int:
-    """``pytest -m gpu``; its output in ``out/gpu_tests.txt``."""
+@dataclass
+class Part:
+    """How a part went: ``good``, ``bad`` or ``skipped``, and why."""
+
+    status: str
+    detail: str = ""
+    seconds: float = 0.0
+
+
+def say(text: str, done: float = 0, total: float = 0) -> None:
+    """One line of progress."""
+    print(f"[{done:.0f}/{total:.0f}] {text}" if total else text, flush=True)
+
+
+def run_tests(args: argparse.Namespace) -> Part:
+    """``pytest -m gpu``."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/io_backends"],
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *GPU_TESTS],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        check=False,
     )
-    (out / "gpu_tests.txt").write_text(done.stdout)
-    print(done.stdout[-3000:])
-    return done.returncode
+    (args.out / "gpu_tests.txt").write_text(done.stdout, encoding="utf-8")
+    print(done.stdout[-3000:], flush=True)
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    return Part("bad" if done.returncode else "good", last)
 
 
-def prepare_sglang() -> dict[str, object]:
-    """Compile SGLang's kernels; what took part, or why nothing did."""
-    reason = d2h_sglang.why_not()
-    if reason is not None:
-        return {"missing": reason}
-    # One warning for each of some hundred pools, about their size.
-    logging.getLogger("sglang").setLevel(logging.ERROR)
-    began = time.monotonic()
-    rows = {row for model in (d2h.QWEN3_8B, d2h.DEEPSEEK_V3) for row in model.components}
-    failed = d2h_sglang.compile_kernels(rows)
-    return {**d2h_sglang.notes(), "compile_s": time.monotonic() - began, "failed": failed}
+def run_sanitizer(args: argparse.Namespace) -> Part:
+    """memcheck and racecheck, each on a small write of every backend."""
+    if shutil.which(SANITIZER) is None:
+        return Part("skipped", f"{SANITIZER} is not on PATH")
+    found = []
+    for tool in ("memcheck", "racecheck"):
+        command = [SANITIZER, "--tool", tool, "--error-exitcode", str(_SANITIZER_ERROR)]
+        # SGLang's JIT may start compilers; they are not what is checked.
+        command += ["--target-processes", "application-only", sys.executable, "-m"]
+        command += ["sglang_hicache.bench.measure.small_write", "--model", "Qwen3-8B"]
+        # From torch's cache a read beyond a tensor still hits memory that is allocated.
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        try:
+            done = subprocess.run(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+                timeout=_SANITIZE_S,
+                env=environment,
+            )
+            output, code = done.stdout, done.returncode
+        except subprocess.TimeoutExpired as error:
+            partial = error.stdout or b""
+            output = partial.decode(errors="replace") if isinstance(partial, bytes) else partial
+            code = 124
+        (args.out / f"sanitizer_{tool}.txt").write_text(output, encoding="utf-8")
+        print(output[-2500:], flush=True)
+        found.append((tool, code))
+    bad = [tool for tool, code in found if code]
+    return Part("bad" if bad else "good", ", ".join(f"{tool}: exit {code}" for tool, code in found))
 
 
-def main() -> int:
-    """Run the suite."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def run_bench(args: argparse.Namespace) -> Part:
+    """The measurements; figures are saved after each."""
+    ask = suite.Ask(
+        measurements=tuple(args.measure or suite.GRIDS),
+        cpu=args.cpu,
+        repeats=args.repeats,
+        budget_s=args.budget,
+        quick=args.quick,
+    )
+
+    def keep(run: results.Run) -> None:
+        results.save(run, args.out)
+
+    run = suite.measure(ask, say, keep)
+    written = report.write_all(run, args.out)
+    print(tables.markdown(run))
+    wrong = [f"{row.contender} in {row.case}: {row.reason}" for row in run.wrong()]
+    if wrong:
+        return Part("bad", "; ".join(wrong))
+    return Part("good", f"{len(run.rows)} rows in {', '.join(path.name for path in written)}")
+
+
+def run_calibrate(args: argparse.Namespace) -> Part:
+    """Calibration; nothing is installed."""
+    plan = ON_CPU if args.cpu else Plan()
+    found = calibrate(quicker(plan) if args.quick else plan, cpu=args.cpu, say=say)
+    text = found.text()
+    if text is not None:
+        (args.out / "machine.yaml").write_text(text, encoding="utf-8")
+        print(text)
+    saved = json.dumps({**found.to_dict(), "policy": text}, indent=1)
+    (args.out / "calibration.json").write_text(saved + "\n", encoding="utf-8")
+    refused = "; ".join(f"no number for {name}: {why}" for name, why in found.refused.items())
+    return Part("good" if text is not None else "skipped", refused)
+
+
+RUNS: dict[str, Callable[[argparse.Namespace], Part]] = {
+    "tests": run_tests,
+    "sanitize": run_sanitizer,
+    "bench": run_bench,
+    "calibrate": run_calibrate,
+}
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Run the parts."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--skip-tests", action="store_true")
-    parser.add_argument("--budget", type=float, default=240, help="seconds for the bandwidth grid")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 512, 32768])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--measure", nargs="+", choices=tuple(suite.GRIDS), help="measurements of bench")
+    parser.add_argument("--budget", type=float, default=300, help="seconds for all measurements of bench")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--fence-only", action="store_true", help="measure the forward stall, then stop")
-    parser.add_argument("--sglang", action="store_true", help="SGLang's own write-back takes part")
-    args = parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="one or two cases of each measurement")
+    parser.add_argument("--cpu", action="store_true", help="try bench and calibrate without a GPU")
+    args = parser.parse_args(given)
+    if args.cpu and set(args.parts) & {"tests", "sanitize"}:
+        parser.error("--cpu goes with --parts bench calibrate only: tests and sanitize need a GPU")
+    missing = gpu_missing()
+    if missing is not None and not args.cpu:
+        parser.error(f"no GPU: {missing} (--cpu tries bench and calibrate without one)")
     args.out.mkdir(parents=True, exist_ok=True)
-    failed = 0 if args.skip_tests else run_tests(args.out)
-    began = time.monotonic()
-    parts: dict[str, object] = {"hardware": d2h.hardware()}
-    print(parts["hardware"], flush=True)
-    parts["link_gb_per_s"] = d2h.link_ceiling()
-    parts["hbm_gb_per_s"] = d2h.hbm_ceiling()
-    print(f"link {parts['link_gb_per_s']:.1f} GB/s, HBM {parts['hbm_gb_per_s']:.0f} GB/s", flush=True)
-    field: list[d2h.Contenders] = [d2h.contenders]
-    if args.sglang:
-        parts["sglang"] = prepare_sglang()
-        print(parts["sglang"], flush=True)
-        field.append(d2h_sglang.contenders)
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-
-    stalls = d2h_fence.fence(tuple(field[1:]), repeats=args.repeats, budget_s=args.budget, say=say)
-    parts["fence"] = stalls
-    d2h.write(args.out / "gpu.json", parts)
-    if args.fence_only:
-        return int(any(row.ms is not None and not row.checked for row in stalls))
-    rows: list[d2h.Row] = []
-    parts["bandwidth"] = rows
-    share = {d2h.QWEN3_8B: 0.75, d2h.DEEPSEEK_V3: 0.25}
-    for model, part in share.items():
-        rows += d2h.bandwidth(
-            model,
-            cases(model.name, tuple(args.tokens)),
-            repeats=args.repeats,
-            budget_s=args.budget * part,
-            field_of=field,
-            say=say,
-        )
-        d2h.write(args.out / "gpu.json", parts)
-    found = d2h.interference(Case(d2h.QWEN3_8B.name, "page_first", 16, 8192, True), field_of=field)
-    parts["interference"] = found
-    for each in found:
-        print(
-            f"{each.forward} beside {each.contender}: {each.slow_down:.3f}x, "
-            f"D2H {each.d2h_gb_per_s:.1f} GB/s",
-            flush=True,
-        )
-    parts["seconds"] = time.monotonic() - began
-    d2h.write(args.out / "gpu.json", parts)
-    wrong = [row for row in rows if row.ms is not None and not row.checked]
-    return int(bool(failed or wrong))
+    environment = describe(cpu=args.cpu)
+    for name, value in environment.items():
+        print(f"{name}: {value}", flush=True)
+    done: dict[str, Part] = {}
+    for name in args.parts:
+        print(f"== {name}", flush=True)
+        began = time.monotonic()
+        try:
+            done[name] = RUNS[name](args)
+        except Exception as error:  # the parts after it still run
+            traceback.print_exc()
+            done[name] = Part("bad", f"{type(error).__name__}: {error}")
+        done[name].seconds = round(time.monotonic() - began, 1)
+        print(f"== {name}: {done[name].status} after {done[name].seconds} s: {done[name].detail}", flush=True)
+        parts = {each: asdict(part) for each, part in done.items()}
+        saved = json.dumps({"environment": environment, "parts": parts}, indent=1)
+        (args.out / "suite.json").write_text(saved + "\n", encoding="utf-8")
+    return int(any(part.status == "bad" for part in done.values()))
 
 
 if __name__ == "__main__":

@@ -5,88 +5,108 @@ python -m sglang_hicache.bench.gpu_table bench/results/2026-11-23-h200/gpu.json
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-CONTENDERS = ("hybrid", "copy_engine", "sglang_staged", "sglang_kernel", "sglang_kernel_tma", "sglang_direct")
+from sglang_hicache.bench.measure.results import Row, Run, load
+from sglang_hicache.bench.measure.tables import markdown_row
+
+CONTENDERS = (
+    "auto",
+    "hybrid",
+    "copy_engine",
+    "fenced_kernel",
+    "sglang_staged",
+    "sglang_kernel",
+    "sglang_kernel_tma",
+    "sglang_direct",
+)
+FENCED = ("hybrid", "fenced_kernel", "sglang_staged", "sglang_kernel")
 MODEL, TOKENS = "Qwen3-8B", 4096
 
 
-def tables(run: Mapping[str, Any]) -> str:
-    """What it ran on, GB/s of every cell at 4,096 tokens of Qwen3-8B, and the slow-down of forwards.
-
-    Args:
-        run: what ``gpu_suite`` wrote.
-    """
-    machine = run["hardware"]
+def tables(run: Run) -> str:
+    """What it ran on, GB/s of every cell at 4,096 tokens of Qwen3-8B, and the slow-down of forwards."""
+    machine = run.environment
+    rows = [row for row in run.of("bandwidth") if (row.case.model, row.case.tokens) == (MODEL, TOKENS)]
+    names = _present(CONTENDERS, rows)
     lines = [
         f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}, torch {machine['torch']}, "
         f"Triton {machine['triton']}, {machine['date'][:10]}. One large pinned copy: "
-        f"{run['link_gb_per_s']:.1f} GB/s. {MODEL} ({TOKENS:,} tokens, 604 MB), GB/s end to end, the "
+        f"{run.ceilings['link'].median:.1f} GB/s. {MODEL} ({TOKENS:,} tokens, 604 MB), GB/s end to end, the "
         "scheduler thread's work included; *us* is that work.",
         "",
-        _row(["layout", "page", "slots", *(_title(name) for name in CONTENDERS)]),
-        _row(["---"] * (3 + len(CONTENDERS))),
+        markdown_row(["layout", "page", "slots", *map(_title, names)]),
+        markdown_row(["---"] * (3 + len(names))),
     ]
-    cells: dict[tuple[str, int, bool], dict[str, Mapping[str, Any]]] = {}
-    for row in run["bandwidth"]:
-        case = row["case"]
-        if case["model"] == MODEL and case["tokens"] == TOKENS:
-            key = (case["layout"], case["page_size"], case["fragmented"])
-            cells.setdefault(key, {})[row["contender"]] = row
-    for (layout, page, fragmented), found in cells.items():
-        shape = "fragmented" if fragmented else "contiguous"
-        lines.append(
-            _row([f"`{layout}`", str(page), shape, *(_cell(found.get(name)) for name in CONTENDERS)])
-        )
+    for case in dict.fromkeys(row.case for row in rows):
+        shape = "fragmented" if case.fragmented else "contiguous"
+        found = {row.contender: row for row in rows if row.case == case}
+        cells = [_cell(found.get(name)) for name in names]
+        lines.append(markdown_row([f"`{case.layout}`", str(case.page_size), shape, *cells]))
     lines += [
         "",
         "Slow-down of a forward stand-in beside back-to-back write-back (8,192 fragmented tokens, "
         "`page_first`, page 16):",
         "",
+        *_slow_down(run.of("interference")),
     ]
-    names = list(dict.fromkeys(each["contender"] for each in run["interference"]))
-    lines += [_row(["beside", *(_title(name) for name in names)]), _row(["---"] * (1 + len(names)))]
-    for forward in dict.fromkeys(each["forward"] for each in run["interference"]):
-        slow = {e["contender"]: e["slow_down"] for e in run["interference"] if e["forward"] == forward}
-        lines.append(_row([forward, *(f"{slow[name]:.2f}x" for name in names)]))
     return "\n".join(lines) + "\n"
 
 
-def fence_table(run: Mapping[str, Any]) -> str:
-    """How long one write holds back a forward that must not share the SMs with it.
-
-    Args:
-        run: what ``gpu_suite --fence-only`` wrote.
-    """
-    names = ("hybrid, forwards wait", "sglang_staged", "sglang_kernel")
-    rows = [row for row in run["fence"] if row["contender"] in names]
-    lines = [_row(["one write", *(_title(name) for name in names)]), _row(["---"] * (1 + len(names)))]
-    for tokens in dict.fromkeys(row["case"]["tokens"] for row in rows):
-        found = {row["contender"]: row for row in rows if row["case"]["tokens"] == tokens}
-        cells = [f"{found[name]['stall_ms']:.2f} ms ({found[name]['gb_per_s']:.1f} GB/s)" for name in names]
-        # Qwen3-8B: 36 layers of K and V rows of 2,048 bytes.
-        lines.append(_row([f"{tokens:,} tokens, {tokens * 36 * 2 * 2048 / 1e6:,.1f} MB", *cells]))
+def fence_table(run: Run) -> str:
+    """How long one write holds back a forward that must not share the SMs with it."""
+    rows = run.of("fence")
+    names = _present(FENCED, rows)
+    titles = ["`hybrid, forwards wait`" if name == "hybrid" else _title(name) for name in names]
+    lines = [markdown_row(["one write", *titles]), markdown_row(["---"] * (1 + len(names)))]
+    for case in dict.fromkeys(row.case for row in rows):
+        found = {row.contender: row for row in rows if row.case == case}
+        cells = [_stall(found.get(name)) for name in names]
+        lines.append(markdown_row([f"{case.tokens:,} tokens, {case.nbytes / 1e6:,.1f} MB", *cells]))
     return "\n".join(lines) + "\n"
+
+
+def _slow_down(rows: Sequence[Row]) -> list[str]:
+    measured = [row for row in rows if "slow_down" in row.metrics]
+    names = list(dict.fromkeys(row.contender for row in measured))
+    several = len({row.case.attention for row in measured}) > 1
+    lines = [markdown_row(["beside", *map(_title, names)]), markdown_row(["---"] * (1 + len(names)))]
+    for forward, attention in dict.fromkeys((row.forward or "", row.case.attention) for row in measured):
+        slow = {
+            row.contender: f"{row.metrics['slow_down'].median:.2f}x"
+            for row in measured
+            if (row.forward, row.case.attention) == (forward, attention)
+        }
+        name = f"{forward} ({attention})" if several else forward
+        lines.append(markdown_row([name, *(slow.get(each, "") for each in names)]))
+    return lines
+
+
+def _present(names: Iterable[str], rows: Sequence[Row]) -> list[str]:
+    measured = {row.contender for row in rows if row.metrics}
+    return [name for name in names if name in measured]
 
 
 def _title(name: str) -> str:
     return name.replace("sglang_", "SGLang ").replace("_", " ") if "sglang" in name else f"`{name}`"
 
 
-def _cell(row: Mapping[str, Any] | None) -> str:
-    if row is None or row["gb_per_s"] is None:
+def _cell(row: Row | None) -> str:
+    if row is None or not row.metrics:
         return ""
-    return f"{row['gb_per_s']:.1f} ({row['submit_us']:,.0f} us)"
+    return f"{row.metrics['gb_per_s'].median:.1f} ({row.metrics['submit_us'].median:,.0f} us)"
 
 
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _stall(row: Row | None) -> str:
+    if row is None or not row.metrics:
+        return ""
+    held, rate = row.metrics["held_ms"].median, row.metrics["gb_per_s"].median
+    stall = f"{row.metrics['stall_ms'].median:.2f} ms, held " if "stall_ms" in row.metrics else ""
+    return f"{stall}{held:.2f} ms ({rate:.1f} GB/s)"
 
 
 if __name__ == "__main__":
-    saved = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    print(tables(saved) if "bandwidth" in saved else fence_table(saved), end="")
+    saved = load(Path(sys.argv[1]))
+    print(tables(saved) if saved.of("bandwidth") else fence_table(saved), end="")

@@ -98,8 +98,6 @@ class _Torch(ModuleType):
 class _TritonDriver:
     """As much of a driver as Triton needs to compile for sm_90 and launch nothing."""
 
-    launches = 0
-
     def __init__(self) -> None:
         self.utils = SimpleNamespace(
             load_binary=lambda *_: (1, 2, 64, 0, 1024),
@@ -109,7 +107,7 @@ class _TritonDriver:
     @staticmethod
     def launcher_cls(source: Any, metadata: Any) -> Any:
         def launch(*_: Any) -> None:
-            _TritonDriver.launches += 1
+            pass
 
         return launch
 
@@ -150,7 +148,9 @@ def install(folder: Path) -> None:
 
 
 def make_device() -> Any:
-    """A CudaDevice whose GPU is idle; it has ``launches``, and ``finish_all()`` completes all events."""
+    """A CudaDevice whose GPU is idle, to measure on; ``synchronize()`` completes all events."""
+    import torch
+
     from sglang_hicache.io_backends.device.cuda import CudaDevice
 
     class Device(CudaDevice):
@@ -165,15 +165,18 @@ def make_device() -> Any:
             assert self._indices is not None
             return self._indices.read(indices, after)
 
-        @property
-        def launches(self) -> int:
-            return _TritonDriver.launches
+        where = "cpu"
 
-        @launches.setter
-        def launches(self, value: int) -> None:
-            _TritonDriver.launches = value
-
-        def finish_all(self) -> None:
+        def synchronize(self) -> None:
             _Event.clock += 1
+
+        def flush(self) -> None:
+            """There is no cache."""
+
+        def forward_stream(self) -> Any:
+            return _Stream()
+
+        def indices(self, slots: Any) -> Any:
+            return torch.from_numpy(slots)
 
     return Device()

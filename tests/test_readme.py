@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from sglang_hicache.bench.gpu_table import fence_table, tables
+from sglang_hicache.bench.measure import results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_gpu_tables_are_made_from_the_saved_run() -> None:
-    shown = re.findall(r"<!-- gpu_table (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
-    assert [Path(path).name for path, _ in shown] == ["gpu.json", "fence.json"]
-    for (path, text), table in zip(shown, (tables, fence_table), strict=True):
-        assert text == table(json.loads((ROOT / path).read_text(encoding="utf-8")))
+    shown = re.findall(r"<!-- gpu_table (\S+)( fence)? -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert [bool(fence) for _, fence, _ in shown] == [False, True]
+    for path, fence, text in shown:
+        assert text == (fence_table if fence else tables)(results.load(ROOT / path))
 
 
 def test_saved_gpu_figures_say_that_they_are_from_a_gpu_and_every_byte_was_right() -> None:
-    for path in (ROOT / "bench" / "results").rglob("gpu.json"):
-        run = json.loads(path.read_text(encoding="utf-8"))
-        assert run["hardware"]["ran_on"] == "GPU"
-        measured = [row for row in run["bandwidth"] if row["ms"] is not None]
-        assert measured
-        assert all(row["checked"] for row in measured)
-        assert all(row["reason"] for row in run["bandwidth"] if row["ms"] is None)
+    names = ("bench.json", "gpu.json", "fence.json")
+    saved = [path for path in (ROOT / "bench" / "results").rglob("*.json") if path.name in names]
+    runs = [results.load(path) for path in saved]
+    assert runs
+    for run in runs:
+        assert run.environment["ran_on"] == "GPU"
+        assert run.watermark is None
+        rows = [row for row in run.rows if row.measurement in ("bandwidth", "fence", "latency")]
+        assert any(row.metrics for row in rows)
+        assert all(row.checked for row in rows if row.metrics)
+        assert all(row.reason for row in run.rows if not row.metrics)

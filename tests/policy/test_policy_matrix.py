@@ -47,7 +47,7 @@ def test_a_cell_is_the_decision(given: dict[str, str | int]):
 def test_attention_backends_treated_alike_share_a_row():
     by_name = {name: row[1:] for row in rows(TABLE)[1:] for name in row[0].split(", ")}
     assert by_name["fa3"][2] == "hybrid; prefill and decode wait"
-    assert by_name["fa3"][0] == by_name["triton"][2] == "fenced_kernel or hybrid"
+    assert by_name["fa3"][0] == by_name["triton"][2] == "hybrid"
     assert by_name["dsa"] == by_name["nsa"]
 
 

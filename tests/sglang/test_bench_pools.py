@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 
-from sglang_hicache.bench import d2h, d2h_sglang
+from sglang_hicache.bench.measure import sglang_pools
+from sglang_hicache.bench.measure.cases import MODELS
+from sglang_hicache.bench.measure.devices import TimedCpu
+from sglang_hicache.bench.measure.memory import Memory
 from sglang_hicache.io_backends import host_strides
 from sglang_hicache.io_backends.sglang.pools import describe
 
@@ -16,25 +16,13 @@ SLOTS = 64 * 64
 pytestmark = pytest.mark.usefixtures("cpu_sglang")
 
 
-def memory_on_the_host(model: d2h.Model, slots: int) -> Any:
-    import torch
-
-    rows = [
-        [torch.empty((slots, row), dtype=torch.uint8) for _ in range(model.layers)]
-        for row in model.components
-    ]
-    sizes = [model.layers * slots * row for row in model.components]
-    pinned = torch.empty(sum(sizes), dtype=torch.uint8)
-    return SimpleNamespace(model=model, slots=slots, rows=rows, pinned=pinned, host=pinned.split(sizes))
-
-
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("layout", ["layer_first", "page_first", "page_first_direct"])
 @pytest.mark.parametrize("name", ["Qwen3-8B", "DeepSeek-V3"])
 def test_same_rows_and_same_host_bytes(name: str, layout: str, page_size: int) -> None:
-    model = d2h.MODELS[name]
-    memory = memory_on_the_host(model, SLOTS)
-    geometry = describe(d2h_sglang.host_pool(memory, layout, page_size))
+    model = MODELS[name]
+    memory = Memory(model, SLOTS, TimedCpu())
+    geometry = describe(sglang_pools.host_pool(memory, layout, page_size))
     assert (geometry.layout, geometry.page_size) == (layout, page_size)
     assert (geometry.host_slots, geometry.device_slots) == (SLOTS, SLOTS)
     assert geometry.bytes_per_token == model.bytes_per_token

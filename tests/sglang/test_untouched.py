@@ -99,6 +99,7 @@ def test_the_functions_that_run_are_sglangs_own_objects(with_plugin: dict[str, o
 def test_only_arguments_and_the_constructor_are_hooked(with_plugin: dict[str, object]) -> None:
     assert with_plugin["hooks"] == [
         "sglang.srt.arg_groups.hicache_hook.handle_hicache",
+        "sglang.srt.arg_groups.pipeline.run_resolution_pipeline",
         "sglang.srt.managers.scheduler.Scheduler.__init__",
         "sglang.srt.server_args.ServerArgs.add_cli_args",
         "sglang.srt.server_args.ServerArgs.from_cli_args",

@@ -1,19 +1,10 @@
-"""SGLang's own write-back as contenders of :mod:`sglang_hicache.bench.d2h`.
+"""SGLang's own write-back as contenders.
 
 SGLang 0.5.23's host pool objects over the benchmark's device rows and pinned buffer; every submission moves
 its indices first, as SGLang's cache controller does on the scheduler's thread, so that this counts as submit
-time. Contenders by layout:
-
-===================  =====================================================================
-``sglang_staged``    page_first as SGLang runs it by default (staged relayout, then copies)
-``sglang_kernel``    register kernel (JIT), ``SGLANG_HICACHE_TMA_TRANSFER=0``
-``sglang_kernel_tma``  TMA kernel (JIT), where page and row size allow it
-``sglang_aot``       kernel of sglang-kernel: page_first before the staged path
-``sglang_direct``    ``--hicache-io-backend direct``
-===================  =====================================================================
-
-SGLang itself runs the two JIT kernels on layer_first, and on page_first only where device rows are strided
-(its unified pool); here they get packed rows of page_first through that same route.
+time. SGLang itself runs its two JIT kernels on layer_first, and on page_first only where device rows are
+strided (its unified pool); here, as under ``fenced_kernel``, they get packed rows of page_first through that
+same route.
 """
 
 from __future__ import annotations
@@ -21,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import re
 import shutil
@@ -29,15 +21,37 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sglang_hicache.bench.d2h import Memory, Submit, Task
+from sglang_hicache.bench.measure.memory import Memory
+from sglang_hicache.io_backends.sglang import kernels
+
+if TYPE_CHECKING:
+    from sglang_hicache.bench.measure.contenders import Task
 
 SGLANG = "0.5.23"
 MOST_CALLS = 300_000
+"""Single copies that are still waited for: about a second (H200, bench/results/2026-11-23-h200)."""
+
+DIRECT = "sglang_direct"
+CONTENDERS = {
+    "sglang_staged": "page_first as SGLang runs it by default: relayout in GPU memory, then copies",
+    "sglang_kernel": "register kernel (JIT), as with SGLANG_HICACHE_TMA_TRANSFER=0",
+    "sglang_kernel_tma": "TMA kernel (JIT), where page and row size allow it",
+    "sglang_aot": "kernel of sglang-kernel: page_first before the staged path",
+    DIRECT: "--hicache-io-backend direct",
+}
+"""Names, and what each is."""
+
+_SERVES = {
+    "page_first": ("sglang_staged", "sglang_kernel", "sglang_kernel_tma", "sglang_aot"),
+    "layer_first": ("sglang_kernel", "sglang_kernel_tma", DIRECT),
+    "page_first_direct": (DIRECT,),
+}
 _HICACHE = "sglang.kernels.ops.kvcache.hicache"
 
 
+@functools.cache
 def why_not() -> str | None:
     """Why SGLang's pools cannot be had here, or None."""
     try:
@@ -49,8 +63,8 @@ def why_not() -> str | None:
         for name in ("pool_host.mha", "pool_host.mla", "l2_transfer"):
             importlib.import_module(f"sglang.srt.mem_cache.{name}")
         importlib.import_module("sglang.srt.managers.cache_controller")
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"SGLang cannot be imported: {error}".splitlines()[0]
+    except Exception as error:  # importing SGLang runs much code of many packages
+        return f"SGLang cannot be imported: {type(error).__name__}: {error}".splitlines()[0]
     return None
 
 
@@ -64,6 +78,17 @@ def use_cuda_home() -> None:
     top = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)
     if top is not None:
         os.environ["CUDA_HOME"] = str(Path(top[1].strip()).resolve())
+
+
+def prepare(row_bytes: Iterable[int]) -> dict[str, Any]:
+    """Compile SGLang's kernels for these rows; what took part, or why nothing did."""
+    reason = why_not()
+    if reason is not None:
+        return {"sglang_missing": reason}
+    # One warning for each of some hundred pools, about their size.
+    logging.getLogger("sglang").setLevel(logging.ERROR)
+    failed = compile_kernels(row_bytes)
+    return {**notes(), **({"sglang_kernels_failed": failed} if failed else {})}
 
 
 def compile_kernels(row_bytes: Iterable[int]) -> dict[str, str]:
@@ -95,91 +120,116 @@ def compile_kernels(row_bytes: Iterable[int]) -> dict[str, str]:
 def notes() -> dict[str, Any]:
     """What of SGLang took part, for the results."""
     import ctypes
-    from importlib.metadata import version
 
-    found: dict[str, Any] = {"sglang": version("sglang"), "cuda_home": os.environ.get("CUDA_HOME")}
-    # The staged path looks this up among the process's symbols, and copies page by page without it.
-    found["cudaMemcpyBatchAsync_visible"] = hasattr(ctypes.CDLL(None), "cudaMemcpyBatchAsync")
-    import sgl_kernel
-
-    found["sgl_kernel"] = getattr(sgl_kernel, "__version__", "?")
-    return found
-
-
-def contenders(task: Task) -> Iterator[tuple[str, Submit | str]]:
-    """SGLang's ways to write this case back, or one reason why there is none."""
-    reason = why_not()
-    if reason is not None:
-        yield "sglang", reason
-        return
-    layout = task.geometry.layout
-    if layout == "page_first":
-        yield "sglang_staged", _submission(task, "kernel", tma=True)
-        yield "sglang_kernel", _submission(task, "kernel", tma=False, strided=True)
-        yield "sglang_kernel_tma", _submission(task, "kernel", tma=True, strided=True, needs_tma=True)
-        yield "sglang_aot", _submission(task, "kernel", tma=False, aot=True)
-    elif layout == "layer_first":
-        yield "sglang_kernel", _submission(task, "kernel", tma=False)
-        yield "sglang_kernel_tma", _submission(task, "kernel", tma=True, needs_tma=True)
-        yield "sglang_direct", _submission(task, "direct", tma=False)
-    elif layout == "page_first_direct":
-        yield "sglang_direct", _submission(task, "direct", tma=False)
-    else:
-        yield "sglang", f"no contender for layout {layout}"
-
-
-def _submission(
-    task: Task,
-    io_backend: str,
-    *,
-    tma: bool,
-    needs_tma: bool = False,
-    strided: bool = False,
-    aot: bool = False,
-) -> Submit | str:
-    import torch
-    from sglang.srt.managers.cache_controller import HiCacheController
-
-    hicache: Any = importlib.import_module(_HICACHE)
-    if io_backend == "direct" and (calls := _direct_calls(task)) > MOST_CALLS:
-        return f"up to {calls} single copies: would take seconds"
     try:
-        if needs_tma and (reason := _no_tma(hicache, task)):
-            return reason
-        with _tma(hicache, tma):
-            pool = host_pool(task.memory, task.geometry.layout, task.geometry.page_size)
-    except (RuntimeError, ValueError, ImportError) as error:
-        return f"SGLang's pool: {error}".splitlines()[0]
-    if strided:
+        import sgl_kernel
+
+        loaded = getattr(sgl_kernel, "__version__", "?")
+    except (ImportError, OSError) as error:
+        loaded = f"no: {error}".splitlines()[0]
+    return {
+        "cuda_home": os.environ.get("CUDA_HOME"),
+        # The staged path looks this up among the process's symbols, and copies page by page without it.
+        "cudaMemcpyBatchAsync_visible": hasattr(ctypes.CDLL(None), "cudaMemcpyBatchAsync"),
+        "sgl_kernel_loaded": loaded,
+    }
+
+
+def _missing(task: Task) -> str | None:
+    if task.device.name == "cpu" or task.memory is None:
+        return "SGLang's copy kernels have no CPU form"
+    return why_not()
+
+
+def upstream(task: Task) -> Callable[[], None] | str:
+    """What ``fenced_kernel`` calls: SGLang's SM kernel for the layout, ``direct`` in page_first_direct."""
+    reason = _missing(task)
+    if reason is not None:
+        return reason
+    io_backend = "direct" if task.geometry.layout == "page_first_direct" else "kernel"
+    if io_backend == "direct" and (reason := _too_many(task)):
+        return reason
+    pool = _pool(task, importlib.import_module(_HICACHE), tma=True)
+    if isinstance(pool, str):
+        return pool
+    write = _write(task, pool, io_backend)
+
+    def copy() -> None:
+        with kernels.without_staging(pool):
+            write()
+
+    return copy
+
+
+def submission(task: Task, name: str) -> Callable[[], None] | str:
+    """A contender of :data:`CONTENDERS`: enqueues the write on the current stream. Or why it cannot."""
+    reason = _missing(task)
+    if reason is not None:
+        return reason
+    if name not in _SERVES.get(task.geometry.layout, ()):
+        return f"SGLang does not run this on layout {task.geometry.layout}"
+    hicache: Any = importlib.import_module(_HICACHE)
+    io_backend = "direct" if name == DIRECT else "kernel"
+    tma = name in ("sglang_staged", "sglang_kernel_tma")
+    if name == DIRECT and (reason := _too_many(task)):
+        return reason
+    if name == "sglang_kernel_tma" and (reason := _no_tma(hicache, task)):
+        return reason
+    pool = _pool(task, hicache, tma=tma)
+    if isinstance(pool, str):
+        return pool
+    page_first = task.geometry.layout == "page_first"
+    if page_first and name in ("sglang_kernel", "sglang_kernel_tma"):
         if not pool.can_use_jit:
             return f"SGLang has no JIT kernel for rows of {task.geometry.components[0].row_bytes} bytes"
         # As where the rows of the device pool are strided; these are as far apart as they are wide.
         pool._strided_device_row_bytes = pool.token_stride_size
-    if strided or aot:
+    if name == "sglang_staged":
+        if not pool.can_use_write_back_jit:
+            return "SGLang's staged kernel is not to be had for this pool"
+    elif page_first:
         pool.can_use_write_back_jit = False
-    elif io_backend == "kernel" and pool.layout == "page_first" and not pool.can_use_write_back_jit:
-        return "SGLang's staged kernel is not to be had for this pool"
+    write = _write(task, pool, io_backend)
+
+    def copy() -> None:
+        with _tma(hicache, tma):
+            write()
+
+    return copy
+
+
+def _pool(task: Task, hicache: Any, *, tma: bool) -> Any:
+    assert task.memory is not None
+    try:
+        with _tma(hicache, tma):
+            return host_pool(task.memory, task.geometry.layout, task.geometry.page_size)
+    except (RuntimeError, ValueError, ImportError) as error:
+        return f"SGLang's pool: {error}".splitlines()[0]
+
+
+def _write(task: Task, pool: Any, io_backend: str) -> Callable[[], None]:
+    import torch
+    from sglang.srt.managers.cache_controller import HiCacheController
+
     controller = object.__new__(HiCacheController)
     controller.io_backend = io_backend
     controller.mem_pool_host = pool
     controller.device = "cuda"
-    host = torch.from_numpy(task.host)
-    rows = torch.from_numpy(task.rows).cuda()
-    operation: Any = SimpleNamespace(host_indices=host, device_indices=rows, pool_transfers=None)
+    operation: Any = SimpleNamespace(
+        host_indices=torch.from_numpy(task.host), device_indices=task.device_slots, pool_transfers=None
+    )
 
-    def submit() -> tuple[int | None, Any]:
+    def write() -> None:
         host_indices, device_indices, _ = controller._move_write_operation(operation)
-        with _tma(hicache, tma):
-            pool.backup_from_device_all_layer_physical(None, host_indices, device_indices, io_backend)
-        # Copies by `direct` are the copy engine's; everything else has work on the SMs until the end.
-        return None, None if io_backend == "direct" else task.device.record(task.stream)
+        pool.backup_from_device_all_layer_physical(None, host_indices, device_indices, io_backend)
 
-    return submit
+    return write
 
 
-def _direct_calls(task: Task) -> int:
+def _too_many(task: Task) -> str | None:
     geometry = task.geometry
-    return len(task.host) // geometry.page_size * geometry.layers * len(geometry.components)
+    calls = len(task.host) // geometry.page_size * geometry.layers * len(geometry.components)
+    return f"up to {calls} single copies: would take seconds" if calls > MOST_CALLS else None
 
 
 def _no_tma(hicache: Any, task: Task) -> str | None:

@@ -1,0 +1,325 @@
+"""``hicache-io bench``: measure write-back on this machine, compare two runs, and make reports of saved ones.
+
+Exit status 0: measured, every byte right, nothing slower; 1: wrong bytes, nothing could be measured, or
+something slower than before; 2: the input is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sglang_hicache.bench.measure import compare as comparing
+from sglang_hicache.bench.measure import plots, report, results, suite, tables
+from sglang_hicache.bench.measure.cases import LAYOUTS, MODELS
+from sglang_hicache.bench.measure.contenders import names
+from sglang_hicache.bench.measure.devices import gpu_missing
+from sglang_hicache.bench.measure.results import Run
+from sglang_hicache.policy.errors import PolicyError
+from sglang_hicache.policy.options import BACKEND_OPTIONS, check_option
+from sglang_hicache.policy.vocabulary import ATTENTION_BACKENDS, NameProblem, check_name
+
+ALL = "all"
+
+bench = typer.Typer(
+    help="Measure write-back on this machine: bandwidth, submit, interference, fence, latency.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Saved = Annotated[Path, typer.Argument(help="A saved run (bench.json).")]
+
+
+def _many(metavar: str, text: str) -> Any:
+    return typer.Option(metavar=metavar, help=f"{text} May be repeated.", show_default=False)
+
+
+def _measurement(name: str, text: str) -> None:
+    """Add the subcommand that runs one measurement (or ``all``)."""
+
+    def command(
+        backend: Annotated[list[str] | None, _many("NAME", "Contender; all without it.")] = None,
+        model: Annotated[list[str] | None, _many("NAME", f"Of {', '.join(MODELS)}.")] = None,
+        layout: Annotated[list[str] | None, _many("LAYOUT", f"Of {', '.join(LAYOUTS)}.")] = None,
+        page_size: Annotated[list[int] | None, _many("TOKENS", "Tokens a page.")] = None,
+        tokens: Annotated[list[int] | None, _many("N", "Tokens a write.")] = None,
+        contiguity: Annotated[
+            str | None,
+            typer.Option(metavar="WHICH", help="contiguous, fragmented or both.", show_default=False),
+        ] = None,
+        attention: Annotated[
+            list[str] | None,
+            _many("NAME", "SGLang's attention backend, by which the policy sets fences."),
+        ] = None,
+        forward: Annotated[
+            list[str] | None, _many("NAME", "Stand-in of interference: gemm, attention, memory.")
+        ] = None,
+        option: Annotated[
+            list[str] | None, _many("BACKEND.NAME=N", "Option of a backend, such as hybrid.staging_mb=128.")
+        ] = None,
+        policy: Annotated[
+            str | None, typer.Option(metavar="FILE", help="Policy that auto asks.", show_default=False)
+        ] = None,
+        repeats: Annotated[int, typer.Option(min=1, help="Repeats of each contender in each case.")] = 5,
+        budget: Annotated[float, typer.Option(min=1, help="Seconds for all measurements together.")] = 300,
+        quick: Annotated[bool, typer.Option("--quick", help="One or two cases of each measurement.")] = False,
+        out: Annotated[
+            Path | None,
+            typer.Option(metavar="DIR", help="Write JSON, CSV, tables, plots and a report there."),
+        ] = None,
+        as_json: Json = False,
+    ) -> None:
+        only = {
+            "models": model,
+            "layouts": layout,
+            "page_sizes": page_size,
+            "tokens": tokens,
+            "fragmented": _contiguity(contiguity),
+            "attention": attention,
+        }
+        for what, given, known in (
+            ("contender", backend, names()),
+            ("model", model, tuple(MODELS)),
+            ("layout", layout, LAYOUTS),
+            ("attention backend", attention, ATTENTION_BACKENDS),
+            ("stand-in", forward, ("gemm", "attention", "memory")),
+        ):
+            _check(what, given, known)
+        _positive("--page-size", page_size)
+        _positive("--tokens", tokens)
+        ask = suite.Ask(
+            measurements=tuple(suite.GRIDS) if name == ALL else (name,),
+            cpu=gpu_missing() is not None,
+            only={key: values for key, values in only.items() if values},
+            wanted=backend or None,
+            options=_options(option or ()),
+            policy=policy,
+            repeats=repeats,
+            budget_s=budget,
+            quick=quick,
+            stand_ins=tuple(forward) if forward else None,
+        )
+        if not any(ask.cases(each) for each in ask.measurements):
+            refuse("no case is left: a write has fewer --tokens than a page has")
+        _run(ask, out, as_json)
+
+    command.__doc__ = text
+    bench.command(name)(command)
+
+
+for _name, _text in {
+    "bandwidth": "GB/s of one write end to end, and share of the link, by every contender.",
+    "submit": "Time of the scheduler's thread for one write, planning apart from the driver.",
+    "interference": "Slow-down of a forward beside write-back that never stops.",
+    "fence": "How long a forward waits that must not share the SMs with one write.",
+    "latency": "Time until one small write is acknowledged.",
+    ALL: "All of them.",
+}.items():
+    _measurement(_name, _text)
+
+
+@bench.command("compare")
+def compare(
+    first: Saved,
+    second: Saved,
+    least: Annotated[
+        float, typer.Option(min=0, help="Smallest relative change that counts.")
+    ] = comparing.LEAST_CHANGE,
+    every: Annotated[bool, typer.Option("--all", help="Show what did not change, too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What changed from FIRST to SECOND beyond the spread of the repeats; status 1 if anything got slower."""
+    runs = [_load(first), _load(second)]
+    problem = comparing.not_comparable(runs[0], runs[1])
+    if problem is not None:
+        refuse(problem)
+    changes = list(comparing.compare(runs[0], runs[1], least))
+    worse = [each for each in changes if each.verdict in comparing.WORSE]
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "ok": not worse,
+                    "watermark": runs[1].watermark,
+                    "first": runs[0].environment,
+                    "second": runs[1].environment,
+                    "changes": [each.to_dict() for each in changes if every or each.verdict != "same"],
+                },
+                indent=1,
+            )
+        )
+    else:
+        _show_changes(changes, runs, every)
+    raise typer.Exit(1 if worse else 0)
+
+
+@bench.command("report")
+def make_report(
+    saved: Annotated[list[Path], typer.Argument(help="Saved runs of one machine; later ones replace rows.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write.")],
+) -> None:
+    """Write JSON, CSV, tables, plots and the HTML report of saved runs."""
+    try:
+        run = results.merged(_load(path) for path in saved)
+    except ValueError as error:
+        refuse(str(error))
+    _say_written(report.write_all(run, out))
+
+
+def _run(ask: suite.Ask, out: Path | None, as_json: bool) -> None:
+    console = stderr_console()
+    if ask.cpu:
+        console.print(f"No GPU: {gpu_missing()}. {results.CPU_WATERMARK}.", style="bold red", markup=False)
+    try:
+        with Live(console) as say:
+            run = suite.measure(ask, say, save=lambda run: None if out is None else _save(run, out))
+    except PolicyError as error:
+        refuse(str(error))
+    if out is not None:
+        _say_written(report.write_all(run, out))
+    if as_json:
+        typer.echo(json.dumps(run.to_dict(), indent=1))
+    else:
+        tables.print_tables(run, Console(highlight=False, width=None if sys.stdout.isatty() else 200))
+    wrong, measured = run.wrong(), any(row.metrics for row in run.rows)
+    for row in wrong:
+        console.print(
+            f"{row.measurement}: {row.case}: {row.contender}: {row.reason}", style="bold red", markup=False
+        )
+    if not measured:
+        console.print("nothing could be measured; the table says why", style="bold red")
+    raise typer.Exit(0 if measured and not wrong else 1)
+
+
+def _save(run: Run, out: Path) -> None:
+    results.save(run, out)
+
+
+def stderr_console() -> Console:
+    """Where progress goes: standard output is the result's."""
+    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 160)
+
+
+class Live:
+    """A progress bar on a terminal, and one line for each step; gives a function to tell it of progress."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Progress(
+            TextColumn("{task.description}", table_column=None),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> suite.Say:
+        self._bars.start()
+        task = self._bars.add_task("measuring", total=1)
+
+        def say(text: str, done: float, total: float) -> None:
+            self._bars.update(task, completed=done, total=total, description=text.split(":")[0])
+            self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
+
+        return say
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+
+def _show_changes(changes: Sequence[comparing.Change], runs: Sequence[Run], every: bool) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
+    if runs[1].watermark:
+        console.print(runs[1].watermark, style="bold red", markup=False)
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("measurement", "case", "contender", "figure", "before", "after", "change", "verdict"):
+        shown.add_column(name, overflow="fold")
+    for each in changes:
+        if every or each.verdict != "same":
+            row = each.row
+            who = row.contender + (f" beside {row.forward}" if row.forward else "")
+            figures = [_spread(each.before), _spread(each.after)]
+            change = "" if each.change is None else f"{each.change:+.1%}"
+            shown.add_row(
+                row.measurement, str(row.case), who, each.metric or "", *figures, change, each.verdict
+            )
+    if shown.row_count:
+        console.print(shown)
+    counts = {
+        verdict: sum(each.verdict == verdict for each in changes) for verdict in ("slower", "faster", "same")
+    }
+    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+
+
+def _spread(each: results.Spread | None) -> str:
+    return "" if each is None else f"{each.median:.4g} ({each.low:.4g} to {each.high:.4g})"
+
+
+def _say_written(paths: Sequence[Path]) -> None:
+    console = stderr_console()
+    console.print(f"written: {', '.join(str(path) for path in paths)}", markup=False, soft_wrap=True)
+    missing = plots.why_not()
+    if missing is not None:
+        console.print(f"no plots: {missing}", markup=False)
+
+
+def _load(path: Path) -> Run:
+    try:
+        return results.load(path)
+    except ValueError as error:
+        refuse(str(error))
+
+
+def _contiguity(word: str | None) -> tuple[bool, ...]:
+    known = {"contiguous": (False,), "fragmented": (True,), "both": (False, True)}
+    if word is None:
+        return ()
+    _check("contiguity", [word], tuple(known))
+    return known[word]
+
+
+def _options(given: Sequence[str]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for text in given:
+        path, _, value = text.partition("=")
+        backend, _, name = path.partition(".")
+        _check("backend with options", [backend], tuple(BACKEND_OPTIONS))
+        try:
+            number: int | str = int(value) if value.isdigit() else value
+            check_option(backend, name, number)
+        except NameProblem as error:
+            refuse(f"--option {text}: {error}")
+        found.setdefault(backend, {})[name] = int(value)
+    return found
+
+
+def _check(what: str, given: Sequence[str] | None, known: Sequence[str]) -> None:
+    for word in given or ():
+        try:
+            check_name(what, word, known)
+        except NameProblem as error:
+            refuse(str(error))
+
+
+def _positive(name: str, given: Sequence[int] | None) -> None:
+    for number in given or ():
+        if number < 1:
+            refuse(f"{name} must be at least 1, not {number}")
+
+
+def refuse(message: str) -> NoReturn:
+    """End with exit status 2 and one line on standard error."""
+    typer.echo(message, err=True)
+    raise typer.Exit(2)

@@ -1,0 +1,114 @@
+"""How much a forward slows down beside write-back that never stops.
+
+Forwards are enqueued ahead, back to back; writes follow each other on the transfer stream until they end. No
+forward waits for anything: this is the price of sharing the GPU, and :func:`~.one_write.fence` has that of
+waiting.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sglang_hicache.bench.measure.cases import Case
+from sglang_hicache.bench.measure.contenders import Submit, Task, contenders, reason_of
+from sglang_hicache.bench.measure.one_write import Setting, check, row_of
+from sglang_hicache.bench.measure.results import Row, Spread
+from sglang_hicache.bench.measure.stand_ins import StandIn, launches, stand_ins
+from sglang_hicache.bench.measure.timing import interleaved, spreads
+
+LONG_MS = 100.0
+"""All forwards of one repeat on a GPU: several writes run beside them (604 MB take 11 ms at 55 GB/s)."""
+
+ALONE = "alone"
+
+
+def interference(setting: Setting, case: Case, only: tuple[str, ...] | None = None) -> list[Row]:
+    """Each stand-in beside each contender; ``only`` these stand-ins, by the first word of their names."""
+    memory = setting.memory(case)
+    memory.refill()
+    task = setting.task(case, memory, forwards_wait=False)
+    made: dict[str, Submit] = {}
+    rows: list[Row] = []
+    could_not: dict[str, str] = {}
+    templates = {each.name: each for each in contenders(task, setting.wanted)}
+    for name, contender in templates.items():
+        if contender.submit is None:
+            could_not[name] = str(contender.reason)
+        elif (wrong := check(memory, task, contender.submit)) is not None:
+            could_not[name] = wrong
+        else:
+            made[name] = contender.submit
+    forward_stream = setting.device.forward_stream()
+    for stand_in in stand_ins(setting.device):
+        if only is not None and stand_in.name.split()[0].rstrip(",") not in only:
+            continue
+        found, failed = _beside(setting, task, stand_in, made, forward_stream)
+        for name, contender in templates.items():
+            row = row_of("interference", task, contender)
+            row.forward, row.checked = stand_in.name, name in made
+            row.safe = row.fenced = None  # fences are left out here on purpose
+            row.metrics = found.get(name, {})
+            row.reason = could_not.get(name) or failed.get(name) or failed.get(ALONE)
+            rows.append(row)
+    return rows
+
+
+def _beside(
+    setting: Setting, task: Task, stand_in: StandIn, submits: Mapping[str, Submit], stream: Any
+) -> tuple[dict[str, dict[str, Spread]], dict[str, str]]:
+    """Metrics of each contender, and why some have none."""
+    try:
+        times = launches(task.device, stand_in, stream, LONG_MS)
+    except Exception as error:  # a stand-in that this GPU or torch does not have
+        return {}, {ALONE: f"stand-in {stand_in.name}: {reason_of(error)}"}
+    runs: dict[str, Callable[[], Mapping[str, float]]] = {
+        ALONE: functools.partial(_one, task, stand_in, None, stream, times)
+    }
+    runs |= {
+        name: functools.partial(_one, task, stand_in, submit, stream, times)
+        for name, submit in submits.items()
+    }
+    found, failed = interleaved(runs, setting.repeats)
+    alone = found.pop(ALONE, None)
+    if alone is None:
+        return {}, failed
+    base = Spread.of(alone["forward_ms"])
+    metrics = {name: spreads(each) for name, each in found.items()}
+    for each in metrics.values():
+        beside = each["forward_ms"]
+        # The spread of the quotient is that of both: slowest beside against fastest alone, and the reverse.
+        each["slow_down"] = Spread(
+            beside.median / base.median, beside.low / base.high, beside.high / base.low, beside.n
+        )
+    return metrics, failed
+
+
+def _one(
+    task: Task, stand_in: StandIn, submit: Submit | None, stream: Any, times: int
+) -> Mapping[str, float]:
+    device, d2h = task.device, task.stream
+    device.synchronize()
+    with device.use_stream(stream):
+        begin = device.record(stream)
+        for _ in range(times):
+            stand_in.run()
+        end = device.record(stream)
+    sent = 0
+    first = last = device.record(d2h)
+    if submit is not None:
+        with device.use_stream(d2h):
+            while not sent or not device.query(end):
+                submit(lambda event: None)
+                last = device.record(d2h)
+                sent += 1
+                while not device.query(last) and not device.query(end):
+                    time.sleep(0)
+    device.synchronize()
+    numbers = {"forward_ms": begin.elapsed_time(end) / times}
+    if sent:
+        nbytes = sent * len(task.host) * task.geometry.bytes_per_token
+        numbers["gb_per_s"] = nbytes / max(first.elapsed_time(last), 1e-6) / 1e6
+    return numbers

@@ -1,0 +1,220 @@
+"""Pictures of a run: bandwidth by bytes an entry, stall by size of the write, slow-down of forwards."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sglang_hicache.bench.measure.results import Row, Run, Spread
+
+FORMATS = ("png", "svg")
+
+# Okabe and Ito's colours, told apart without colour vision; the same contender has the same one everywhere.
+_COLOURS = {
+    "auto": "#000000",
+    "hybrid": "#0072B2",
+    "copy_engine": "#009E73",
+    "fenced_kernel": "#D55E00",
+    "memcpy_loop": "#999999",
+    "sglang_staged": "#CC79A7",
+    "sglang_kernel": "#E69F00",
+    "sglang_kernel_tma": "#F0E442",
+    "sglang_aot": "#56B4E9",
+    "sglang_direct": "#666666",
+}
+_MARKERS = {"auto": "x", "hybrid": "o", "copy_engine": "s", "fenced_kernel": "^"}
+
+
+def why_not() -> str | None:
+    """Why there can be no pictures, or None."""
+    try:
+        from matplotlib.figure import Figure
+
+        Figure()
+    except ImportError:
+        return "matplotlib is not installed (pip install 'sglang-hicache-io[plot]')"
+    except Exception as error:  # beside the bundle's stubs matplotlib imports, and fails later
+        return f"matplotlib does not work here: {error}"
+    return None
+
+
+def figures(run: Run) -> dict[str, Any]:
+    """matplotlib figures by name; none for what was not measured."""
+    made: dict[str, Callable[[Run, Sequence[Row]], Any]] = {
+        "bandwidth": _bandwidth,
+        "fence": _fence,
+        "interference": _interference,
+    }
+    found = {}
+    for name, draw in made.items():
+        rows = [row for row in run.of(name) if row.metrics]
+        if rows:
+            found[name] = draw(run, rows)
+    return found
+
+
+def save(run: Run, folder: Path) -> list[Path]:
+    """Each figure as PNG and SVG in ``folder``; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in figures(run).items():
+        for kind in FORMATS:
+            path = folder / f"{name}.{kind}"
+            figure.savefig(path)
+            paths.append(path)
+    return paths
+
+
+def png(figure: Any) -> bytes:
+    """A figure as the bytes of a PNG."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
+
+
+def _canvas(run: Run, title: str, rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    # Not pyplot: it keeps figures alive and asks for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    what = run.environment.get("gpu") or run.environment.get("cpu")
+    figure.suptitle(f"{title}\n{what}, {str(run.environment.get('date'))[:10]}", fontsize=10)
+    if run.watermark:
+        figure.text(
+            0.5,
+            0.45,
+            "CPU, NOT GPU SPEED",
+            ha="center",
+            va="center",
+            rotation=25,
+            fontsize=34,
+            color="red",
+            alpha=0.25,
+        )
+        figure.text(0.5, 0.005, run.watermark, ha="center", va="bottom", fontsize=7, color="red")
+        engine: Any = figure.get_layout_engine()
+        engine.set(rect=(0, 0.03, 1, 0.97))
+    return figure, axes
+
+
+def _style(name: str) -> dict[str, Any]:
+    return {"color": _COLOURS.get(name, "#882255"), "marker": _MARKERS.get(name, "."), "label": name}
+
+
+def _with_bars(axis: Any, name: str, points: Sequence[tuple[float, Spread]], **more: Any) -> None:
+    """Medians with least and greatest, joined by a line."""
+    points = sorted(points, key=lambda point: point[0])
+    mid = [each.median for _, each in points]
+    below = [max(0.0, each.median - each.low) for _, each in points]
+    above = [max(0.0, each.high - each.median) for _, each in points]
+    style = {"capsize": 2, "linewidth": 1, "elinewidth": 0.8, "markersize": 5, **_style(name), **more}
+    axis.errorbar([x for x, _ in points], mid, yerr=[below, above], **style)
+
+
+def _bandwidth(run: Run, rows: Sequence[Row]) -> Any:
+    """A panel for each model and layout, with all page sizes of the most measured number of tokens."""
+    sizes = [row.case.tokens for row in rows]
+    tokens = max(set(sizes), key=lambda size: (sizes.count(size), size))
+    rows = [row for row in rows if row.case.tokens == tokens and row.entry_bytes]
+    panels = list(dict.fromkeys((row.case.model, row.case.layout) for row in rows))
+    columns = max(1, min(3, len(panels)))
+    lines = -(-len(panels) // columns) or 1
+    figure, axes = _canvas(
+        run,
+        f"Write-back of {tokens:,} tokens (hollow: contiguous slots)",
+        lines,
+        columns,
+        (4.6 * columns + 0.6, 3.6 * lines + 1.0),
+    )
+    flat = list(axes.flat)
+    for axis, (model, layout) in zip(flat, panels, strict=False):
+        here = [row for row in rows if (row.case.model, row.case.layout) == (model, layout)]
+        for name in dict.fromkeys(row.contender for row in here):
+            for fragmented in (True, False):
+                points = [
+                    (float(row.entry_bytes or 0), row.metrics["gb_per_s"])
+                    for row in here
+                    if row.contender == name and row.case.fragmented == fragmented
+                ]
+                # Contiguous slots are one run whatever the page: their points are no line, and hollow.
+                more = {} if fragmented else {"linestyle": "none", "markerfacecolor": "none"}
+                if points:
+                    _with_bars(axis, name, points, **more)
+        link = run.ceilings.get("link")
+        if link is not None:
+            axis.axhline(link.median, color="#444444", linestyle="--", linewidth=0.8)
+            axis.annotate(
+                "link",
+                (1, link.median),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                fontsize=7,
+            )
+        axis.set(xscale="log", title=f"{model}, {layout}", xlabel="bytes an entry (drain)", ylabel="GB/s")
+        axis.set_ylim(bottom=0)
+        axis.title.set_fontsize(9)
+        axis.grid(alpha=0.25)
+    for axis in flat[len(panels) :]:
+        axis.set_axis_off()
+    _legend(figure, flat[: len(panels)])
+    return figure
+
+
+def _fence(run: Run, rows: Sequence[Row]) -> Any:
+    titles = {"stall_ms": "fence reached to released", "held_ms": "from before the submission to released"}
+    shown = [metric for metric in titles if any(metric in row.metrics for row in rows)]
+    figure, axes = _canvas(
+        run, "How long one forward waits for one write", 1, len(shown), (4.6 * len(shown) + 1.6, 4.6)
+    )
+    for axis, metric in zip(axes.flat, shown, strict=True):
+        for name in dict.fromkeys(row.contender for row in rows):
+            # Nothing waits for copy engines: 0 has no place on this axis.
+            points = [
+                (row.case.nbytes / 1e6, row.metrics[metric])
+                for row in rows
+                if row.contender == name and metric in row.metrics and row.metrics[metric].low > 0
+            ]
+            if points:
+                _with_bars(axis, name, points)
+        axis.set(xscale="log", yscale="log", xlabel="MB a write", ylabel="ms")
+        axis.set_title(titles[metric], fontsize=9)
+        axis.grid(alpha=0.25)
+    _legend(figure, list(axes.flat))
+    return figure
+
+
+def _interference(run: Run, rows: Sequence[Row]) -> Any:
+    forwards = list(dict.fromkeys((row.forward or "", row.case.attention) for row in rows))
+    names = list(dict.fromkeys(row.contender for row in rows))
+    figure, axes = _canvas(
+        run, "Forward beside write-back, by its time alone", 1, 1, (max(7.0, 2.2 + 1.3 * len(forwards)), 4.6)
+    )
+    axis, step = axes[0][0], 0.7 / len(names)
+    for index, name in enumerate(names):
+        points = [
+            (forwards.index((row.forward or "", row.case.attention)), row.metrics["slow_down"])
+            for row in rows
+            if row.contender == name
+        ]
+        moved = [(n + (index - (len(names) - 1) / 2) * step, each) for n, each in points]
+        _with_bars(axis, name, moved, linestyle="none")
+    axis.axhline(1, color="#444444", linewidth=0.8)
+    axis.set_xticks(range(len(forwards)), [f"{name}\n({backend})" for name, backend in forwards], fontsize=7)
+    axis.set(ylabel="times as long")
+    axis.grid(axis="y", alpha=0.25)
+    _legend(figure, [axis])
+    return figure
+
+
+def _legend(figure: Any, axes: Sequence[Any]) -> None:
+    entries: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize=7)

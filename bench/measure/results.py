@@ -1,0 +1,272 @@
+"""What was measured: rows with medians and spreads, saved as JSON and CSV with where they come from."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from sglang_hicache.bench.measure.cases import Case
+
+SCHEMA = 2
+"""1 was the format of bench/results/2026-11-23-h200, which :mod:`~.first_format` reads."""
+
+CPU_WATERMARK = "measured on a CPU: shows that the code runs, says nothing about the speed of a GPU"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What a number is: its unit, whether more of it is better, and what it says."""
+
+    unit: str
+    more_is_better: bool
+    says: str
+
+
+METRICS = {
+    "gb_per_s": Metric("GB/s", True, "bytes of the write by ms"),
+    "link_share": Metric("", True, "gb_per_s by the rate of one large pinned copy in the same run"),
+    "ms": Metric("ms", False, "from before the submission, on idle streams, to the transfer's completion"),
+    "submit_us": Metric("us", False, "time of the scheduler's thread until submit returns"),
+    "plan_us": Metric("us", False, "the part of submit_us outside the device seam: planning"),
+    "device_us": Metric("us", False, "the part of submit_us inside it: driver, torch, Triton"),
+    "stall_ms": Metric("ms", False, "longest time that one forward waits: fence reached to fence released"),
+    "stall_total_ms": Metric("ms", False, "the same, over all forwards that wait for this write"),
+    "held_ms": Metric("ms", False, "from before the submission to the first fence released"),
+    "ack_us": Metric("us", False, "from before the submission until the host sees the transfer complete"),
+    "slow_down": Metric("x", False, "time of a forward beside write-back by its time alone"),
+    "forward_ms": Metric("ms", False, "time of the forward beside write-back"),
+    "later_us": Metric("us", False, "time of the scheduler's thread for what submit left for later gaps"),
+    "values_us": Metric("us", False, "the host's wait for device indices (device.host_values)"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Repeats of one number: their median, least and greatest."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if not values:
+            raise ValueError("no repeats")
+        return cls(statistics.median(values), min(values), max(values), len(values))
+
+    def overlaps(self, other: Spread) -> bool:
+        """Whether some value lies between least and greatest of both."""
+        return self.low <= other.high and other.low <= self.high
+
+
+@dataclass
+class Row:
+    """One contender in one case.
+
+    Attributes:
+        measurement: ``bandwidth``, ``submit``, ``interference``, ``fence`` or ``latency``.
+        forward: what ran beside it, where something did.
+        metrics: by name in :data:`METRICS`; empty where it could not be measured, with the ``reason``.
+        backend: who moved the bytes: the contender itself, or what ``auto`` chose.
+        safe: whether the forwards that the policy lists for the case's attention backend wait for its SM
+            work, or it has none.
+        fenced: whether the policy lists any.
+        copies: entries given to the copy engine, where known.
+        entry_bytes: bytes of the write by the copies that drain it from staging.
+        checked: whether every byte arrived and no other was changed.
+        fastest_safe: of ``auto``: the fastest of the safe contenders.
+        auto_right: of ``auto``: whether it chose that one, or was as fast within the spread.
+        missed_by: of ``auto``: how much longer it took than that one, 0.1 for 10 %.
+    """
+
+    measurement: str
+    case: Case
+    contender: str
+    forward: str | None = None
+    metrics: dict[str, Spread] = field(default_factory=dict)
+    backend: str | None = None
+    safe: bool | None = None
+    fenced: bool | None = None
+    copies: int | None = None
+    entry_bytes: int | None = None
+    checked: bool = False
+    fastest_safe: str | None = None
+    auto_right: bool | None = None
+    missed_by: float | None = None
+    reason: str | None = None
+
+    @property
+    def key(self) -> tuple[str, Case, str | None, str]:
+        """What makes it the same row in another run."""
+        return self.measurement, self.case, self.forward, self.contender
+
+
+@dataclass
+class Run:
+    """Rows, and what they were measured on.
+
+    Attributes:
+        environment: hardware, versions, git state, command line, date; ``ran_on`` is ``GPU`` or ``CPU``.
+        ceilings: rate of the link and of the GPU's memory, GB/s.
+    """
+
+    environment: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    ceilings: dict[str, Spread] = field(default_factory=dict)
+
+    @property
+    def watermark(self) -> str | None:
+        """What must stand wherever these figures are shown."""
+        return None if self.environment.get("ran_on") == "GPU" else CPU_WATERMARK
+
+    def of(self, measurement: str) -> list[Row]:
+        return [row for row in self.rows if row.measurement == measurement]
+
+    def wrong(self) -> list[Row]:
+        """Rows whose bytes were looked at and not right."""
+        return [row for row in self.rows if row.reason is not None and row.reason.startswith(WRONG)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "schema": SCHEMA,
+            "ran_on": self.environment.get("ran_on"),
+            "watermark": self.watermark,
+            "environment": self.environment,
+            "ceilings_gb_per_s": {name: asdict(each) for name, each in self.ceilings.items()},
+            "metrics": {name: asdict(metric) for name, metric in METRICS.items()},
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Run:
+        """The inverse of :meth:`to_dict`, and a reader of the first format.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        if "bandwidth" in data or "fence" in data:
+            from sglang_hicache.bench.measure.first_format import read
+
+            return read(data)
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"no result of hicache-io bench (schema {data.get('schema')!r}, not {SCHEMA})")
+        rows = [
+            Row(
+                **{
+                    **row,
+                    "case": Case(**row["case"]),
+                    "metrics": {name: Spread(**each) for name, each in row["metrics"].items()},
+                }
+            )
+            for row in data["rows"]
+        ]
+        ceilings = {name: Spread(**each) for name, each in data["ceilings_gb_per_s"].items()}
+        return cls(dict(data["environment"]), rows, ceilings)
+
+
+WRONG = "WRONG BYTES"
+"""How the reason of a row begins that was measured and did not move the right bytes."""
+
+
+def load(path: Path) -> Run:
+    """A saved run.
+
+    Raises:
+        ValueError: the file is not there, or holds something else; the message says which.
+    """
+    try:
+        return Run.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not a saved run of hicache-io bench ({error})") from error
+
+
+def merged(runs: Iterable[Run]) -> Run:
+    """Runs of one machine as one; a row measured again replaces the earlier one.
+
+    Raises:
+        ValueError: they ran on different hardware or versions.
+    """
+    runs = list(runs)
+    same = ("ran_on", "gpu", "driver", "torch")
+    for run in runs[1:]:
+        for name in same:
+            first, other = runs[0].environment.get(name), run.environment.get(name)
+            if first != other:
+                raise ValueError(f"runs of different machines cannot be one: {name} is {first} and {other}")
+    rows = {row.key: row for run in runs for row in run.rows}
+    ceilings = {name: each for run in runs for name, each in run.ceilings.items()}
+    commands = list(dict.fromkeys(str(run.environment.get("command")) for run in runs))
+    environment = {**runs[0].environment, "command": "; ".join(commands)}
+    return Run(environment, list(rows.values()), ceilings)
+
+
+CSV_COLUMNS = (
+    "ran_on",
+    "measurement",
+    *(each.name for each in fields(Case)),
+    "forward",
+    "contender",
+    "backend",
+    "safe",
+    "fenced",
+    "entry_bytes",
+    "copies",
+    "repeats",
+    *(f"{name}{part}" for name in METRICS for part in ("", "_low", "_high")),
+    "checked",
+    "fastest_safe",
+    "auto_right",
+    "missed_by",
+    "reason",
+)
+
+
+def to_csv(run: Run) -> str:
+    """One line a row, below lines with ``#`` that say where the figures come from."""
+    out = io.StringIO()
+    if run.watermark:
+        out.write(f"# {run.watermark}\n")
+    for name, value in run.environment.items():
+        out.write(f"# {name}: {str(value).splitlines()[0] if str(value) else ''}\n")
+    for name, rate in run.ceilings.items():
+        out.write(f"# {name}: {rate.median:.2f} GB/s ({rate.low:.2f} to {rate.high:.2f})\n")
+    writer = csv.DictWriter(out, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in run.rows:
+        writer.writerow(_csv_row(run, row))
+    return out.getvalue()
+
+
+def _csv_row(run: Run, row: Row) -> dict[str, Any]:
+    cells: dict[str, Any] = {"ran_on": run.environment.get("ran_on"), **asdict(row.case)}
+    for name in CSV_COLUMNS:
+        if name not in cells and name in Row.__dataclass_fields__:
+            cells[name] = getattr(row, name)
+    for name, each in row.metrics.items():
+        cells |= {name: each.median, f"{name}_low": each.low, f"{name}_high": each.high}
+        cells["repeats"] = each.n
+    return cells
+
+
+def save(run: Run, folder: Path, stem: str = "bench") -> list[Path]:
+    """``stem.json`` and ``stem.csv`` in ``folder``; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    as_json, as_csv = folder / f"{stem}.json", folder / f"{stem}.csv"
+    as_json.write_text(json.dumps(run.to_dict(), indent=1) + "\n", encoding="utf-8")
+    as_csv.write_text(to_csv(run), encoding="utf-8")
+    return [as_json, as_csv]

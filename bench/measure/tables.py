@@ -1,0 +1,236 @@
+"""Tables of a run: one line a case, one column a contender. As Markdown, HTML, or by rich on a terminal."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_hicache.bench.measure.cases import Case
+from sglang_hicache.bench.measure.contenders import names as contender_names
+from sglang_hicache.bench.measure.results import Row, Run
+from sglang_hicache.io_backends.registry import AUTO
+
+
+@dataclass(frozen=True)
+class Table:
+    """Texts only; ``notes`` stand below it."""
+
+    title: str
+    columns: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Shape:
+    title: str
+    cell: Callable[[Row], str]
+    notes: tuple[str, ...]
+    judged: bool = False
+
+
+def _number(row: Row, metric: str, shape: str) -> str:
+    return shape.format(row.metrics[metric].median) if metric in row.metrics else ""
+
+
+def _bandwidth(row: Row) -> str:
+    share = f" {row.metrics['link_share'].median:.0%}" if "link_share" in row.metrics else ""
+    return f"{row.metrics['gb_per_s'].median:.1f}{share} ±{_spread(row, 'gb_per_s')}"
+
+
+def _fence(row: Row) -> str:
+    held = f" (held {row.metrics['held_ms'].median:.2f})" if "held_ms" in row.metrics else ""
+    stall = row.metrics["stall_ms"].median if "stall_ms" in row.metrics else None
+    return (f"{stall:.3f}" if stall is not None else "") + held
+
+
+def _submit(row: Row) -> str:
+    if "values_us" in row.metrics:
+        return f"{row.metrics['values_us'].median:.0f} ±{_spread(row, 'values_us')}"
+    text = f"{row.metrics['submit_us'].median:,.0f}"
+    if "plan_us" in row.metrics:
+        plan, device = row.metrics["plan_us"].median, row.metrics["device_us"].median
+        text += f" ({plan:,.0f}+{device:,.0f})"
+    later = row.metrics.get("later_us")
+    return text + (f", later {later.median:,.0f}" if later is not None and later.median else "")
+
+
+def _interference(row: Row) -> str:
+    return f"{row.metrics['slow_down'].median:.2f}x ±{_spread(row, 'slow_down')}"
+
+
+def _latency(row: Row) -> str:
+    return f"{row.metrics['ack_us'].median:,.0f} ±{_spread(row, 'ack_us')}"
+
+
+def _spread(row: Row, metric: str) -> str:
+    """Half of greatest less least, as a share of the median."""
+    each = row.metrics[metric]
+    return f"{(each.high - each.low) / 2 / each.median:.0%}" if each.median else "0%"
+
+
+_SHAPES = {
+    "bandwidth": _Shape(
+        "Bandwidth: GB/s, share of the link, half of the spread",
+        _bandwidth,
+        (
+            "End to end on the device's clock, from before the submission on idle streams to completion; "
+            "link: one large copy to the host in the same run.",
+        ),
+        judged=True,
+    ),
+    "fence": _Shape(
+        "Fence: ms that a forward waits which must not share the SMs with one write",
+        _fence,
+        (
+            "The longest wait of one forward, from the fence reached when the submission returned to the "
+            "fence released; held: from before the submission to there. Nothing waits for copy engines.",
+        ),
+    ),
+    "interference": _Shape(
+        "Interference: time of a forward beside write-back that never stops, by its time alone",
+        _interference,
+        (
+            "No forward waits here: it is the price of sharing the GPU. half: thread blocks for half of the "
+            "SMs.",
+        ),
+    ),
+    "submit": _Shape(
+        "Submit: us of the scheduler's thread for one write",
+        _submit,
+        (
+            "In brackets: planning + device seam (driver, torch, Triton); later: for what was left to gaps "
+            "between forwards. host_values: the wait for device indices that copy_engine needs, alone.",
+        ),
+    ),
+    "latency": _Shape(
+        "Latency: us from before the submission until the host sees one write complete",
+        _latency,
+        (),
+        judged=True,
+    ),
+}
+_IDLE_NOTE = (
+    "Without a GPU the driver, torch's streams and events and Triton's launcher do nothing: what they cost "
+    "is not in these figures."
+)
+
+
+def tables(run: Run) -> list[Table]:
+    """One table for each measurement of the run, and one of what has no figures."""
+    made = []
+    for name, shape in _SHAPES.items():
+        rows = run.of(name)
+        if rows:
+            made.append(_table(run, rows, name, shape))
+    missing = [row for row in run.rows if not row.metrics]
+    if missing:
+        made.append(_reasons(missing))
+    return made
+
+
+def _table(run: Run, rows: Sequence[Row], name: str, shape: _Shape) -> Table:
+    measured = [row for row in rows if row.metrics]
+    found = dict.fromkeys(row.contender for row in measured)
+    # The same order in every table; what is no contender comes last.
+    known = contender_names()
+    names = sorted(found, key=lambda name: known.index(name) if name in known else len(known))
+    lines = []
+    for (case, forward), beside in _by_case(rows).items():
+        cells = {row.contender: shape.cell(row) for row in beside if row.metrics}
+        line = [_case_text(case), *([forward or ""] if _has_forward(rows) else [])]
+        line += [cells.get(each, "") for each in names]
+        if shape.judged:
+            line.append(verdict(next((row for row in beside if row.contender == AUTO), None)))
+        if cells:
+            lines.append(tuple(line))
+    columns = ("case", *(("beside",) if _has_forward(rows) else ()), *names)
+    notes = shape.notes + ((_IDLE_NOTE,) if name == "submit" and run.watermark else ())
+    return Table(shape.title, columns + (("auto right?",) if shape.judged else ()), tuple(lines), notes)
+
+
+def verdict(auto: Row | None) -> str:
+    """Whether ``auto`` was the fastest safe choice, in words."""
+    if auto is None or auto.auto_right is None:
+        return ""
+    if auto.auto_right:
+        return f"yes ({auto.backend})"
+    return f"no: {auto.fastest_safe}, {auto.backend} takes {auto.missed_by:.0%} longer"
+
+
+def _has_forward(rows: Sequence[Row]) -> bool:
+    return any(row.forward is not None for row in rows)
+
+
+def _by_case(rows: Sequence[Row]) -> dict[tuple[Case, str | None], list[Row]]:
+    found: dict[tuple[Case, str | None], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.case, row.forward), []).append(row)
+    return found
+
+
+def _case_text(case: Case) -> str:
+    shape = "frag" if case.fragmented else "contig"
+    return f"{case.model} {case.layout} p{case.page_size} {case.tokens:,} {shape} {case.attention}"
+
+
+def _reasons(missing: Sequence[Row]) -> Table:
+    """What could not be measured, equal reasons together."""
+    groups: dict[tuple[str, str, str], int] = {}
+    for row in missing:
+        key = (row.measurement, row.contender, row.reason or "no reason given")
+        groups[key] = groups.get(key, 0) + 1
+    lines = tuple((name, who, str(count), why) for (name, who, why), count in groups.items())
+    return Table("Not measured", ("measurement", "contender", "rows", "why"), lines)
+
+
+def markdown(run: Run) -> str:
+    """Every table, with the watermark above each."""
+    parts = []
+    for table in tables(run):
+        parts.append(f"### {table.title}\n")
+        if run.watermark:
+            parts.append(f"**{run.watermark}.**\n")
+        parts += [markdown_row(table.columns), markdown_row(["---"] * len(table.columns))]
+        parts += [markdown_row(line) for line in table.lines]
+        parts += ["", *table.notes, ""]
+    return "\n".join(parts)
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """One line of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def as_html(table: Table, watermark: str | None) -> str:
+    """A table element with its title."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>\n" for line in table.lines
+    )
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in table.notes)
+    mark = f'<p class="mark">{html.escape(watermark)}</p>' if watermark else ""
+    return (
+        f"<h2>{html.escape(table.title)}</h2>{mark}<table><thead><tr>{head}</tr></thead>\n"
+        f"<tbody>{body}</tbody></table>{notes}\n"
+    )
+
+
+def print_tables(run: Run, console: Any) -> None:
+    """Every table on a rich console, each with the watermark in its title."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    for table in tables(run):
+        title = table.title + (f"\n{run.watermark}" if run.watermark else "")
+        shown = RichTable(title=title, box=SIMPLE_HEAD, pad_edge=False, title_justify="left")
+        for index, name in enumerate(table.columns):
+            shown.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        for line in table.lines:
+            shown.add_row(*map(escape, line))
+        console.print(shown)
+        for note in table.notes:
+            console.print(note, style="dim", markup=False)

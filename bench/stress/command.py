@@ -1,0 +1,153 @@
+"""`hicache-io stress`: does a running server survive, and answer rightly, under eviction pressure?"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import platform
+import re
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+from urllib.parse import urlsplit
+
+import typer
+
+from sglang_hicache.bench.demo_output import console
+from sglang_hicache.bench.measure import environment
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def stress(
+    url: Annotated[str, typer.Argument(metavar="URL", help="The server, such as http://127.0.0.1:30000.")],
+    compare: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A second server: the same load, the two take turns by waves."),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A server of the same model whose answers are right; else a prompt's first answer is.",
+        ),
+    ] = None,
+    duration: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Load on each server: 90, 90s, 10m, 2h.")
+    ] = None,
+    waves: Annotated[int | None, typer.Option(min=1, help="How many waves; 4 without --duration.")] = None,
+    clients: Annotated[int | None, typer.Option(min=1, help="Requests at once; up to 64, by pool.")] = None,
+    conversations: Annotated[
+        int | None, typer.Option(min=1, help="New conversations a wave; by pool without it.")
+    ] = None,
+    turns: Annotated[int, typer.Option(min=1, help="Requests a conversation.")] = 3,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=4, help="Mean length of a first prompt; up to 1,024, by pool.")
+    ] = None,
+    output_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each answer; up to 256, by pool.")
+    ] = None,
+    silent: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Hung: so long without any token.")
+    ] = 60,
+    tie: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="NATS",
+            help="Answers may part where the two likeliest tokens are this close: rounding swaps them. "
+            "0 where the server is deterministic (float32 on the CPU engine, "
+            "--enable-deterministic-inference), else 0.25.",
+        ),
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(min=2, help="Prompts hold token ids below this.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Save everything as JSON here.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Put a running SGLang server under load that forces eviction and write-back, and check every output.
+
+    Any SGLang server, with or without the plug-in. Waves of greedy multi-turn requests overflow its KV cache;
+    the same prompt must get the same tokens again, also when its prefix came back from host memory.
+
+    Exit status 0: all answers came and were right. 1: an error, a wrong output, a server that hung or died.
+    2: wrong input, or no usable server to begin with.
+    """
+    if find_spec("aiohttp") is None:
+        _refuse("aiohttp is not installed; pip install 'sglang-hicache-io[stress]' (SGLang brings it too)")
+    from sglang_hicache.bench.stress import report, run
+
+    urls = [_url(url), *([_url(compare)] if compare else [])]
+    if len(set(urls)) < len(urls):
+        _refuse("--compare names the same server")
+    if out is not None and not out.resolve().parent.is_dir():
+        _refuse(f"--out {out}: there is no such folder")
+    seconds = None if duration is None else _seconds(duration)
+    limits = run.Limits(seconds, 4 if waves is None and seconds is None else waves, silent, tie)
+    sizes = {
+        "vocab_size": vocab_size,
+        "seed": seed,
+        "turns": turns,
+        "conversations": conversations,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "clients": clients,
+    }
+    began = datetime.now(UTC)
+    try:
+        with report.LiveLines(limits) as lines:
+            outcome = asyncio.run(
+                run.stress(urls, _url(reference) if reference else None, limits, sizes, lines.show)
+            )
+    except run.UnusableError as error:
+        _refuse(str(error))
+    result = report.as_json(outcome, limits, _about(began))
+    console.print(report.table(result))
+    for note in result["notes"]:
+        console.print(f"[yellow]Note:[/yellow] {note}", soft_wrap=True)
+    for line in report.verdict(result):
+        console.print(line, soft_wrap=True)
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        console.print(f"Saved as {out}.", markup=False)
+    if json_:
+        print(json.dumps(result, indent=1))
+    if outcome.reference_problem is not None:
+        _refuse(outcome.reference_problem)
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+def _refuse(why: str) -> NoReturn:
+    console.print(f"hicache-io stress: {why}", style="red", markup=False, soft_wrap=True)
+    raise typer.Exit(2)
+
+
+def _url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        _refuse(f"{text!r} is no URL of a server; give one such as http://127.0.0.1:30000")
+    return text.rstrip("/")
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    value = float(found[1]) * _UNITS[found[2] or "s"] if found else 0.0
+    if value <= 0:
+        _refuse(f"--duration {text!r}: give seconds, or a number with s, m or h, such as 10m")
+    return value
+
+
+def _about(began: datetime) -> dict[str, Any]:
+    return {
+        "began": began.isoformat(timespec="seconds"),
+        "command": environment.command_line(),
+        "client": {
+            "cpu": environment.cpu_name(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "git": environment.git_state(),
+        },
+    }

@@ -1,0 +1,109 @@
+"""``--hicache-io-unsafe-fences`` on the virtual device: the fences are gone, and the races are there.
+
+Run by test_stress.py, in a process that SGLang is changed in for good (simulation/machine.py).
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from race_cases import FA3, cache, facts_of, keep_all
+
+from sglang_hicache.bench.race_result import Result
+from sglang_hicache.io_backends.sglang import runtime, unsafe
+from sglang_hicache.io_backends.sglang.runtime import Active
+from sglang_hicache.io_backends.sglang.simulation import setups
+from sglang_hicache.io_backends.sglang.simulation.experiment import Experiment
+from sglang_hicache.io_backends.sglang.writeback import WriteBack
+from sglang_hicache.policy.decide import decide
+from sglang_hicache.policy.load import policy_in_force
+
+pytestmark = pytest.mark.usefixtures("libcuda")
+
+SEEDS = range(12)
+
+
+def run(backend: str, fences: str | None) -> tuple[Result, list[Active]]:
+    """As a server with the option does it: the decision is changed, then what routes the writes."""
+    facts = facts_of(**FA3)
+    decision = unsafe.applied(decide(policy_in_force(None), facts, backend=backend), fences)
+    made = Experiment(cache(setups.setup_of(facts, "kernel")), decision, setups.exclusive_forwards(facts))
+    seen: list[Active] = []
+
+    def leave_out(active: Active) -> None:
+        safe = active.writeback
+        kind = unsafe.write_back_type(fences)
+        active.writeback = kind(active.device, safe._routes, safe._forward_stream)
+        controller: Any = made.cache.controller
+        runtime._prepare(controller, active)
+        unsafe.leave_out_sglangs(controller, fences)
+        seen.append(active)
+
+    result = Result()
+    for seed in SEEDS:
+        result.add(made.run(seed, keep_all, mutate=leave_out))
+    return result, seen
+
+
+def counted(seen: list[Active], counter: str) -> int:
+    return sum(getattr(active.writeback.counters, counter) for active in seen)
+
+
+@pytest.mark.parametrize(
+    ("backend", "fences", "kinds"),
+    [
+        ("fenced_kernel", "none", ["read_before_write", "sm_overlap"]),
+        ("fenced_kernel", "producer", ["sm_overlap"]),
+        ("fenced_kernel", "both", []),
+        ("hybrid", "none", ["read_before_write", "sm_overlap"]),
+        ("hybrid", "producer", ["sm_overlap"]),
+        ("copy_engine", "none", ["read_before_write"]),
+        ("copy_engine", "producer", []),
+    ],
+)
+def test_what_is_left_out_is_gone(backend: str, fences: str, kinds: list[str]) -> None:
+    result, seen = run(backend, fences)
+    assert result.kinds == kinds
+    assert bool(result.corrupted) == (fences == "none")
+    writes = counted(seen, "writes")
+    assert writes > len(SEEDS)
+    assert counted(seen, "producer_fences") == (0 if fences == "none" else writes)
+    assert bool(counted(seen, "forward_fences")) == (fences == "both")
+
+
+def test_without_the_option_all_is_as_it_was() -> None:
+    decision = decide(policy_in_force(None), facts_of(**FA3), backend="fenced_kernel")
+    assert unsafe.applied(decision, None) is decision
+    assert unsafe.to_carry(decision, None) == decision.to_dict()
+    assert unsafe.carried(decision.to_dict()) is None
+    assert unsafe.write_back_type(None) is WriteBack
+    assert unsafe.summary(None) == {}
+
+
+@pytest.mark.parametrize("fences", unsafe.CHOICES)
+def test_it_travels_and_is_said(fences: str, caplog: pytest.LogCaptureFixture) -> None:
+    decision = decide(policy_in_force(None), facts_of(**FA3), backend="fenced_kernel")
+    experiment = unsafe.applied(decision, fences)
+    assert fences in experiment.rule
+    assert experiment.because.startswith("UNSAFE EXPERIMENT")
+    assert experiment.fences() == (decision.fences() if fences == "both" else ())
+    assert unsafe.carried(unsafe.to_carry(experiment, fences)) == fences
+    unsafe.warn(fences)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{unsafe.OPTION} {fences}" in caplog.text
+
+
+@pytest.mark.parametrize("fences", [None, *unsafe.CHOICES])
+def test_a_scheduler_takes_sglangs_own_fence_away_too(
+    fences: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller = SimpleNamespace(write_fence_stream="forward stream")
+    scheduler = SimpleNamespace(tree_cache=SimpleNamespace(cache_controller=controller))
+    active: Any = SimpleNamespace(unsafe_fences=fences, writeback=SimpleNamespace())
+    monkeypatch.setattr(runtime, "_active", active)
+    monkeypatch.setattr(runtime, "_prepare", lambda *_: None)
+    monkeypatch.setattr(runtime, "metrics_of", lambda _: None)
+    runtime._make_ready(scheduler)
+    assert controller.write_fence_stream == (None if fences == "none" else "forward stream")

@@ -1,0 +1,143 @@
+"""A server that answers like SGLang's, as far as ``hicache-io stress`` asks, and fails as it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from aiohttp import web
+
+from sglang_hicache.bench import serving
+
+VOCAB = 512
+
+# Told the prompt and how often it was asked before: the tokens of the answer.
+Model = Callable[[list[int], int, int], list[int]]
+
+
+def right(prompt: list[int], count: int, asked_before: int) -> list[int]:
+    """A function of the prompt alone."""
+    digest = hashlib.sha256(json.dumps(prompt).encode()).digest()
+    return [(digest[i % 32] + i) % VOCAB for i in range(count)]
+
+
+class FakeServer:
+    """Runs in a thread of its own, as a context manager.
+
+    Attributes:
+        model: what it answers.
+        fail: told the number of a request from 0; "error", "abort", "cut" or "hang" instead of an answer.
+        gap: nats between the two likeliest tokens.
+        info: of ``/server_info``.
+        most_at_once: requests that were in flight together, at most.
+    """
+
+    def __init__(self, model: Model = right, **info: Any) -> None:
+        self.model = model
+        self.fail: Callable[[int], str | None] = lambda number: None
+        self.gap = 5.0
+        self.incremental = False
+        self.most_at_once = 0
+        self.requests = 0
+        self.host_tokens = 5
+        self.parted: tuple[int, int] = (0, 1)
+        self.info = {
+            "version": "0.5.23",
+            "max_total_num_tokens": 1024,
+            "device": "cuda",
+            "enable_deterministic_inference": True,
+            "enable_hierarchical_cache": True,
+            "internal_states": [{}],
+            **info,
+        }
+        self.url = f"http://127.0.0.1:{serving.free_port()}"
+        self._asked: Counter[tuple[int, ...]] = Counter()
+        self._at_once = 0
+        self._hanging = False
+        self._loop = asyncio.new_event_loop()
+        self._runner: web.AppRunner | None = None
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> FakeServer:
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+    def close(self) -> None:
+        """Refuse connections from now on, and cut those that there are."""
+        if self._runner is not None:
+            runner, self._runner = self._runner, None
+            asyncio.run_coroutine_threadsafe(runner.cleanup(), self._loop).result(10)
+
+    async def _start(self) -> None:
+        app = web.Application()
+        app.router.add_get("/server_info", self._server_info)
+        app.router.add_get("/health", self._health)
+        app.router.add_post("/generate", self._generate)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", int(self.url.rpartition(":")[2])).start()
+
+    async def _server_info(self, request: web.Request) -> web.Response:
+        return web.json_response(self.info)
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response(status=503 if self._hanging else 200)
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            return await self._answer(request, await request.json())
+        finally:
+            self._at_once -= 1
+
+    async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        prompt, count = body["input_ids"], body["sampling_params"]["max_new_tokens"]
+        assert all(0 <= token < VOCAB for token in prompt)
+        if body.get("return_logprob"):
+            best = [[-0.5, self.parted[0], None], [-0.5 - self.gap, self.parted[1], None]]
+            return web.json_response({"meta_info": {"output_top_logprobs": [best]}})
+        failure = self.fail(self.requests)
+        self.requests += 1
+        if failure == "error":
+            return web.Response(status=500, text="out of memory")
+        if failure == "hang":
+            self._hanging = True
+            await asyncio.sleep(3600)
+        tokens = self.model(prompt, count, self._asked[tuple(prompt)])
+        self._asked[tuple(prompt)] += 1
+        stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await stream.prepare(request)
+        for done in range(1, count + 1):
+            if failure == "cut" and done == 2:
+                assert request.transport is not None
+                request.transport.abort()
+                return stream
+            reason = {"type": "abort" if failure == "abort" else "length"} if done == count else None
+            event = {
+                "output_ids": tokens[done - 1 : done] if self.incremental else tokens[:done],
+                "meta_info": {
+                    "completion_tokens": done,
+                    "finish_reason": reason,
+                    "cached_tokens_details": {"device": 3, "host": self.host_tokens},
+                },
+            }
+            await stream.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            await asyncio.sleep(0)  # others may be answered in between
+        await stream.write(b"data: [DONE]\n\n")
+        return stream
