@@ -39,7 +39,9 @@ class _Group(TyperGroup):
         module, _, attribute = LAZY[cmd_name].partition(":")
         found = getattr(import_module(module), attribute)
         if isinstance(found, typer.Typer):
-            return typer.main.get_command(found)
+            command = typer.main.get_command(found)
+            command.name = cmd_name
+            return command
         single = typer.Typer(add_completion=False)
         single.command(cmd_name)(found)
         return typer.main.get_command(single)

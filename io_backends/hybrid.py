@@ -31,7 +31,7 @@ from sglang_hicache.io_backends.staging import Ring
 
 DEFAULT_STAGING_MB = 256
 """MiB of device memory for the ring; the contract's example value. By arithmetic, a chunk of half of it
-drains in 2.4 ms at 55 GB/s (H200): long against what the next one costs the host (hicache-io bench submit)."""
+drains in 2.4 ms at 55 GB/s (H200): long against what the next costs the host (`hicache-io bench submit`)."""
 
 DEFAULT_GATHER_CTAS = 32
 """Thread blocks of the gather. B200, 592/148/64/32/16 blocks of a D2H kernel: total time was best at 32

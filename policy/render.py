@@ -58,11 +58,23 @@ def show_what_if(out: Console, now: Explanation, then: Explanation, other: Mappi
         _show_reasons(out, then)
 
 
+_MATRIX_COLUMNS = 120
+"""A terminal that is narrower gets a list: the table would break its words."""
+
+
 def show_matrix(out: Console, rows: Sequence[Sequence[str]]) -> None:
     """Print the table that `matrix.rows` makes."""
     titles, *body = rows
-    # One name a line: a folded list would break names.
-    out.print(_table(titles, [(names.replace(", ", "\n"), *cells) for names, *cells in body]))
+    if out.width >= _MATRIX_COLUMNS:
+        # One name a line: a folded list would break names.
+        out.print(_table(titles, [(names.replace(", ", "\n"), *cells) for names, *cells in body]))
+        return
+    for names, *cells in body:
+        _heading(out, names)
+        archs: dict[str, list[str]] = {}
+        for arch, cell in zip(titles[1:], cells, strict=True):
+            archs.setdefault(cell, []).append(arch)
+        out.print(_pairs([(", ".join(which), cell) for cell, which in archs.items()]))
 
 
 def show_policy(out: Console, policy: Policy) -> None:

@@ -51,9 +51,9 @@ def test_attention_backends_treated_alike_share_a_row():
     assert by_name["dsa"] == by_name["nsa"]
 
 
-def run(*arguments: str) -> str:
+def run(*arguments: str, columns: str = "120") -> str:
     result = CliRunner().invoke(
-        app, ["explain", "--matrix", *arguments], env={"NO_COLOR": "1", "COLUMNS": "120"}
+        app, ["explain", "--matrix", *arguments], env={"NO_COLOR": "1", "COLUMNS": columns}
     )
     assert result.exit_code == 0, result.stderr
     return result.stdout
@@ -79,3 +79,9 @@ def test_the_readme_shows_it():
         r"<!-- policy_matrix -->\n(.*?)<!-- end -->", README.read_text(encoding="utf-8"), re.DOTALL
     )
     assert shown == [markdown(TABLE)]
+
+
+def test_a_narrow_terminal_gets_a_list_with_whole_words():
+    shown = " ".join(run("--mem-layout", "layer_first", columns="80").split())
+    assert "sm90, unknown copy_engine" in shown or "sm90, unknown fenced_kernel or" in shown
+    assert "fa3, minicpm_flashattn, dual_chunk_flash_attn" in shown

@@ -1,4 +1,4 @@
-"""`hicache-io stress` against real servers on the CPU engine, and fences that an experiment leaves out."""
+"""`hicache-io stress` against real servers on the CPU engine, and what an experiment leaves out."""
 
 from __future__ import annotations
 
