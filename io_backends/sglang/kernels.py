@@ -40,7 +40,7 @@ def without_staging(host_pool: Any) -> Iterator[None]:
     wanted: dict[str, Any] = {}
     if host_pool.layout == "page_first" and getattr(host_pool, staged, False):
         wanted[staged] = False
-        # Pools whose K and V differ in width have no single stride, and no JIT kernel either.
+        # Pools whose K and V differ in width have no single stride, and take no JIT kernel.
         row = getattr(host_pool, "token_stride_size", None)
         if row is not None and getattr(host_pool, "can_use_jit", False) and hasattr(host_pool, strided):
             wanted[strided] = getattr(host_pool, strided) or row
@@ -74,7 +74,8 @@ def build_limited(host_pool: Any, quota: int) -> bool:
     Returns:
         False if the pool has no JIT kernel, or it cannot be built (SGLang's log says why).
     """
-    if not getattr(host_pool, "can_use_jit", False):
+    # K and V of different width have no single row, and take the AOT kernel whatever the flag says.
+    if not getattr(host_pool, "can_use_jit", False) or not hasattr(host_pool, "token_stride_size"):
         return False
     from sglang.kernels.ops.kvcache.hicache import can_use_hicache_jit_kernel
 

@@ -38,6 +38,9 @@ class Timing(Protocol):
         ...
 
 
+_OWN_LABELS = frozenset({"backend", "pool", "reason"})
+
+
 class _Written(NamedTuple):
     """What counts the writes of one pool by one backend."""
 
@@ -57,8 +60,9 @@ class Metrics:
     """
 
     def __init__(self, labels: Mapping[str, str], kinds: Any) -> None:
-        self._labels = dict(labels)
-        names = list(labels)
+        # --extra-metric-labels may hold any name; two labels of one name would fail at the first write.
+        self._labels = {name: value for name, value in labels.items() if name not in _OWN_LABELS}
+        names = list(self._labels)
 
         def counter(name: str, text: str, *more: str) -> Any:
             return kinds.Counter(name=PREFIX + name, documentation=text, labelnames=[*names, *more])

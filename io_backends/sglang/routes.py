@@ -43,25 +43,30 @@ def one_route(backend: Backend, forwards: Iterable[str] = ()) -> tuple[Route, ..
 
 
 def routes_of(decision: Decision, make: Callable[[str, Any], Backend]) -> tuple[Route, ...]:
-    """The decision's routes; those with the same backend and options share one instance.
+    """The decision's routes; those with the same backend, options and fences share one instance.
+
+    Not those with other fences: an instance does its writes in turn, so that a forward which waits for one
+    would wait for the others too, or not for chunks of its own that another write has made room for.
 
     Args:
         decision: what the policy decided.
         make: makes a backend from its name and options.
     """
-    made: list[tuple[str, dict[str, Any], Backend]] = []
+    made: list[tuple[tuple[str, dict[str, Any], frozenset[str]], Backend]] = []
 
-    def backend(name: str, options: dict[str, Any]) -> Backend:
-        for known, with_options, instance in made:
-            if (known, with_options) == (name, options):
+    def backend(name: str, options: dict[str, Any], forwards: frozenset[str]) -> Backend:
+        key = (name, options, forwards)
+        for known, instance in made:
+            if known == key:
                 return instance
-        made.append((name, options, make(name, options)))
-        return made[-1][2]
+        made.append((key, make(name, options)))
+        return made[-1][1]
 
-    return tuple(
-        Route(backend(route.backend, dict(route.options)), frozenset(route.fence_forward), route.holds)
-        for route in decision.routes
-    )
+    found = []
+    for route in decision.routes:
+        forwards = frozenset(route.fence_forward)
+        found.append(Route(backend(route.backend, dict(route.options), forwards), forwards, route.holds))
+    return tuple(found)
 
 
 def write_facts(geometry: PoolGeometry, host_indices: Any) -> WriteFacts:

@@ -124,7 +124,7 @@ def around_scheduler_init(
     refusal: Exception | None = None
     try:
         _activate(scheduler, decision, unsafe_fences)
-    except (RefusedError, RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever it is, the other ranks must hear of it
         if ranks.alone(server_args):
             raise exit_with(error, 1) from error
         # The others would wait for a rank that is gone; they hear of it where all meet.
@@ -133,7 +133,7 @@ def around_scheduler_init(
     try:
         if refusal is None:
             _make_ready(scheduler)
-    except (RefusedError, RuntimeError, ValueError) as error:
+    except Exception as error:
         refusal = error
     try:
         ranks.agree(scheduler, decision, refusal)
@@ -254,8 +254,9 @@ def _around_move(original: Callable[..., Any], controller: Any, op: Any) -> Any:
 
 
 def _before_reset(controller: Any, *args: Any, **kwargs: Any) -> None:
-    assert _active is not None
-    _active.writeback.abandon()
+    # SGLang may reset while it builds a scheduler whose activation failed, and that all ranks will refuse.
+    if _active is not None:
+        _active.writeback.abandon()
 
 
 def _before_run_batch(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:

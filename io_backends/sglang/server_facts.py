@@ -243,13 +243,14 @@ def _attention_dp(config: Any) -> int:
 
 
 def _pool_facts(scheduler: Any) -> dict[str, FactValue]:
-    """What the first host pool that can be described is like; nothing if there is none."""
+    """What the anchor's host pool is like; nothing if it cannot be described. A draft's may be another kind."""
     for owner in (scheduler.tree_cache, getattr(scheduler, "decode_offload_manager", None)):
         group = getattr(getattr(owner, "cache_controller", None), "mem_pool_host", None)
         entries = getattr(group, "entries", ())
-        for pool in [entry.host_pool for entry in entries] or ([group] if group is not None else []):
+        anchor = entries[0].host_pool if entries else group
+        if anchor is not None:
             try:
-                geometry = describe(pool)
+                geometry = describe(anchor)
             except UnsupportedPoolError:
                 continue
             return {

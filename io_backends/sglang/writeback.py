@@ -67,6 +67,8 @@ class WriteBack:
         self._device = device
         self._routes = tuple(routes)
         self._backends = distinct(routes)
+        if len({(id(route.backend), route.forwards) for route in routes}) > len(self._backends):
+            raise ValueError("one backend instance serves routes with different fences")
         self._forward_stream = forward_stream
         # Forwards that wait for SM work which no single route answers for: of SGLang's own path, and of what
         # a backend left for later.
@@ -76,9 +78,9 @@ class WriteBack:
         self._indices = PlainIndices(self.pools.serves)
         self.move_write_operation = self._indices.move_write_operation
         self._in_flight: deque[tuple[Any, Sequence[str], tuple[object, ...]]] = deque()
-        # The last event of each backend (of SGLang's own path: None) for each set of forwards that wait. They
-        # may be on streams of their own: none of them covers another.
-        self._sm_done: dict[tuple[Backend | None, frozenset[str]], Event] = {}
+        # The last event of each backend (of SGLang's own path: None), set of forwards that wait, and transfer
+        # stream (None: the backend's own). They may be on streams of their own: none of them covers another.
+        self._sm_done: dict[tuple[Backend | None, frozenset[str], int | None], Event] = {}
         self.counters = Counters()
         self.metrics: Metrics | None = None
 
@@ -139,9 +141,11 @@ class WriteBack:
     def _forget_enqueued(self) -> None:
         self._pending = [each for each in self._pending if not each[1].enqueued()]
 
-    def _sm_work(self, backend: Backend | None, forwards: frozenset[str], done: Event | None) -> None:
+    def _sm_work(
+        self, backend: Backend | None, forwards: frozenset[str], done: Event | None, engine: Any = None
+    ) -> None:
         if done is not None and forwards:
-            self._sm_done[backend, forwards] = done
+            self._sm_done[backend, forwards, None if engine is None else id(engine)] = done
 
     def abandon(self) -> None:
         """The cache is being reset: nobody will ask for what is not enqueued."""
@@ -169,7 +173,8 @@ class WriteBack:
         plain = not transfer.host_indices.is_cuda and not translated(transfer.device_pool)
         if served.geometry is not None and plain:
             route = self._route(served.geometry, transfer.host_indices)
-            if route.backend.name in served.reasons:
+            # Without a move of ours SGLang has left them for its own copy, which may be the staged one.
+            if route.backend.name in served.reasons or (route.upstream_indices and move is None):
                 route = None
         if move is not None and (route is None or route.upstream_indices):
             host, device = move(transfer.host_indices, transfer.device_indices, may_stage=route is None)
@@ -208,7 +213,7 @@ class WriteBack:
         geometry = known.geometry
         if geometry is None or route is None:
             upstream(device_pool, host_indices, device_indices, engine.io_backend)
-            self._sm_work(None, self._forwards, self._device.record(stream))
+            self._sm_work(None, self._forwards, self._device.record(stream), engine)
             self.counters.fallback_writes += 1
             self.counters.served_by(UPSTREAM)
             self.counters.bytes += len(host_indices) * int(host_pool.size_per_token)
@@ -231,7 +236,7 @@ class WriteBack:
             upstream_copy=upstream_copy,
         )
         submission = route.backend.submit(transfer, stream)
-        self._sm_work(route.backend, route.forwards, submission.sm_done)
+        self._sm_work(route.backend, route.forwards, submission.sm_done, engine)
         if submission.pending is not None:
             self._pending.append((route.backend, submission.pending))
         kept.extend(submission.keep)

@@ -105,6 +105,9 @@ def test_a_limited_kernel_is_built_before_it_is_needed(monkeypatch: pytest.Monke
     monkeypatch.setattr(hicache, "can_use_hicache_jit_kernel", build_before_tma)
     assert build_limited(pool(), 3)
     assert not build_limited(pool(can_use_jit=False), 3)
+    wide_k = pool()
+    del wide_k.token_stride_size
+    assert not build_limited(wide_k, 3), "K and V of different width"
     assert asked == [
         {"element_size": 2048, "block_quota": 3, "page_size": 64},
         {"element_size": 2048, "block_quota": 3, "page_size": None},

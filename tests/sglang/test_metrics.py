@@ -91,6 +91,23 @@ def test_a_write_is_counted_by_backend_and_pool(metrics: Metrics, registry: Any)
     }
 
 
+def test_a_label_of_the_operators_with_a_name_of_ours_gives_way(registry: Any) -> None:
+    """`--extra-metric-labels '{"pool": "a"}'`: not a scheduler that dies at its first write."""
+
+    def made(kind: Any) -> Any:
+        return lambda **named: kind(**named, registry=registry)
+
+    kinds = SimpleNamespace(
+        Counter=made(prometheus_client.Counter),
+        Gauge=made(prometheus_client.Gauge),
+        Histogram=made(prometheus_client.Histogram),
+    )
+    labelled = Metrics({"tp_rank": "1", "pool": "theirs", "backend": "theirs", "reason": "theirs"}, kinds)
+    labelled.wrote(Backend(), "kv", Submission(copies=4, nbytes=1000), short=True)
+    labelled.fell_back("mamba", "because")
+    assert samples(registry)["bytes_total hybrid kv"] == 1000
+
+
 def test_a_fallback_says_why(metrics: Metrics, registry: Any) -> None:
     metrics.fell_back("mamba", "not a kind that is known")
     assert samples(registry) == {"fallback_writes_total mamba not a kind that is known": 1}

@@ -181,6 +181,7 @@ class Write:
         )
         self.host = host
         self.moves = 0
+        self.as_sglang_moves = False
 
     def _move(self, host: Any, device: Any) -> tuple[Any, Any]:
         self.moves += 1
@@ -189,7 +190,10 @@ class Write:
     def __call__(self, host: Any, device: Any = None) -> None:
         device = indices(*range(len(host))) if device is None else device
         operation = SimpleNamespace(host_indices=host, device_indices=device, pool_transfers=None)
-        host, device, _ = self.writeback.move_write_operation(sglangs_own, self.controller, operation)
+        if self.as_sglang_moves:
+            self.writeback.move_write_operation(sglangs_own, self.controller, operation)
+        else:
+            host, device, _ = self.writeback.move_write_operation(sglangs_own, self.controller, operation)
         engine = SimpleNamespace(device_to_host_stream=CpuStream(), io_backend="kernel")
         transfer = L2Transfer(self.host, None, host, device)
         self.writeback.submit(self._submission, engine, [transfer])
@@ -275,16 +279,32 @@ class TestRoutes:
         write(indices(*range(4 * BREAK_EVEN_ENTRY_BYTES // 1024)))
         assert write.writeback.counters.short_entry_writes == 1
 
-    def test_one_instance_for_routes_with_the_same_options(self) -> None:
-        def route(backend: str, **options: int) -> WriteRoute:
-            return WriteRoute("rule", "layer", "because", backend, ("extend",), options, {})
+    def test_one_instance_for_routes_with_the_same_options_and_fences(self) -> None:
+        def route(backend: str, fences: tuple[str, ...] = ("extend",), **options: int) -> WriteRoute:
+            return WriteRoute("rule", "layer", "because", backend, fences, options, {})
 
-        chosen = SimpleNamespace(
-            routes=(route("hybrid", staging_mb=1), route("copy_engine"), route("hybrid", staging_mb=1))
-        )
+        same, unfenced = route("hybrid", staging_mb=1), route("hybrid", (), staging_mb=1)
+        chosen = SimpleNamespace(routes=(same, route("copy_engine"), same, unfenced))
         found = routes_of(chosen, lambda name, options: Named(name))  # type: ignore[arg-type]
-        assert [each.backend.name for each in found] == ["hybrid", "copy_engine", "hybrid"]
+        assert [each.backend.name for each in found] == ["hybrid", "copy_engine", "hybrid", "hybrid"]
         assert found[0].backend is found[2].backend
+        # What one leaves for later, a write of the other would enqueue, under its own fences.
+        assert found[3].backend is not found[0].backend
+
+    def test_an_instance_with_two_sets_of_fences_is_refused(self) -> None:
+        one = Named()
+        with pytest.raises(ValueError, match="different fences"):
+            Write([Route(one, frozenset({"extend"}), long_entries), *one_route(one)], HostPool())
+
+    def test_indices_that_sglang_left_for_its_own_copy_are_not_given_to_its_kernel(self) -> None:
+        """A controller whose move is SGLang's own: host indices may stay on the host, for the staged path."""
+        kernel, host = Named("kernel", upstream=True), HostPool()
+        write = Write(one_route(kernel), host)
+        write.controller.is_kv_sharded = True
+        write.as_sglang_moves = True
+        write(indices(8, 9))
+        assert kernel.given == []
+        assert [(list(each[0]), each[2]) for each in host.copied] == [([8, 9], True)]
 
 
 class TestForwardFences:
