@@ -243,7 +243,7 @@ def _attention_dp(config: Any) -> int:
 
 
 def _pool_facts(scheduler: Any) -> dict[str, FactValue]:
-    """What the anchor's host pool is like; nothing if it cannot be described. A draft's may be another kind."""
+    """What the anchor's host pool is like (a draft's may be another kind); nothing if it is not described."""
     for owner in (scheduler.tree_cache, getattr(scheduler, "decode_offload_manager", None)):
         group = getattr(getattr(owner, "cache_controller", None), "mem_pool_host", None)
         entries = getattr(group, "entries", ())
