@@ -22,6 +22,7 @@ from sglang_hicache.bench.measure.one_write import Setting
 from sglang_hicache.bench.measure.results import Row, Spread
 from sglang_hicache.bench.measure.submit import index_row, index_wait, submissions
 from sglang_hicache.bench.measure.timing import interleaved, spreads
+from sglang_hicache.io_backends.virtual.model import CostModel
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import detect
 from sglang_hicache.policy.load import policy_in_force
@@ -83,12 +84,24 @@ def _rows(asked: Mapping[str, Any]) -> list[Row]:
                 asked["options"],
             )
             task = _task(setting, case)
-            found += submissions(setting, task)
+            found += [_with_model(row) for row in submissions(setting, task)]
             row = index_row(task, None)
             repeats, _ = interleaved({"idle": functools.partial(index_wait, task)}, setting.repeats)
             row.metrics = spreads(repeats["idle"])
             found.append(row)
         return found
+
+
+def _with_model(row: Row) -> Row:
+    """With ``model_us``: what was measured, and what a working driver takes for the entries. **A model.**"""
+    if row.metrics and row.copies is not None:
+        submit, later = row.metrics["submit_us"], row.metrics["later_us"]
+        driver = CostModel().entry_us * row.copies
+        row.metrics["model_us"] = Spread(
+            *(getattr(submit, name) + getattr(later, name) + driver for name in ("median", "low", "high")),
+            n=submit.n,
+        )
+    return row
 
 
 def _task(setting: Setting, case: Case) -> Task:

@@ -99,12 +99,16 @@ def test_submit_without_a_gpu_runs_against_a_driver_that_does_nothing(tmp_path: 
     words = ["--tokens", "64", "--page-size", "16", "--layout", "page_first", "--repeats", "2", "--json"]
     done = hicache_io("bench", "submit", *words, "--backend", "hybrid", "--backend", "copy_engine")
     assert done.exit_code == 0, done.stderr
-    rows = {row["contender"]: row["metrics"] for row in json.loads(done.stdout)["rows"]}
+    found = json.loads(done.stdout)["rows"]
+    rows = {row["contender"]: row["metrics"] for row in found}
+    copies = {row["contender"]: row["copies"] for row in found}
     assert set(rows) == {"hybrid", "copy_engine", "host_values"}
     for name in ("hybrid", "copy_engine"):
         parts = rows[name]["plan_us"]["low"], rows[name]["device_us"]["low"]
         assert all(part > 0 for part in parts)
         assert sum(parts) <= rows[name]["submit_us"]["high"] * 1.01
+        measured = rows[name]["submit_us"]["median"] + rows[name]["later_us"]["median"]
+        assert rows[name]["model_us"]["median"] == pytest.approx(measured + 0.6 * copies[name])
     assert rows["host_values"]["values_us"]["median"] > 0
 
 
