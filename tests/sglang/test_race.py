@@ -18,10 +18,13 @@ HERE = Path(__file__).parent
 VERSIONS = HERE.parents[1] / ".sglang-versions"
 
 
+# Minutes of one core; more where others run beside it.
+@pytest.mark.timeout(1800)
 def test_fences_and_races() -> None:
     run_cases(HERE / "race_cases.py", {})
 
 
+@pytest.mark.timeout(1800)
 def test_any_program() -> None:
     run_cases(HERE / "race_programs.py", {})
 
