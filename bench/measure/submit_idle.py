@@ -98,7 +98,9 @@ def _with_model(row: Row) -> Row:
         submit, later = row.metrics["submit_us"], row.metrics["later_us"]
         driver = CostModel().entry_us * row.copies
         row.metrics["model_us"] = Spread(
-            *(getattr(submit, name) + getattr(later, name) + driver for name in ("median", "low", "high")),
+            median=submit.median + later.median + driver,
+            low=submit.low + later.low + driver,
+            high=submit.high + later.high + driver,
             n=submit.n,
         )
     return row
