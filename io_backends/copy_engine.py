@@ -13,7 +13,7 @@ from typing import Any
 from sglang_hicache.io_backends.device.base import Device, Stream
 from sglang_hicache.io_backends.geometry import PoolGeometry
 from sglang_hicache.io_backends.interface import Submission, Transfer
-from sglang_hicache.io_backends.plan import direct_copies
+from sglang_hicache.io_backends.plan import direct_batches
 
 BREAK_EVEN_ENTRY_BYTES = 34 * 1024
 """Bytes of an entry at which the link takes as long as the driver: about 0.6 us an entry at 55 GB/s (vLLM and
@@ -44,7 +44,13 @@ class CopyEngineBackend:
 
     def submit(self, transfer: Transfer, stream: Stream) -> Submission:
         device_slots = self._device.host_values(transfer.device_slots, transfer.indices_ready)
-        batch = direct_copies(transfer.geometry, transfer.host_slots, device_slots)
-        for part in batch.split(self._limit):
-            self._device.copy(part, stream)
-        return Submission(copies=len(batch), nbytes=batch.total_bytes, keep=(batch, transfer.device_slots))
+        copies = 0
+        for batch in direct_batches(transfer.geometry, transfer.host_slots, device_slots):
+            for part in batch.split(self._limit):
+                self._device.copy(part, stream)
+            copies += len(batch)
+        return Submission(
+            copies=copies,
+            nbytes=transfer.tokens * transfer.geometry.bytes_per_token,
+            keep=(transfer.device_slots,),
+        )

@@ -8,7 +8,7 @@ Three streams: gathers on one, drains on another, and SGLang's transfer stream, 
 drain so that what SGLang records there is the transfer's completion. A write larger than the ring is cut into
 chunks. Where no forward waits for gathers, the chunks are a pipeline: a gather waits on the GPU for the
 drain of the memory it fills; two chunks fill the ring, so that one is gathered while another drains (see
-:func:`~.chunks.chunk_units`). Where forwards do wait, that would make them wait for the link; so there a
+:func:`~.chunks.chunk_lengths`). Where forwards do wait, that would make them wait for the link; so there a
 chunk is enqueued only when its memory is free, the rest in later gaps between forwards
 (:meth:`HybridBackend.advance`).
 """
@@ -19,13 +19,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from sglang_hicache.io_backends.chunks import ring_units
 from sglang_hicache.io_backends.device.base import Device, Event, Staging, Stream
 from sglang_hicache.io_backends.geometry import PoolGeometry
 from sglang_hicache.io_backends.interface import Submission, Transfer
-from sglang_hicache.io_backends.plan import CopyBatch
 from sglang_hicache.io_backends.staged_plan import PlannedChunk, plan_write
 from sglang_hicache.io_backends.staging import Ring
 
@@ -33,9 +30,9 @@ DEFAULT_STAGING_MB = 256
 """MiB of device memory for the ring; the contract's example value. By arithmetic, a chunk of half of it
 drains in 2.4 ms at 55 GB/s (H200): long against what the next costs the host (`hicache-io bench submit`)."""
 
-DEFAULT_GATHER_CTAS = 32
-"""Thread blocks of the gather. B200, 592/148/64/32/16 blocks of a D2H kernel: total time was best at 32
-(published by others; for a kernel that writes to the host, not for a gather; unmeasured here)."""
+DEFAULT_GATHER_CTAS = 64
+"""Thread blocks of the gather. An H200 gathers 134 MB in 305, 172, 105, 78 and 76 us with 16, 32, 64, 132 and
+264 of them: half of its SMs for a little more than the least time."""
 
 
 class _Write:
@@ -117,11 +114,10 @@ class HybridBackend:
         tokens = len(transfer.host_slots)
         if tokens != len(transfer.device_slots):
             raise ValueError(f"{tokens} host indices for {len(transfer.device_slots)} device indices")
-        rest = deque(plan_write(geometry, transfer.host_slots, self._ring.nbytes))
+        plan = plan_write(geometry, transfer.host_slots, self._ring.nbytes)
         for event in transfer.ready:
             self._device.wait(self._gather_stream, event)
-        copies = sum(len(planned.drain) for planned in rest)
-        write = _Write(self, transfer, rest, stream)
+        write = _Write(self, transfer, deque(plan.chunks), stream)
         gathered: Event | None = None
         if write.rest:
             self._waiting.append(write)
@@ -133,7 +129,7 @@ class HybridBackend:
                     self._waiting.remove(write)
                 raise
         return Submission(
-            copies=copies,
+            copies=plan.copies(),
             nbytes=tokens * geometry.bytes_per_token,
             sm_done=gathered,
             keep=(transfer.device_slots,),
@@ -142,7 +138,7 @@ class HybridBackend:
 
     def can_advance(self) -> bool:
         """Whether a chunk is waiting and there is memory for it."""
-        return bool(self._waiting) and self._ring.has_room(self._waiting[0].rest[0].staged.nbytes)
+        return bool(self._waiting) and self._ring.has_room(self._waiting[0].rest[0].room)
 
     def advance(self, ready: tuple[Event, ...]) -> Event | None:
         """Enqueue chunks whose memory has become free; they run after ``ready``, in a gap between forwards.
@@ -197,9 +193,8 @@ class HybridBackend:
 
     def _enqueue_chunk(self, transfer: Transfer, planned: PlannedChunk, *, wait: bool) -> Event | None:
         device = self._device
-        chunk, staged, drain = planned.chunk, planned.staged, planned.drain
         assert self._staging is not None
-        taken = self._ring.take(staged.nbytes, wait=wait)
+        taken = self._ring.take(planned.room, wait=wait)
         if taken is None:
             return None
         region, drained = taken
@@ -207,11 +202,13 @@ class HybridBackend:
             device.wait(self._gather_stream, event)
         base = self._staging.address + region.start
         try:
-            device.gather(staged, base, transfer.device_slots, chunk, self._gather_stream, self._ctas)
+            device.gather(
+                planned.staged, base, transfer.device_slots, planned.chunk, self._gather_stream, self._ctas
+            )
             gathered = device.record(self._gather_stream)
             device.wait(self._drain_stream, gathered)
-            batch = CopyBatch(drain.dst, drain.src + np.uint64(base), drain.nbytes)
-            for part in batch.split(self._limit):
+            # Planned now: the gather runs meanwhile.
+            for part in planned.drain(base).split(self._limit):
                 device.copy(part, self._drain_stream)
         finally:
             # After an error too: whoever gets the region next must wait for what was enqueued.

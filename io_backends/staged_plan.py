@@ -1,25 +1,30 @@
 """The plan through a staging buffer: what drains each chunk of a write to the host.
 
 Staging is laid out like the host: a gather packs scattered device rows into it, after which every run of
-consecutive host slots is one copy, whatever the device side looked like. Everything is planned at once for
-the whole write (:func:`plan_write`), with staging addresses relative to the chunk, which has no memory yet.
+consecutive host slots is one copy, whatever the device side looked like. A write is cut at once
+(:func:`plan_write`), which is cheap; the copies that drain a chunk are planned when they are asked for, so
+that they can be while its gather runs, and the chunk has its memory by then.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from sglang_hicache.io_backends.chunks import Chunk, Staged, chunk_sizes, chunk_slots, chunks, staged
+from sglang_hicache.io_backends.chunks import Chunk, Staged, chunk_slots, chunks, staged, write_chunks
 from sglang_hicache.io_backends.geometry import Component, HostStrides, PoolGeometry
 from sglang_hicache.io_backends.plan import (
     Addresses,
     CopyBatch,
     Slots,
+    as_addresses,
     as_slots,
+    ascending,
     run_lengths,
     run_starts,
     slot_addresses,
@@ -27,19 +32,35 @@ from sglang_hicache.io_backends.plan import (
 
 
 class PlannedChunk(NamedTuple):
-    """A chunk, its place in staging, and the copies that drain it, whose sources are relative to that."""
+    """A chunk, its place in staging, and the copies that drain it.
+
+    Attributes:
+        chunk: which tokens.
+        staged: how they lie in staging.
+        room: bytes of the ring it takes. A short first chunk takes as much as the third one, which comes
+            there after it: else the third one would lie across the second, and wait for its drain too.
+        drain: plans the copies when it is called, with the address in staging at which the chunk begins.
+    """
 
     chunk: Chunk
     staged: Staged
-    drain: CopyBatch
+    room: int
+    drain: Callable[[int], CopyBatch]
 
 
-def plan_write(geometry: PoolGeometry, host_slots: npt.ArrayLike, ring_bytes: int) -> list[PlannedChunk]:
-    """The chunks of a write, with their drains.
+class WritePlan(NamedTuple):
+    """The chunks of a write in order, and ``copies()``: how many will drain them all."""
+
+    chunks: list[PlannedChunk]
+    copies: Callable[[], int]
+
+
+def plan_write(geometry: PoolGeometry, host_slots: npt.ArrayLike, ring_bytes: int) -> WritePlan:
+    """Cut a write into chunks.
 
     Args:
         geometry: the pool.
-        host_slots: int64 [n]; where each token goes.
+        host_slots: int64 [n]; where each token goes. Copied: a chunk may be planned much later.
         ring_bytes: any two neighbours fit this.
 
     Raises:
@@ -47,15 +68,17 @@ def plan_write(geometry: PoolGeometry, host_slots: npt.ArrayLike, ring_bytes: in
     """
     slots = as_slots(host_slots, geometry.host_slots, f"{geometry.label} host")
     if not len(slots):
-        return []
-    units = whole_pages(slots, geometry.page_size) if geometry.paged else slots
+        return WritePlan([], lambda: 0)
+    units = whole_pages(slots, geometry.page_size) if geometry.paged else slots.copy()
     if units is not None:
-        return _plan_units(geometry, units, ring_bytes)
+        return _Units(geometry, units).cut(ring_bytes)
+    slots = slots.copy()
     planned = []
     for chunk in chunks(geometry, slots, ring_bytes):
         place = staged(geometry, chunk_slots(geometry, chunk))
-        planned.append(PlannedChunk(chunk, place, drain_copies(geometry, place, chunk, slots)))
-    return planned
+        drain = functools.partial(drain_copies, geometry, place, chunk, slots)
+        planned.append(PlannedChunk(chunk, place, place.nbytes, drain))
+    return WritePlan(planned, lambda: sum(len(each.drain(0)) for each in planned))
 
 
 def drain_entries(geometry: PoolGeometry, host_slots: npt.ArrayLike) -> int:
@@ -97,72 +120,120 @@ def whole_pages(slots: Slots, page: int) -> Slots | None:
     return numbers if whole.all() else None
 
 
-def _plan_units(geometry: PoolGeometry, units: Slots, ring_bytes: int) -> list[PlannedChunk]:
-    """What the rest of this module does chunk by chunk, for all chunks at once.
+class _Units:
+    """A write of units: tokens, or whole pages in a paged layout.
 
-    Units are tokens, or whole pages in a paged layout: host memory in which one run is one copy (a copy a
-    layer in layer_first). Copies are made as [chunk, run, component, layer], so that a chunk's are a slice.
+    That is host memory in which one run is one copy (a copy a layer in layer_first), which makes planning
+    a handful of array operations a chunk.
+
+    Args:
+        geometry: the pool.
+        units: int64 [n], in range.
     """
-    n, per = len(units), geometry.page_size if geometry.paged else 1
-    sizes = chunk_sizes(geometry, n, ring_bytes)
-    begins = [0]
-    while begins[-1] + sizes[len(begins) % 2 - 1] < n:
-        begins.append(begins[-1] + sizes[len(begins) % 2 - 1])
-    cuts = [Chunk(start * per, stop * per, 0) for start, stop in zip(begins, [*begins[1:], n], strict=True)]
-    by_size = {size: staged(geometry, size) for size in {cut.tokens for cut in cuts}}
-    places = [by_size[cut.tokens] for cut in cuts]
-    firsts = np.array(begins, dtype=np.int64)
-    starts = run_starts(units, None, None, firsts)
-    lengths = run_lengths(starts, n)
-    chunk_of = firsts.searchsorted(starts, side="right") - 1
 
-    strides, host = _host_side(geometry)
-    there = np.array([[(to.base, to.layer) for to in place.parts] for place in places], dtype=np.int64)
-    # [chunk, component, layer]
-    in_staging = there[..., :1] + there[..., 1:] * np.arange(host.shape[1])
-    # [run, component, layer]
-    shape = (len(starts), *host.shape)
-    dst, src, nbytes = np.empty((3, *shape), dtype=np.int64)
-    np.add(units[starts, None, None] * strides, host, out=dst)
-    np.add((starts - firsts[chunk_of])[:, None, None] * strides, in_staging[chunk_of], out=src)
-    np.multiply(lengths[:, None, None], strides, out=nbytes)
-    dst, src, nbytes = (array.reshape(-1).view(np.uint64) for array in (dst, src, nbytes))
-    edges = (starts.searchsorted(firsts) * host.size).tolist()
-    return [
-        PlannedChunk(cut, place, _in_staging_order(host.size, dst[low:high], src[low:high], nbytes[low:high]))
-        for cut, place, low, high in zip(cuts, places, edges, [*edges[1:], len(dst)], strict=True)
-    ]
+    def __init__(self, geometry: PoolGeometry, units: Slots) -> None:
+        self._geometry = geometry
+        self._units = units
+        self._strides, self._host = _host_side(geometry)
 
+    def cut(self, ring_bytes: int) -> WritePlan:
+        """Chunks of which any two neighbours fit a ring."""
+        geometry = self._geometry
+        per = geometry.page_size if geometry.paged else 1
+        edges = [0, *itertools.accumulate(write_chunks(geometry, len(self._units), ring_bytes))]
+        planned = []
+        for start, stop in itertools.pairwise(edges):
+            place = staged(geometry, (stop - start) * per)
+            drain = functools.partial(self._drain, place, start, stop)
+            planned.append(PlannedChunk(Chunk(start * per, stop * per, 0), place, place.nbytes, drain))
+        if len(planned) > 2:
+            planned[0] = planned[0]._replace(room=max(planned[0].room, planned[2].room))
+        return WritePlan(planned, functools.partial(self._copies, edges[1:-1]))
 
-def _in_staging_order(per_run: int, *columns: Addresses) -> CopyBatch:
-    """Copies in the order [run, component, layer] as [component, layer, run]: one sweep through staging."""
-    if len(columns[0]) > per_run > 1:
-        columns = tuple(np.ascontiguousarray(column.reshape(-1, per_run).T).reshape(-1) for column in columns)
-    return CopyBatch(*columns)
+    @functools.cached_property
+    def _breaks(self) -> Slots:
+        """Where a new run begins, ascending; the first one's beginning is not listed."""
+        return np.flatnonzero(self._units[1:] - self._units[:-1] != 1) + 1
+
+    def _copies(self, begins: list[int]) -> int:
+        """Every run is cut where a chunk after the first one begins inside it."""
+        breaks, cuts = self._breaks, len(begins)
+        if len(breaks) and cuts:
+            cuts -= int(np.isin(np.array(begins), breaks).sum())
+        return (1 + len(breaks) + cuts) * len(self._host)
+
+    def _drain(self, place: Staged, start: int, stop: int, base: int) -> CopyBatch:
+        """Copies of units ``[start, stop)`` as [component, layer, run], runs by ascending host address."""
+        strides, host = self._strides, self._host
+        src, nbytes = _one_run(place)
+        breaks = self._breaks
+        if len(breaks):
+            first, last = breaks.searchsorted((start + 1, stop))
+            breaks = breaks[first:last]
+        if not len(breaks):
+            dst = host + strides * np.uint64(int(self._units[start]))
+            return CopyBatch(dst, src + np.uint64(base), nbytes)
+        starts = np.empty(len(breaks) + 1, dtype=np.int64)
+        starts[0], starts[1:] = start, breaks
+        lengths = run_lengths(starts, stop)
+        slots = self._units[starts]
+        order = ascending(slots)
+        to, begins, units = (as_addresses(each[order]) for each in (slots, starts - start, lengths))
+        dsts, srcs, sizes = np.empty((3, len(host), len(to)), dtype=np.uint64)
+        by_run = strides[:, None]
+        np.add(to * by_run, host[:, None], out=dsts)
+        np.add(begins * by_run, (src + np.uint64(base))[:, None], out=srcs)
+        np.multiply(units, by_run, out=sizes)
+        return CopyBatch(dsts.reshape(-1), srcs.reshape(-1), sizes.reshape(-1))
 
 
 @functools.lru_cache(maxsize=64)
-def _host_side(geometry: PoolGeometry) -> tuple[Slots, Slots]:
-    """Bytes of a unit [component, 1], and where unit 0 begins on the host [component, layer].
+def _host_side(geometry: PoolGeometry) -> tuple[Addresses, Addresses]:
+    """Bytes of a unit, and where unit 0 begins on the host, both [component * layer].
 
     There is one layer here where all of a unit's layers lie together.
     """
     parts = geometry.components
     layers = geometry.layers if not geometry.paged and _layer_by_layer(parts[0]) else 1
     strides = [part.host.page if geometry.paged else part.host.token for part in parts]
-    host = np.array([(part.host.base, part.host.layer) for part in parts], dtype=np.int64)
-    return np.array(strides, dtype=np.int64)[:, None], host[:, :1] + host[:, 1:] * np.arange(layers)
+    return (
+        np.repeat(np.array(strides, dtype=np.uint64), layers),
+        _of_layers([part.host for part in parts], layers),
+    )
 
 
-def drain_copies(geometry: PoolGeometry, place: Staged, chunk: Chunk, host_slots: Slots) -> CopyBatch:
+@functools.lru_cache(maxsize=256)
+def _one_run(place: Staged) -> tuple[Addresses, Addresses]:
+    """Sources relative to ``place``, and bytes, [component * layer], of one run that fills it.
+
+    Cached; not to be written.
+    """
+    strides, host = _host_side(place.geometry)
+    src = _of_layers(place.parts, len(host) // len(place.parts))
+    nbytes = strides * np.uint64(place.slots // (place.geometry.page_size if place.geometry.paged else 1))
+    for array in (src, nbytes):
+        array.flags.writeable = False
+    return src, nbytes
+
+
+def _of_layers(parts: Sequence[HostStrides], layers: int) -> Addresses:
+    """Where unit 0 begins in each component and layer, [component * layer]."""
+    first = np.array([(each.base, each.layer) for each in parts], dtype=np.int64)
+    return as_addresses(first[:, :1] + first[:, 1:] * np.arange(layers))
+
+
+def drain_copies(
+    geometry: PoolGeometry, place: Staged, chunk: Chunk, host_slots: Slots, base: int = 0
+) -> CopyBatch:
     """Copies from staging to host memory for one chunk, as few and as long as the host slots allow.
 
     For any chunk, also one of loose tokens in a paged layout.
 
     Args:
         geometry: the pool.
-        place: :func:`staged` of the chunk; sources are relative to its first byte.
+        place: :func:`staged` of the chunk.
         host_slots: int64 [n] of the whole transfer, in range.
+        base: address of the chunk's first byte in staging.
     """
     host = host_slots[chunk.start : chunk.stop]
     local = np.arange(chunk.first_slot, chunk.first_slot + chunk.tokens, dtype=np.int64)
@@ -176,7 +247,7 @@ def drain_copies(geometry: PoolGeometry, place: Staged, chunk: Chunk, host_slots
             parts.append(_token_runs(geometry, part, to, host, local))
     return CopyBatch(
         dst=np.concatenate([p.dst for p in parts]),
-        src=np.concatenate([p.src for p in parts]),
+        src=np.concatenate([p.src for p in parts]) + np.uint64(base),
         nbytes=np.concatenate([p.nbytes for p in parts]),
     )
 
@@ -222,4 +293,4 @@ def _layer_by_layer(part: Component) -> bool:
 
 
 def _batch(dst: Slots, src: Slots, nbytes: Slots) -> CopyBatch:
-    return CopyBatch(*(np.ascontiguousarray(a).reshape(-1).view(np.uint64) for a in (dst, src, nbytes)))
+    return CopyBatch(*map(as_addresses, (dst, src, nbytes)))

@@ -29,9 +29,11 @@ class Gather:
 
     def __init__(self, *, warps: int = WARPS, units_per_thread: int = UNITS_PER_THREAD) -> None:
         self._warps = warps
-        self._units_per_thread = units_per_thread
+        self._tile_units = warps * 32 * units_per_thread
         self._tables: dict[Rows, Any] = {}
         self._compiled: dict[tuple[Any, ...], Any] = {}
+        # Those of _INDEX_TYPES that were seen: torch takes a while to make a type's name.
+        self._index_types: set[Any] = set()
 
     def prepare(self, geometry: PoolGeometry, device: Any) -> None:
         """Upload the pool's table of row addresses and compile its kernels, before serving.
@@ -45,7 +47,7 @@ class Gather:
         torch: Any = importlib.import_module("torch")
         nothing = torch.empty(0, dtype=torch.int64, device=device)
         # Staging's strides, not the host's: they decide the width of an access.
-        for launch in self._plan(staged(geometry, geometry.page_size), STAGING_ALIGNMENT):
+        for launch in plan(staged(geometry, geometry.page_size), STAGING_ALIGNMENT, self._tile_units):
             self._run(launch, STAGING_ALIGNMENT, nothing, Chunk(0, 0, 0), 1, None)
 
     def launch(
@@ -73,8 +75,10 @@ class Gather:
         """
         if ctas < 1:
             raise ValueError(f"gather_ctas must be at least 1, not {ctas}")
-        if str(device_slots.dtype) not in _INDEX_TYPES:
-            raise TypeError(f"device indices are {device_slots.dtype}, not int64 or int32")
+        if device_slots.dtype not in self._index_types:
+            if str(device_slots.dtype) not in _INDEX_TYPES:
+                raise TypeError(f"device indices are {device_slots.dtype}, not int64 or int32")
+            self._index_types.add(device_slots.dtype)
         if chunk.stop > device_slots.numel():
             raise ValueError(f"tokens up to {chunk.stop} of {device_slots.numel()} device indices")
         tokens = chunk.tokens
@@ -83,7 +87,7 @@ class Gather:
         if not device_slots.is_contiguous():
             with _current(stream):
                 device_slots = device_slots.contiguous()
-        launches = self._plan(staged, base)
+        launches = plan(staged, base, self._tile_units)
         tiles = [launch.tiles(tokens) for launch in launches]
         if max(tiles) >= _TILE_LIMIT:
             raise ValueError(
@@ -91,9 +95,6 @@ class Gather:
             )
         for launch, count in zip(launches, tiles, strict=True):
             self._run(launch, base, device_slots, chunk, min(ctas, count), stream)
-
-    def _plan(self, staged: Staged, base: int) -> tuple[Launch, ...]:
-        return plan(staged, base, warps=self._warps, units_per_thread=self._units_per_thread)
 
     def _table(self, rows: Rows, device: Any) -> Any:
         table = self._tables.get(rows)

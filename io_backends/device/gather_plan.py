@@ -70,6 +70,10 @@ class Launch:
         return -(-tokens // self.constants["BLOCK_TOKENS"]) * self.tiles_per_block
 
 
+TILE_UNITS = WARPS * 32 * UNITS_PER_THREAD
+"""Accesses of a tile."""
+
+
 def access_width(*values: int) -> int:
     """The widest access in bytes, 16, 8, 4, 2 or 1, that divides all of ``values`` (addresses, strides)."""
     bits = functools.reduce(operator.or_, values, _WIDEST)
@@ -89,24 +93,18 @@ def block_units(units: int) -> int:
     return max(size for size, total in padded.items() if total * 8 <= best * 9)
 
 
-def plan(
-    staged: Staged,
-    base: int,
-    *,
-    warps: int = WARPS,
-    units_per_thread: int = UNITS_PER_THREAD,
-) -> tuple[Launch, ...]:
-    """The launches that copy rows of the pool's device side to ``staged`` at ``base``.
+def plan(staged: Staged, base: int, units: int = TILE_UNITS) -> tuple[Launch, ...]:
+    """The launches that copy rows of the pool's device side to ``staged`` at ``base``, in tiles of ``units``.
 
     One for K and V together where they differ only in their addresses, else one each.
     """
-    return _plan(staged, base % _WIDEST, warps * 32 * units_per_thread)
+    return _plan(staged, base % _WIDEST, units)
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(staged: Staged, base: int, tile_units: int) -> tuple[Launch, ...]:
+def _plan(staged: Staged, base: int, units: int) -> tuple[Launch, ...]:
     """:func:`plan`, of which only the last bits of ``base`` matter. Cached: chunks of a size are alike."""
-    return tuple(_launch(rows, staged, base, tile_units) for rows in _rows(staged.geometry))
+    return tuple(_launch(rows, staged, base, units) for rows in _rows(staged.geometry))
 
 
 @functools.lru_cache(maxsize=64)

@@ -46,7 +46,7 @@ class HostRange:
 
 def drop_empty(batch: CopyBatch) -> CopyBatch:
     """``batch`` without its zero-byte entries, which cuMemcpyBatchAsync rejects; the same object if none."""
-    if np.count_nonzero(batch.nbytes) == len(batch):
+    if np.count_nonzero(batch.nbytes) == batch.nbytes.size:
         return batch
     some = batch.nbytes != 0
     return CopyBatch(dst=batch.dst[some], src=batch.src[some], nbytes=batch.nbytes[some])
@@ -102,6 +102,7 @@ class HostRanges:
     def __init__(self) -> None:
         self._ranges: list[HostRange] = []
         self._starts: list[int] = []
+        self._plain_stops: list[int] = []
         self._shifts: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._boundaries: npt.NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
 
@@ -111,6 +112,8 @@ class HostRanges:
         kept = [r for r in self._ranges if not any(r.start < n.stop and n.start < r.stop for n in new)]
         self._ranges = sorted([*kept, *new], key=lambda r: r.start)
         self._starts = [r.start for r in self._ranges]
+        # Nothing lies below 0: entries in a range with a shift never fit as they are.
+        self._plain_stops = [0 if r.shift else r.stop for r in self._ranges]
         self._shifts = np.array([r.shift for r in self._ranges], dtype=np.int64)
         edges = {edge for r in self._ranges for edge in (r.start, r.stop)}
         self._boundaries = np.array(sorted(edges), dtype=np.uint64)
@@ -134,11 +137,11 @@ class HostRanges:
         """
         if self._fits_as_it_is(batch):
             return batch
-        batch = drop_empty(batch)
-        if not len(batch):
-            return batch
         inside = self._inside(batch)
         if not inside.all():
+            batch = drop_empty(batch)
+            if not len(batch):
+                return batch
             # Cut at every boundary, an entry lies in one range as a whole or outside all of them.
             batch = split_at(batch, self._boundaries)
             lost = np.flatnonzero(~self._inside(batch))
@@ -157,12 +160,10 @@ class HostRanges:
         """
         if len(batch) > _SHORT:
             return False
+        starts, stops = self._starts, self._plain_stops
         for start, nbytes in zip(batch.dst.tolist(), batch.nbytes.tolist(), strict=True):
-            index = self._index(start)
-            if index is None:
-                return False
-            each = self._ranges[index]
-            if each.shift or start + nbytes > each.stop:
+            index = bisect_right(starts, start) - 1
+            if index < 0 or start + nbytes > stops[index]:
                 return False
         return True
 

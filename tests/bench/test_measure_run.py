@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sglang_hicache.bench.measure import contenders, suite
@@ -48,7 +49,8 @@ class Mutant:
         if self.how == "one row twice":
             batch.src[0] = batch.src[-1]
         if self.how == "one byte too far":
-            batch.nbytes[-1] += 1
+            ends = batch.dst + batch.nbytes  # one behind which no row of the write begins, inside the memory
+            batch.nbytes[np.flatnonzero(~np.isin(ends, batch.dst) & (ends < ends.max()))[0]] += 1
         self.device.copy(batch, stream)
         return Submission(len(batch), batch.total_bytes)
 

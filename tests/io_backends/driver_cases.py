@@ -84,11 +84,11 @@ def rows(count: int, nbytes: int = 8) -> tuple[np.ndarray, np.ndarray, CopyBatch
 
 class TestBatch:
     def test_one_call_with_one_attribute_in_stream_order(self, fake: Fake) -> None:
-        source, target, batch = rows(100)
+        source, target, batch = rows(32)
         Driver().copy(batch, STREAM)
         np.testing.assert_array_equal(target, source[::-1])
         (call,) = fake.calls
-        assert (call.kind, call.stream, call.count) == (BATCH, STREAM, 100)
+        assert (call.kind, call.stream, call.count) == (BATCH, STREAM, 32)
         assert (call.order, call.attribute_count, call.attribute_index) == (STREAM_ORDER, 1, 0)
         assert call.flags == 0
 
@@ -114,7 +114,9 @@ class TestBatch:
         source, target, batch = rows(60_000)
         Driver().copy(batch, STREAM)
         np.testing.assert_array_equal(target, source[::-1])
-        assert max(call.count for call in fake.calls) == 256
+        sizes = [call.count for call in fake.calls]
+        assert sizes[:5] == [32, 64, 128, 256, 256]
+        assert set(sizes[4:-1]) == {256}
 
     def test_empty_entries_are_left_out(self, fake: Fake) -> None:
         source, target, batch = rows(10)

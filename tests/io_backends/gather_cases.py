@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pools import POISON, MemoryPool, make_pool, on_the_host
 from strategies import LAYOUTS, pools, writes
 
-from sglang_hicache.io_backends import CopyBatch, Transfer, get_backend
+from sglang_hicache.io_backends import Transfer, get_backend
 from sglang_hicache.io_backends.chunks import STAGING_ALIGNMENT, Chunk, staged
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.device.gather import Gather
@@ -57,9 +57,9 @@ def through_staging(
     buffer = np.full(capacity + 2 * guard, POISON, dtype=np.uint8)
     base = -(-int(buffer.ctypes.data + 1) // STAGING_ALIGNMENT) * STAGING_ALIGNMENT + offset
     stream = device.current_stream()
-    for chunk, place, drain in plan_write(pool.geometry, host, capacity):
+    for chunk, place, _, planned in plan_write(pool.geometry, host, capacity).chunks:
         device.gather(place, base, slots, chunk, stream, ctas)
-        device.copy(CopyBatch(drain.dst, drain.src + np.uint64(base), drain.nbytes), stream)
+        device.copy(planned(base), stream)
     start = base - int(buffer.ctypes.data)
     assert np.all(buffer[:start] == POISON), "wrote before the staging buffer"
     assert np.all(buffer[start + capacity :] == POISON), "wrote behind the staging buffer"

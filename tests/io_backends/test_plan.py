@@ -17,6 +17,7 @@ from sglang_hicache.io_backends.chunks import (
     STAGING_ALIGNMENT,
     Chunk,
     Staged,
+    chunk_lengths,
     chunk_slots,
     chunk_units,
     chunks,
@@ -24,7 +25,6 @@ from sglang_hicache.io_backends.chunks import (
 )
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.staged_plan import (
-    PlannedChunk,
     drain_copies,
     drain_entries,
     plan_write,
@@ -50,10 +50,13 @@ def through_staging(pool: MemoryPool, host: np.ndarray, device: np.ndarray, capa
     buffer = np.full(capacity + 2 * guard, POISON, dtype=np.uint8)
     entries = 0
     base, stream = int(buffer.ctypes.data) + guard, DEVICE.current_stream()
-    for chunk, place, drain in plan_write(pool.geometry, host, capacity):
+    plan = plan_write(pool.geometry, host, capacity)
+    for chunk, place, _, planned in plan.chunks:
         DEVICE.gather(place, base, device, chunk, stream, ctas=1)
-        run(CopyBatch(drain.dst, drain.src + np.uint64(base), drain.nbytes))
+        drain = planned(base)
+        run(drain)
         entries += len(drain)
+    assert entries == plan.copies()
     assert np.all(buffer[:guard] == POISON), "wrote before the staging buffer"
     assert np.all(buffer[-guard:] == POISON), "wrote behind the staging buffer"
     return entries
@@ -95,7 +98,7 @@ def test_entries_are_known_before_the_plan(data: st.DataObject) -> None:
     pool = data.draw(pools())
     host, _ = data.draw(writes(pool))
     g = pool.geometry
-    planned = sum(len(part.drain) for part in plan_write(g, host, 4 * max(1, len(host)) * 2**20))
+    planned = plan_write(g, host, 4 * max(1, len(host)) * 2**20).copies()
     counted = drain_entries(g, host)
     if g.paged and whole_pages(host, g.page_size) is None:
         assert counted >= planned
@@ -128,20 +131,21 @@ def test_neighbouring_chunks_fit_the_ring_together(data: st.DataObject) -> None:
     pool = data.draw(pools())
     host, _ = data.draw(writes(pool))
     capacity = ring_of(pool, data.draw(st.integers(2, 9)))
-    planned = plan_write(pool.geometry, host, capacity)
+    planned = plan_write(pool.geometry, host, capacity).chunks
     for each in planned:
-        assert each.staged.nbytes <= capacity
-        assert int((each.drain.src + each.drain.nbytes).max()) <= each.staged.nbytes
+        assert each.staged.nbytes <= each.room <= capacity
+        drain = each.drain(0)
+        assert int((drain.src + drain.nbytes).max()) <= each.staged.nbytes
     for one, next_one in pairwise(planned):
-        assert one.staged.nbytes + next_one.staged.nbytes <= capacity
+        assert one.room + next_one.room <= capacity
 
 
-def one_by_one(pool: MemoryPool, host: np.ndarray, capacity: int) -> list[PlannedChunk]:
-    """The general path: every chunk planned on its own."""
+def loose(pool: MemoryPool, host: np.ndarray, capacity: int) -> list[tuple[Chunk, Staged, CopyBatch]]:
+    """The general path, which takes whole pages for loose tokens too."""
     planned = []
     for chunk in chunks(pool.geometry, host, capacity):
-        place: Staged = staged(pool.geometry, chunk_slots(pool.geometry, chunk))
-        planned.append(PlannedChunk(chunk, place, drain_copies(pool.geometry, place, chunk, host)))
+        place = staged(pool.geometry, chunk_slots(pool.geometry, chunk))
+        planned.append((chunk, place, drain_copies(pool.geometry, place, chunk, host)))
     return planned
 
 
@@ -151,27 +155,46 @@ def rows_of(batch: CopyBatch) -> set[tuple[int, int, int]]:
 
 @settings(max_examples=600, deadline=None)
 @given(st.data())
-def test_all_chunks_at_once_are_what_they_are_one_by_one(data: st.DataObject) -> None:
+def test_units_are_planned_as_loose_tokens_are(data: st.DataObject) -> None:
     pool = data.draw(pools())
     host, _ = data.draw(writes(pool))
     capacity = ring_of(pool, data.draw(st.integers(2, 9)))
-    at_once, general = plan_write(pool.geometry, host, capacity), one_by_one(pool, host, capacity)
-    for got, want in zip(at_once, general, strict=True):
-        assert (got.chunk, got.staged) == (want.chunk, want.staged)
-        assert len(got.drain) == len(want.drain)
-        assert rows_of(got.drain) == rows_of(want.drain)
+    planned, general = plan_write(pool.geometry, host, capacity).chunks, loose(pool, host, capacity)
+    for got, (chunk, place, want) in zip(planned, general, strict=True):
+        assert (got.chunk, got.staged) == (chunk, place)
+        drain = got.drain(0)
+        assert len(drain) == len(want)
+        assert rows_of(drain) == rows_of(want)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_a_drain_sweeps_through_staging_once(data: st.DataObject) -> None:
+def test_copies_are_in_the_order_of_host_memory(data: st.DataObject) -> None:
     pool = data.draw(pools())
     g = pool.geometry
-    host, _ = data.draw(writes(pool))
-    if g.paged and whole_pages(host, g.page_size) is None:
-        return  # whole pages come before loose tokens there
-    for planned in plan_write(g, host, ring_of(pool, data.draw(st.integers(2, 9)))):
-        assert np.all(planned.drain.src[1:] > planned.drain.src[:-1])
+    host, device = data.draw(writes(pool))
+    batches = [direct_copies(g, host, device)] if g.layout == "layer_first" else []
+    if not g.paged or whole_pages(host, g.page_size) is not None:
+        # Loose tokens of pages that are written in part come after the whole ones.
+        planned = plan_write(g, host, ring_of(pool, data.draw(st.integers(2, 9))))
+        batches += [each.drain(0) for each in planned.chunks]
+    for batch in batches:
+        for memory in pool.host:
+            start = int(memory.ctypes.data)
+            dst = batch.dst[(batch.dst >= start) & (batch.dst < start + memory.nbytes)]
+            assert np.all(dst[1:] > dst[:-1])
+
+
+def test_a_chunk_is_planned_from_what_the_slots_were_then() -> None:
+    pool = make_pool("page_first", layers=2, page_size=4, row_bytes=(8, 8))
+    for host in (np.arange(8), np.arange(1, 8)):  # whole pages, and not
+        for layout in ("page_first", "page_first_direct"):
+            pool = make_pool(layout, layers=2, page_size=4, row_bytes=(8, 8))
+            want = rows_of(plan_write(pool.geometry, host, 2**20).chunks[0].drain(0))
+            given_slots = host.astype(np.int64)
+            plan = plan_write(pool.geometry, given_slots, 2**20)
+            given_slots[:] = 9
+            assert rows_of(plan.chunks[0].drain(0)) == want
 
 
 @given(st.lists(st.integers(0, 8), max_size=4), st.integers(1, 4), st.data())
@@ -204,14 +227,33 @@ class TestChunkSizes:
         half = ring - ring // 2
         assert count(*chunk_units(total, ring)) <= count(half, ring - half)
 
+    @given(st.integers(1, 5000), st.integers(2, 300), st.integers(1, 300))
+    def test_the_first_chunk_is_the_short_one(self, total: int, ring: int, lead: int) -> None:
+        lengths = chunk_lengths(total, ring, lead)
+        assert sum(lengths) == total
+        assert min(lengths) >= 1
+        assert all(one + other <= ring for one, other in pairwise(lengths))
+        if len(lengths) > 1:
+            assert lengths[0] <= lengths[1] or lengths[0] <= max(chunk_units(total, ring))
+
+    def test_a_write_that_fits_the_ring(self) -> None:
+        assert chunk_lengths(99, 200, 100) == [99]
+        assert chunk_lengths(100, 200, 100) == [12, 88]
+        assert chunk_lengths(200, 200, 100) == [25, 175]
+        assert chunk_lengths(7, 200, 1) == [7]
+
+    def test_a_write_that_does_not(self) -> None:
+        assert chunk_lengths(250, 200, 100) == [50, 100, 100]
+        assert chunk_lengths(400, 200, 100) == [100, 100, 100, 100]
+
     def test_qwen3_8b_by_default(self) -> None:
         """8,192 tokens are 1,152 MiB: halves of 256 MiB would be 10 chunks, the last one of 2 tokens."""
         k_and_v = (2048, 2048)
         pool = make_pool("page_first", layers=36, page_size=1, row_bytes=k_and_v, pages=1, device_slots=1)
         g = replace(pool.geometry, host_slots=8192)
         planned = plan_write(g, np.arange(8192), 256 * 2**20)
-        assert sum(len(each.drain) for each in planned) == 18
-        assert planned[-1].chunk == Chunk(8192 - 912, 8192, 0)
+        assert planned.copies() == sum(len(each.drain(0)) for each in planned.chunks) == 18
+        assert planned.chunks[0].chunk == Chunk(0, 912, 0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -219,7 +261,7 @@ def test_staging_below_two_units_is_refused(layout: str) -> None:
     pool = make_pool(layout, layers=2, page_size=4, row_bytes=(16, 16))
     with pytest.raises(ValueError, match="raise staging_mb"):
         plan_write(pool.geometry, np.arange(4), ring_of(pool, 2) - 1)
-    assert len(plan_write(pool.geometry, np.arange(4), ring_of(pool, 2))) >= 1
+    assert plan_write(pool.geometry, np.arange(4), ring_of(pool, 2)).chunks
 
 
 class TestEntries:
