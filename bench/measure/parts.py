@@ -1,0 +1,304 @@
+"""Where the time of one write goes: its parts, each measured alone, and all of them on one clock.
+
+    python -m sglang_hicache.bench.measure.parts --out parts.json [--cpu]
+
+gather     how long the gather of one chunk takes, by thread blocks
+sm_store   the same kernel writing straight to pinned host memory: what any SM kernel can reach on the link
+drain      copies from staging to host slots that lie scattered over several GiB, by bytes of a copy, in the
+           order of their host addresses and in random order, on one stream and on two
+write      one write of ``hybrid`` end to end: until the first gather is asked for, until the link is busy,
+           how long it idles between copies
+
+Constants of the backends cite what this prints; ``parts.json`` has the spread of the repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sglang_hicache.bench.measure.cases import MODELS, Case
+from sglang_hicache.bench.measure.contenders import contenders
+from sglang_hicache.bench.measure.devices import Bench, no_collection, open_bench
+from sglang_hicache.bench.measure.environment import describe
+from sglang_hicache.bench.measure.memory import Memory
+from sglang_hicache.bench.measure.one_write import Setting
+from sglang_hicache.bench.measure.results import CPU_WATERMARK, Spread
+from sglang_hicache.bench.measure.timing import link_ceiling
+from sglang_hicache.io_backends.chunks import Chunk, staged
+from sglang_hicache.io_backends.hybrid import DEFAULT_GATHER_CTAS
+from sglang_hicache.io_backends.plan import CopyBatch
+from sglang_hicache.io_backends.staged_plan import drain_copies
+from sglang_hicache.policy.load import default_policy
+
+MODEL = "Qwen3-8B"
+CTAS = (8, 16, 32, 64, 132, 264)
+GATHERED = (2**23, 2**27)
+"""Bytes of the chunks that are gathered."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is moved: of the drains' writes, the slots they are scattered over, the writes end to end."""
+
+    tokens: int
+    slots: int
+    writes: tuple[Case, ...]
+    repeats: int
+
+
+def on_gpu() -> Size:
+    """64 Ki slots of Qwen3-8B are 9 GiB on each side."""
+    writes = tuple(
+        Case(model, "page_first", page, tokens, fragmented)
+        for model in ("Qwen3-8B", "DeepSeek-V3")
+        for page, fragmented in ((1, False), (1, True), (16, True))
+        for tokens in (512, 4096)
+    )
+    return Size(4096, 2**16, writes, 7)
+
+
+def on_cpu() -> Size:
+    """Enough to exercise the code."""
+    return Size(64, 256, (Case(MODEL, "page_first", 1, 64, True),), 2)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part.
+
+    Attributes:
+        part: ``gather``, ``sm_store``, ``drain`` or ``write``.
+        what: what was varied, in words.
+        metrics: ``ms``, ``gb_per_s`` (of bytes written), ``thread_us`` where it was asked for; of ``write``
+            those of :func:`_trace`.
+    """
+
+    part: str
+    what: str
+    metrics: dict[str, Spread]
+
+
+def measure(device: Bench, size: Size) -> Iterator[Part]:
+    """Every part."""
+    memory = Memory(MODELS[MODEL], size.slots, device)
+    memory.refill()
+    yield from _gathers(device, memory, size)
+    yield from _drains(device, memory, size)
+    del memory
+    setting = Setting(device, default_policy(), size.repeats, ("hybrid",))
+    for case in size.writes:
+        yield _write(setting, case, size.repeats)
+
+
+def _gathers(device: Bench, memory: Memory, size: Size) -> Iterator[Part]:
+    geometry = memory.geometry("page_first", 1)
+    device.prepare_gather(geometry)
+    stream = device.new_stream()
+    slots = np.random.default_rng(0).permutation(size.slots)
+    rows = device.indices(slots.astype(np.int64))
+    staging = device.allocate_staging(GATHERED[-1] + 2**20)
+    for nbytes in GATHERED:
+        tokens = min(nbytes // geometry.bytes_per_token, size.slots)
+        place, chunk = staged(geometry, tokens), Chunk(0, tokens, 0)
+        for name, base in (("gather", staging.address), ("sm_store", memory.pinned.data_ptr())):
+            for ctas in CTAS:
+
+                def run(base: int = base, place: Any = place, chunk: Chunk = chunk, ctas: int = ctas) -> None:
+                    device.gather(place, base, rows, chunk, stream, ctas)
+
+                done = _timed(device, stream, run, tokens * geometry.bytes_per_token, size.repeats)
+                yield Part(name, f"{tokens * geometry.bytes_per_token / 1e6:.1f} MB, {ctas} blocks", done)
+
+
+def _drains(device: Bench, memory: Memory, size: Size) -> Iterator[Part]:
+    stream, second = device.new_stream(), device.new_stream()
+    rng = np.random.default_rng(1)
+    shapes = [("layer_first", 16), ("layer_first", 64), *(("page_first", page) for page in (1, 4, 16, 64))]
+    for layout, page in shapes:
+        geometry = memory.geometry(layout, page)
+        nbytes = size.tokens * geometry.bytes_per_token
+        staging = device.allocate_staging(nbytes + 2**20)
+        pages = rng.permutation(size.slots // page)[: size.tokens // page]
+        host = (pages[:, None] * page + np.arange(page)).reshape(-1)
+        whole = Chunk(0, len(host), 0)
+        batch = drain_copies(geometry, staged(geometry, len(host)), whole, host, staging.address)
+        batch = _in_order(batch, batch.dst.argsort())
+        mixed = _in_order(batch, rng.permutation(len(batch)))
+        halves = batch.split(-(-len(batch) // 2))
+
+        def on_two(halves: Sequence[CopyBatch] = halves) -> None:
+            device.wait(second, device.record(stream))
+            for half, each in zip(halves, (stream, second), strict=True):
+                device.copy(half, each)
+            device.wait(stream, device.record(second))
+
+        ways: dict[str, Callable[[], None]] = {
+            "by host address": functools.partial(device.copy, batch, stream),
+            "in random order": functools.partial(device.copy, mixed, stream),
+            "by host address, halves on two streams": on_two,
+        }
+        for way, run in ways.items():
+            done = _timed(device, stream, run, nbytes, size.repeats)
+            what = f"{len(batch):,} copies of {nbytes // len(batch):,} bytes on average, {layout}, {way}"
+            yield Part("drain", what, done)
+
+
+def _in_order(batch: CopyBatch, order: Any) -> CopyBatch:
+    return CopyBatch(batch.dst[order], batch.src[order], batch.nbytes[order])
+
+
+def _timed(
+    device: Bench, stream: Any, run: Callable[[], None], nbytes: int, repeats: int
+) -> dict[str, Spread]:
+    found: list[tuple[float, float]] = []
+    with no_collection():
+        for turn in range(repeats + 1):
+            device.flush()
+            device.synchronize()
+            start = device.record(stream)
+            began = time.perf_counter_ns()
+            run()
+            asked = time.perf_counter_ns() - began
+            end = device.record(stream)
+            device.synchronize()
+            if turn:
+                found.append((max(start.elapsed_time(end), 1e-6), asked / 1e3))
+    return {
+        "ms": Spread.of([ms for ms, _ in found]),
+        "gb_per_s": Spread.of([nbytes / ms / 1e6 for ms, _ in found]),
+        "thread_us": Spread.of([us for _, us in found]),
+    }
+
+
+class Traced:
+    """A device that notes when gathers and copies were asked for and ran; all else is the device's own."""
+
+    def __init__(self, device: Bench) -> None:
+        self._device = device
+        self.pieces: list[tuple[str, int, Any, Any, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
+
+    def gather(self, place: Any, base: int, slots: Any, chunk: Chunk, stream: Any, ctas: int) -> None:
+        self._around(
+            "gather", stream, 0, lambda: self._device.gather(place, base, slots, chunk, stream, ctas)
+        )
+
+    def copy(self, batch: CopyBatch, stream: Any) -> None:
+        self._around("copy", stream, batch.total_bytes, lambda: self._device.copy(batch, stream))
+
+    def _around(self, kind: str, stream: Any, nbytes: int, run: Callable[[], None]) -> None:
+        asked = time.perf_counter_ns()
+        begin = self._device.record(stream)
+        run()
+        self.pieces.append((kind, asked, begin, self._device.record(stream), nbytes))
+
+
+def _write(setting: Setting, case: Case, repeats: int) -> Part:
+    memory = setting.memory(case)
+    memory.refill()
+    task = setting.task(case, memory, forwards_wait=False)
+    traced = Traced(task.device)
+    (hybrid,) = contenders(replace(task, device=traced), ("hybrid",))
+    assert hybrid.submit is not None, hybrid.reason
+    found: dict[str, list[float]] = {}
+    with no_collection():
+        for turn in range(repeats + 1):
+            numbers = _trace(task, traced, hybrid.submit)
+            for name, value in numbers.items():
+                if turn:
+                    found.setdefault(name, []).append(value)
+    return Part("write", str(case), {name: Spread.of(values) for name, values in found.items()})
+
+
+def _trace(task: Any, traced: Traced, submit: Any) -> Mapping[str, float]:
+    """One write.
+
+    ``asked_us``: until the first gather is asked for; ``gather_ms``: until it begins; ``link_ms``: until the
+    first copy begins, ``idle_ms``: between copies, ``busy_gb_per_s``: of the copies alone; ``end_ms``: until
+    the last one is done; ``submit_us``: the thread's time.
+    """
+    device = task.device
+    traced.pieces.clear()
+    device.flush()
+    device.synchronize()
+    with device.use_stream(task.stream):
+        start = device.record(task.stream)
+        began = time.perf_counter_ns()
+        submit(lambda event: None)
+        submitted = time.perf_counter_ns()
+    device.synchronize()
+    copies = [piece for piece in traced.pieces if piece[0] == "copy"]
+    gathers = [piece for piece in traced.pieces if piece[0] == "gather"]
+    at = [(start.elapsed_time(begin), start.elapsed_time(end)) for _, _, begin, end, _ in copies]
+    # A copy's first event is complete when the copies before it are; it may begin only behind its gather.
+    ready = [start.elapsed_time(end) for _, _, _, end, _ in gathers]
+    begins = [max(pair) for pair in zip((begin for begin, _ in at), ready, strict=True)]
+    ends = [end for _, end in at]
+    idle = sum(max(0.0, later - earlier) for later, earlier in zip(begins[1:], ends, strict=False))
+    busy = ends[-1] - begins[0] - idle
+    return {
+        "asked_us": (gathers[0][1] - began) / 1e3,
+        "gather_ms": start.elapsed_time(gathers[0][2]),
+        "link_ms": begins[0],
+        "idle_ms": idle,
+        "busy_gb_per_s": sum(piece[4] for piece in copies) / max(busy, 1e-6) / 1e6,
+        "end_ms": ends[-1],
+        "submit_us": (submitted - began) / 1e3,
+    }
+
+
+def text(parts: list[Part]) -> str:
+    """One line a part."""
+    lines = []
+    for each in parts:
+        numbers = ", ".join(f"{name} {spread.median:,.4g}" for name, spread in each.metrics.items())
+        lines.append(f"{each.part}: {each.what}: {numbers}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure, print, save."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--cpu", action="store_true", help="exercise the code without a GPU")
+    args = parser.parse_args()
+    environment = describe(cpu=args.cpu)
+    device = open_bench(args.cpu)
+    link = link_ceiling(device, 2**24 if args.cpu else 2**30)
+    watermark = CPU_WATERMARK if args.cpu else None
+    where = environment["cpu"] if args.cpu else environment["gpu"]
+    print(f"{where}, gather with {DEFAULT_GATHER_CTAS} blocks by default, link {link.median:.1f} GB/s")
+    if watermark:
+        print(watermark)
+    found = []
+    for part in measure(device, on_cpu() if args.cpu else on_gpu()):
+        found.append(part)
+        print(text([part]), flush=True)
+    if args.out is not None:
+        saved = {
+            "ran_on": environment["ran_on"],
+            "watermark": watermark,
+            "environment": environment,
+            "link_gb_per_s": asdict(link),
+            "parts": [asdict(part) for part in found],
+        }
+        args.out.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
