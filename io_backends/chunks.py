@@ -137,20 +137,21 @@ def write_chunks(geometry: PoolGeometry, units: int, ring_bytes: int) -> list[in
     Raises:
         ValueError: not even two units fit the ring.
     """
-    ring = _ring_units(geometry, ring_bytes)
-    lead = -(-LEAD_BYTES // (geometry.bytes_per_token * (geometry.page_size if geometry.paged else 1)))
+    ring, lead = _ring_and_lead(geometry, ring_bytes)
     return chunk_lengths(units, ring, lead)
 
 
-def _ring_units(geometry: PoolGeometry, ring_bytes: int) -> int:
-    """:func:`ring_units`, at least 2."""
+@functools.lru_cache(maxsize=64)
+def _ring_and_lead(geometry: PoolGeometry, ring_bytes: int) -> tuple[int, int]:
+    """:func:`ring_units`, at least 2, and :data:`LEAD_BYTES` in units."""
     ring = ring_units(geometry, ring_bytes)
     if ring < 2:
         raise ValueError(
             f"{geometry.label}: two {'pages' if geometry.paged else 'tokens'} do not fit a staging ring of "
             f"{ring_bytes} bytes; raise staging_mb"
         )
-    return ring
+    unit = geometry.bytes_per_token * (geometry.page_size if geometry.paged else 1)
+    return ring, -(-LEAD_BYTES // unit)
 
 
 def chunks(geometry: PoolGeometry, host_slots: Slots, ring_bytes: int) -> Iterator[Chunk]:
@@ -176,7 +177,7 @@ def chunks(geometry: PoolGeometry, host_slots: Slots, ring_bytes: int) -> Iterat
         )
         breaks = (np.flatnonzero(~follows) + 1).tolist()
     # Around a break neighbours are of different stretches: halves of a ring fit together whatever they are.
-    half = _ring_units(geometry, ring_bytes) // 2
+    half = _ring_and_lead(geometry, ring_bytes)[0] // 2
     for start, stop in zip([0, *breaks], [*breaks, n], strict=True):
         first = int(host_slots[start]) % page
         units = -(-(stop - start + first) // page)

@@ -23,7 +23,7 @@ from sglang_hicache.io_backends.chunks import ring_units
 from sglang_hicache.io_backends.device.base import Device, Event, Staging, Stream
 from sglang_hicache.io_backends.geometry import PoolGeometry
 from sglang_hicache.io_backends.interface import Submission, Transfer
-from sglang_hicache.io_backends.staged_plan import PlannedChunk, plan_write
+from sglang_hicache.io_backends.staged_plan import PlannedChunk, WritePlan, plan_write
 from sglang_hicache.io_backends.staging import Ring
 
 DEFAULT_STAGING_MB = 256
@@ -38,11 +38,11 @@ DEFAULT_GATHER_CTAS = 64
 class _Write:
     """One transfer's chunks that are not enqueued yet."""
 
-    def __init__(
-        self, backend: HybridBackend, transfer: Transfer, rest: deque[PlannedChunk], stream: Stream
-    ) -> None:
+    def __init__(self, backend: HybridBackend, transfer: Transfer, plan: WritePlan, stream: Stream) -> None:
         self.transfer = transfer
-        self.rest = rest
+        self._plan = plan
+        self._left = range(len(plan))
+        self._next: PlannedChunk | None = None
         self.stream = stream
         self._backend = backend
         self._then: list[Callable[[], None]] = []
@@ -51,7 +51,21 @@ class _Write:
     def enqueued(self) -> bool:
         if self.error is not None:
             raise RuntimeError("a write to host memory failed half-way") from self.error
-        return not self.rest
+        return not self._left
+
+    def next(self) -> PlannedChunk | None:
+        """The chunk that comes next, or None after the last one."""
+        if self._next is None and self._left:
+            self._next = self._plan[self._left[0]]
+        return self._next
+
+    def went(self) -> None:
+        """That chunk is enqueued."""
+        self._next, self._left = None, self._left[1:]
+
+    def drop(self) -> None:
+        """Forget all that is left."""
+        self._next, self._left = None, self._left[:0]
 
     def flush(self) -> Event | None:
         return None if self.enqueued() else self._backend.flush(self)
@@ -111,25 +125,27 @@ class HybridBackend:
 
     def submit(self, transfer: Transfer, stream: Stream) -> Submission:
         geometry = transfer.geometry
-        tokens = len(transfer.host_slots)
-        if tokens != len(transfer.device_slots):
-            raise ValueError(f"{tokens} host indices for {len(transfer.device_slots)} device indices")
+        tokens = transfer.tokens
+        if tokens != len(transfer.host_slots):
+            raise ValueError(f"{len(transfer.host_slots)} host indices for {tokens} device indices")
         plan = plan_write(geometry, transfer.host_slots, self._ring.nbytes)
         for event in transfer.ready:
             self._device.wait(self._gather_stream, event)
-        write = _Write(self, transfer, deque(plan.chunks), stream)
+        write = _Write(self, transfer, plan, stream)
         gathered: Event | None = None
-        if write.rest:
+        copies = 0
+        if tokens:
             self._waiting.append(write)
             try:
                 gathered = self._enqueue(wait=not transfer.forwards_wait)
+                copies = plan.copies()  # looks at every host slot, if no drain has
             except BaseException:
                 # SGLang sees the error and frees the slots: nothing may be written to them later.
                 if write in self._waiting:
                     self._waiting.remove(write)
                 raise
         return Submission(
-            copies=plan.copies(),
+            copies=copies,
             nbytes=tokens * geometry.bytes_per_token,
             sm_done=gathered,
             keep=(transfer.device_slots,),
@@ -138,7 +154,8 @@ class HybridBackend:
 
     def can_advance(self) -> bool:
         """Whether a chunk is waiting and there is memory for it."""
-        return bool(self._waiting) and self._ring.has_room(self._waiting[0].rest[0].room)
+        planned = self._waiting[0].next() if self._waiting else None
+        return planned is not None and self._ring.has_room(planned.room)
 
     def advance(self, ready: tuple[Event, ...]) -> Event | None:
         """Enqueue chunks whose memory has become free; they run after ``ready``, in a gap between forwards.
@@ -163,7 +180,7 @@ class HybridBackend:
     def abandon(self) -> None:
         """Forget what is not enqueued: its rows and slots are about to be given to others."""
         for write in self._waiting:
-            write.rest.clear()
+            write.drop()
             write.finish()
         self._waiting.clear()
 
@@ -172,9 +189,9 @@ class HybridBackend:
         gathered: Event | None = None
         while self._waiting:
             write = self._waiting[0]
-            while write.rest:
+            while (planned := write.next()) is not None:
                 try:
-                    event = self._enqueue_chunk(write.transfer, write.rest[0], wait=wait)
+                    event = self._enqueue_chunk(write.transfer, planned, wait=wait)
                 except BaseException as error:
                     # The transfer fails as a whole: SGLang sees the error and acknowledges nothing.
                     write.error = error
@@ -183,7 +200,7 @@ class HybridBackend:
                 if event is None:
                     return gathered
                 gathered = event
-                write.rest.popleft()
+                write.went()
             self._waiting.popleft()
             self._device.wait(write.stream, self._device.record(self._drain_stream))
             write.finish()

@@ -50,7 +50,7 @@ class Transfer:
     @property
     def tokens(self) -> int:
         """Rows to copy, in each layer and component."""
-        return len(self.device_slots)
+        return int(self.device_slots.shape[0])  # len() of a tensor goes through Python
 
 
 class Pending(Protocol):

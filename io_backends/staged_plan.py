@@ -2,8 +2,8 @@
 
 Staging is laid out like the host: a gather packs scattered device rows into it, after which every run of
 consecutive host slots is one copy, whatever the device side looked like. A write is cut at once
-(:func:`plan_write`), which is cheap; the copies that drain a chunk are planned when they are asked for, so
-that they can be while its gather runs, and the chunk has its memory by then.
+(:func:`plan_write`), which is cheap; chunks are made when they are asked for, and the copies that drain one
+when its gather is on its way.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -48,37 +48,71 @@ class PlannedChunk(NamedTuple):
     drain: Callable[[int], CopyBatch]
 
 
-class WritePlan(NamedTuple):
-    """The chunks of a write in order, and ``copies()``: how many will drain them all."""
+class WritePlan(Protocol):
+    """A write cut into chunks."""
 
-    chunks: list[PlannedChunk]
-    copies: Callable[[], int]
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __getitem__(self, index: int, /) -> PlannedChunk:
+        """One of them; made when it is asked for."""
+        ...
+
+    def copies(self) -> int:
+        """How many copies drain them all.
+
+        Raises:
+            ValueError: a host slot is out of range.
+        """
+        ...
 
 
 def plan_write(geometry: PoolGeometry, host_slots: npt.ArrayLike, ring_bytes: int) -> WritePlan:
     """Cut a write into chunks.
 
+    Only what the first gather needs is done here: a link that idles waits for it. ``host_slots`` may be
+    changed as soon as ``copies`` or any chunk's ``drain`` was called, not before.
+
     Args:
         geometry: the pool.
-        host_slots: int64 [n]; where each token goes. Copied: a chunk may be planned much later.
+        host_slots: int64 [n]; where each token goes.
         ring_bytes: any two neighbours fit this.
 
     Raises:
-        ValueError: an index is out of range, or the ring is too small.
+        ValueError: the ring is too small, or an index is out of range, which is found here only in a layout
+            where it decides how the write is cut: else ``copies`` and the first ``drain`` find it.
     """
-    slots = as_slots(host_slots, geometry.host_slots, f"{geometry.label} host")
-    if not len(slots):
-        return WritePlan([], lambda: 0)
-    units = whole_pages(slots, geometry.page_size) if geometry.paged else slots.copy()
-    if units is not None:
-        return _Units(geometry, units).cut(ring_bytes)
-    slots = slots.copy()
-    planned = []
-    for chunk in chunks(geometry, slots, ring_bytes):
-        place = staged(geometry, chunk_slots(geometry, chunk))
-        drain = functools.partial(drain_copies, geometry, place, chunk, slots)
-        planned.append(PlannedChunk(chunk, place, place.nbytes, drain))
-    return WritePlan(planned, lambda: sum(len(each.drain(0)) for each in planned))
+    if not geometry.paged:
+        return _Units(geometry, host_slots, ring_bytes)
+    slots = _checked(geometry, host_slots)
+    units = whole_pages(slots, geometry.page_size)
+    return _Loose(geometry, slots, ring_bytes) if units is None else _Units(geometry, units, ring_bytes)
+
+
+def _checked(geometry: PoolGeometry, host_slots: npt.ArrayLike) -> Slots:
+    return as_slots(host_slots, geometry.host_slots, f"{geometry.label} host")
+
+
+class _Loose:
+    """A write of pages of which some are not whole, or not in order."""
+
+    def __init__(self, geometry: PoolGeometry, slots: Slots, ring_bytes: int) -> None:
+        self._geometry = geometry
+        self._slots = slots.copy()
+        self._chunks = list(chunks(geometry, slots, ring_bytes))
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, index: int) -> PlannedChunk:
+        chunk = self._chunks[index]
+        place = staged(self._geometry, chunk_slots(self._geometry, chunk))
+        drain = functools.partial(drain_copies, self._geometry, place, chunk, self._slots)
+        return PlannedChunk(chunk, place, place.nbytes, drain)
+
+    def copies(self) -> int:
+        return sum(len(self[index].drain(0)) for index in range(len(self)))
 
 
 def drain_entries(geometry: PoolGeometry, host_slots: npt.ArrayLike) -> int:
@@ -128,62 +162,82 @@ class _Units:
 
     Args:
         geometry: the pool.
-        units: int64 [n], in range.
+        units: int64 [n]; pages are in range.
+        ring_bytes: any two neighbouring chunks fit this.
     """
 
-    def __init__(self, geometry: PoolGeometry, units: Slots) -> None:
+    def __init__(self, geometry: PoolGeometry, units: npt.ArrayLike, ring_bytes: int) -> None:
         self._geometry = geometry
-        self._units = units
-        self._strides, self._host = _host_side(geometry)
+        self._given = np.asarray(units)
+        self._limit = geometry.host_slots // (geometry.page_size if geometry.paged else 1)
+        total = self._given.size
+        lengths = write_chunks(geometry, total, ring_bytes) if total else []
+        self._edges = [0, *itertools.accumulate(lengths)]
 
-    def cut(self, ring_bytes: int) -> WritePlan:
-        """Chunks of which any two neighbours fit a ring."""
-        geometry = self._geometry
-        per = geometry.page_size if geometry.paged else 1
-        edges = [0, *itertools.accumulate(write_chunks(geometry, len(self._units), ring_bytes))]
-        planned = []
-        for start, stop in itertools.pairwise(edges):
-            place = staged(geometry, (stop - start) * per)
-            drain = functools.partial(self._drain, place, start, stop)
-            planned.append(PlannedChunk(Chunk(start * per, stop * per, 0), place, place.nbytes, drain))
-        if len(planned) > 2:
-            planned[0] = planned[0]._replace(room=max(planned[0].room, planned[2].room))
-        return WritePlan(planned, functools.partial(self._copies, edges[1:-1]))
+    def __len__(self) -> int:
+        return len(self._edges) - 1
+
+    def __getitem__(self, index: int) -> PlannedChunk:
+        start, stop = self._edges[index], self._edges[index + 1]
+        per = self._geometry.page_size if self._geometry.paged else 1
+        place = staged(self._geometry, (stop - start) * per)
+        room = place.nbytes
+        if index == 0 and len(self) > 2:
+            room = max(room, self[2].room)
+        drain = functools.partial(self._drain, place, start, stop)
+        return PlannedChunk(Chunk(start * per, stop * per, 0), place, room, drain)
 
     @functools.cached_property
-    def _breaks(self) -> Slots:
-        """Where a new run begins, ascending; the first one's beginning is not listed."""
-        return np.flatnonzero(self._units[1:] - self._units[:-1] != 1) + 1
+    def _runs(self) -> tuple[Slots, npt.NDArray[np.bool_] | None]:
+        """The units, in range, which nobody changes; and [n - 1] whether a new run begins behind each.
 
-    def _copies(self, begins: list[int]) -> int:
+        None where all are one run: then only the first of them is kept. Each numpy function costs ten to
+        fifty microseconds where its code has left the CPU's caches, and until this is done the link may idle:
+        so one run, which is what a fresh pool hands out, is looked for before anything else.
+        """
+        units = self._given
+        if units.dtype != np.int64 or units.ndim != 1:
+            units = np.asarray(units, dtype=np.int64).reshape(-1)
+        first, last = int(units[0]), int(units[-1])
+        if last - first == len(units) - 1 and 0 <= first <= last < self._limit:
+            breaks = units[1:] != units[:-1] + 1
+            if not np.count_nonzero(breaks):
+                return units[:1].copy(), None
+        units = units.copy()
+        if not self._geometry.paged:
+            _checked(self._geometry, units)
+        return units, units[1:] != units[:-1] + 1
+
+    def copies(self) -> int:
         """Every run is cut where a chunk after the first one begins inside it."""
-        breaks, cuts = self._breaks, len(begins)
-        if len(breaks) and cuts:
-            cuts -= int(np.isin(np.array(begins), breaks).sum())
-        return (1 + len(breaks) + cuts) * len(self._host)
+        if not len(self):
+            return 0
+        (_, breaks), cuts = self._runs, self._edges[1:-1]
+        count = 1 + len(cuts)
+        if breaks is not None:
+            count += int(np.count_nonzero(breaks)) - sum(bool(breaks[cut - 1]) for cut in cuts)
+        return count * len(_host_side(self._geometry)[0])
 
     def _drain(self, place: Staged, start: int, stop: int, base: int) -> CopyBatch:
         """Copies of units ``[start, stop)`` as [component, layer, run], runs by ascending host address."""
-        strides, host = self._strides, self._host
+        strides, host = _host_side(self._geometry)
         src, nbytes = _one_run(place)
-        breaks = self._breaks
-        if len(breaks):
-            first, last = breaks.searchsorted((start + 1, stop))
-            breaks = breaks[first:last]
-        if not len(breaks):
-            dst = host + strides * np.uint64(int(self._units[start]))
-            return CopyBatch(dst, src + np.uint64(base), nbytes)
-        starts = np.empty(len(breaks) + 1, dtype=np.int64)
-        starts[0], starts[1:] = start, breaks
-        lengths = run_lengths(starts, stop)
-        slots = self._units[starts]
+        units, breaks = self._runs
+        inner = None if breaks is None else breaks[start : stop - 1].nonzero()[0]
+        if inner is None or not len(inner):
+            first = int(units[0]) + start if breaks is None else int(units[start])
+            return CopyBatch(host + strides * np.uint64(first), src + np.uint64(base), nbytes)
+        begins = np.empty(len(inner) + 1, dtype=np.int64)
+        begins[0], begins[1:] = 0, inner + 1
+        lengths = run_lengths(begins, stop - start)
+        slots = units[start:stop][begins]
         order = ascending(slots)
-        to, begins, units = (as_addresses(each[order]) for each in (slots, starts - start, lengths))
+        to, at, sizes_in_units = (as_addresses(each[order]) for each in (slots, begins, lengths))
         dsts, srcs, sizes = np.empty((3, len(host), len(to)), dtype=np.uint64)
         by_run = strides[:, None]
         np.add(to * by_run, host[:, None], out=dsts)
-        np.add(begins * by_run, (src + np.uint64(base))[:, None], out=srcs)
-        np.multiply(units, by_run, out=sizes)
+        np.add(at * by_run, (src + np.uint64(base))[:, None], out=srcs)
+        np.multiply(sizes_in_units, by_run, out=sizes)
         return CopyBatch(dsts.reshape(-1), srcs.reshape(-1), sizes.reshape(-1))
 
 

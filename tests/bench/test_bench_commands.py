@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -97,7 +98,8 @@ def test_a_run_on_a_cpu_says_so_in_every_form(tmp_path: Path, tiny: tuple[str, s
 @needs_no_gpu
 def test_submit_without_a_gpu_runs_against_a_driver_that_does_nothing(tmp_path: Path) -> None:
     words = ["--tokens", "64", "--page-size", "16", "--layout", "page_first", "--repeats", "2", "--json"]
-    done = hicache_io("bench", "submit", *words, "--backend", "hybrid", "--backend", "copy_engine")
+    out = ("--out", str(tmp_path))
+    done = hicache_io("bench", "submit", *words, "--backend", "hybrid", "--backend", "copy_engine", *out)
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)["rows"]
     rows = {row["contender"]: row["metrics"] for row in found}
@@ -110,6 +112,8 @@ def test_submit_without_a_gpu_runs_against_a_driver_that_does_nothing(tmp_path: 
         measured = rows[name]["submit_us"]["median"] + rows[name]["later_us"]["median"]
         assert rows[name]["model_us"]["median"] == pytest.approx(measured + 0.6 * copies[name])
     assert rows["host_values"]["values_us"]["median"] > 0
+    saved = list(csv.DictReader(line for line in (tmp_path / "bench.csv").open() if line[0] != "#"))
+    assert {row["contender"] for row in saved if row["model_us"]} == {"hybrid", "copy_engine"}
 
 
 def test_wrong_bytes_end_with_1(monkeypatch: pytest.MonkeyPatch) -> None:

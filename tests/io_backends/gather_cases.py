@@ -57,7 +57,7 @@ def through_staging(
     buffer = np.full(capacity + 2 * guard, POISON, dtype=np.uint8)
     base = -(-int(buffer.ctypes.data + 1) // STAGING_ALIGNMENT) * STAGING_ALIGNMENT + offset
     stream = device.current_stream()
-    for chunk, place, _, planned in plan_write(pool.geometry, host, capacity).chunks:
+    for chunk, place, _, planned in plan_write(pool.geometry, host, capacity):
         device.gather(place, base, slots, chunk, stream, ctas)
         device.copy(planned(base), stream)
     start = base - int(buffer.ctypes.data)

@@ -306,6 +306,40 @@ class TestWriteLargerThanTheRing:
         assert hybrid.backend.advance((later,)) is None  # type: ignore[attr-defined]
         hybrid.assert_copied()
 
+    def test_host_slots_are_the_callers_again_after_the_submission(self) -> None:
+        """Also where nothing of the write was enqueued yet."""
+        hybrid = Hybrid()
+        rows = np.random.default_rng(0).permutation(64)
+        hosts = [np.roll(np.arange(32), 1) + first for first in (32, 0)]  # of two runs each
+        hybrid.expected = hybrid.pool.expected(np.concatenate(hosts), rows)
+        for host, part in zip(hosts, (rows[:32], rows[32:]), strict=True):
+            transfer = transfer_of(hybrid.pool, host, part, (FORWARD,), wait=True)
+            done = hybrid.backend.submit(transfer, "d2h")
+            host[:] = 0
+        assert hybrid.gathers() == 2, "the second write found the ring full"
+        done.pending.flush()
+        hybrid.assert_copied()
+
+    def test_a_host_index_out_of_range_is_refused_at_once_also_when_the_ring_is_full(self) -> None:
+        hybrid = Hybrid()
+        first = hybrid.submit(64, wait=True)
+        transfer = transfer_of(hybrid.pool, np.array([3, 64]), np.arange(2), (FORWARD,), wait=True)
+        with pytest.raises(ValueError, match=r"host index 64 .* outside 0\.\.63"):
+            hybrid.backend.submit(transfer, "d2h")
+        first.pending.flush()
+        hybrid.assert_copied()
+        assert not hybrid.backend.can_advance()  # type: ignore[attr-defined]
+
+    def test_a_refused_write_gives_its_staging_back(self) -> None:
+        hybrid = Hybrid()
+        transfer = transfer_of(hybrid.pool, np.array([3, 64]), np.arange(2), (FORWARD,), wait=True)
+        with pytest.raises(ValueError, match="host index 64"):
+            hybrid.backend.submit(transfer, "d2h")
+        assert not any(entry[0] == "copy" for entry in hybrid.device.log)
+        hybrid.drain_all()
+        assert hybrid.submit(31, wait=True).pending is None
+        hybrid.assert_copied()
+
     def test_flush_enqueues_the_rest_at_once(self) -> None:
         hybrid = Hybrid()
         done = hybrid.submit(64, wait=True)

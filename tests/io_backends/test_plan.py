@@ -51,7 +51,7 @@ def through_staging(pool: MemoryPool, host: np.ndarray, device: np.ndarray, capa
     entries = 0
     base, stream = int(buffer.ctypes.data) + guard, DEVICE.current_stream()
     plan = plan_write(pool.geometry, host, capacity)
-    for chunk, place, _, planned in plan.chunks:
+    for chunk, place, _, planned in plan:
         DEVICE.gather(place, base, device, chunk, stream, ctas=1)
         drain = planned(base)
         run(drain)
@@ -131,7 +131,7 @@ def test_neighbouring_chunks_fit_the_ring_together(data: st.DataObject) -> None:
     pool = data.draw(pools())
     host, _ = data.draw(writes(pool))
     capacity = ring_of(pool, data.draw(st.integers(2, 9)))
-    planned = plan_write(pool.geometry, host, capacity).chunks
+    planned = plan_write(pool.geometry, host, capacity)
     for each in planned:
         assert each.staged.nbytes <= each.room <= capacity
         drain = each.drain(0)
@@ -159,7 +159,7 @@ def test_units_are_planned_as_loose_tokens_are(data: st.DataObject) -> None:
     pool = data.draw(pools())
     host, _ = data.draw(writes(pool))
     capacity = ring_of(pool, data.draw(st.integers(2, 9)))
-    planned, general = plan_write(pool.geometry, host, capacity).chunks, loose(pool, host, capacity)
+    planned, general = plan_write(pool.geometry, host, capacity), loose(pool, host, capacity)
     for got, (chunk, place, want) in zip(planned, general, strict=True):
         assert (got.chunk, got.staged) == (chunk, place)
         drain = got.drain(0)
@@ -177,7 +177,7 @@ def test_copies_are_in_the_order_of_host_memory(data: st.DataObject) -> None:
     if not g.paged or whole_pages(host, g.page_size) is not None:
         # Loose tokens of pages that are written in part come after the whole ones.
         planned = plan_write(g, host, ring_of(pool, data.draw(st.integers(2, 9))))
-        batches += [each.drain(0) for each in planned.chunks]
+        batches += [each.drain(0) for each in planned]
     for batch in batches:
         for memory in pool.host:
             start = int(memory.ctypes.data)
@@ -187,14 +187,16 @@ def test_copies_are_in_the_order_of_host_memory(data: st.DataObject) -> None:
 
 def test_a_chunk_is_planned_from_what_the_slots_were_then() -> None:
     pool = make_pool("page_first", layers=2, page_size=4, row_bytes=(8, 8))
-    for host in (np.arange(8), np.arange(1, 8)):  # whole pages, and not
+    # Whole pages, not whole ones, and more than one run.
+    for host in (np.arange(8), np.arange(1, 8), np.array([4, 5, 6, 7, 0, 1, 2, 3])):
         for layout in ("page_first", "page_first_direct"):
             pool = make_pool(layout, layers=2, page_size=4, row_bytes=(8, 8))
-            want = rows_of(plan_write(pool.geometry, host, 2**20).chunks[0].drain(0))
+            want = rows_of(plan_write(pool.geometry, host, 2**20)[0].drain(0))
             given_slots = host.astype(np.int64)
             plan = plan_write(pool.geometry, given_slots, 2**20)
+            assert plan.copies() == len(want)
             given_slots[:] = 9
-            assert rows_of(plan.chunks[0].drain(0)) == want
+            assert rows_of(plan[0].drain(0)) == want
 
 
 @given(st.lists(st.integers(0, 8), max_size=4), st.integers(1, 4), st.data())
@@ -252,8 +254,8 @@ class TestChunkSizes:
         pool = make_pool("page_first", layers=36, page_size=1, row_bytes=k_and_v, pages=1, device_slots=1)
         g = replace(pool.geometry, host_slots=8192)
         planned = plan_write(g, np.arange(8192), 256 * 2**20)
-        assert planned.copies() == sum(len(each.drain(0)) for each in planned.chunks) == 18
-        assert planned.chunks[0].chunk == Chunk(0, 912, 0)
+        assert planned.copies() == sum(len(each.drain(0)) for each in planned) == 18
+        assert planned[0].chunk == Chunk(0, 912, 0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -261,7 +263,7 @@ def test_staging_below_two_units_is_refused(layout: str) -> None:
     pool = make_pool(layout, layers=2, page_size=4, row_bytes=(16, 16))
     with pytest.raises(ValueError, match="raise staging_mb"):
         plan_write(pool.geometry, np.arange(4), ring_of(pool, 2) - 1)
-    assert plan_write(pool.geometry, np.arange(4), ring_of(pool, 2)).chunks
+    assert plan_write(pool.geometry, np.arange(4), ring_of(pool, 2))
 
 
 class TestEntries:
@@ -334,8 +336,9 @@ class TestBadIndices:
     ) -> None:
         pool = make_pool(layout, layers=1, page_size=4, row_bytes=(8, 8))
         host = np.array([0, 1, 2, 3, bad]) if shape == "loose" else np.arange(4) + bad // 4 * 4
-        with pytest.raises(ValueError, match="host index"):
-            plan_write(pool.geometry, host, 2**20)
+        for ask in (lambda plan: plan.copies(), lambda plan: plan[0].drain(0)):
+            with pytest.raises(ValueError, match="host index"):
+                ask(plan_write(pool.geometry, host, 2**20))
 
     def test_a_host_index_out_of_range_is_refused(self) -> None:
         pool = make_pool("page_first", layers=1, page_size=4, row_bytes=(8, 8))
