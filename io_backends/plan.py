@@ -49,7 +49,16 @@ def as_slots(indices: npt.ArrayLike, limit: int, what: str) -> Slots:
     Raises:
         ValueError: an index is out of range: copying there would write over foreign memory.
     """
-    slots = np.ascontiguousarray(indices, dtype=np.int64).reshape(-1)
+    slots: Slots
+    if (
+        isinstance(indices, np.ndarray)
+        and indices.dtype == np.int64
+        and indices.ndim == 1
+        and indices.flags.c_contiguous
+    ):
+        slots = indices
+    else:
+        slots = np.ascontiguousarray(indices, dtype=np.int64).reshape(-1)
     # Unsigned, a negative index is far above any limit: one look at the values instead of two. (The method
     # max() goes through Python, which takes several times as long where that code has left the CPU's caches.)
     if slots.size and int(np.maximum.reduce(slots.view(np.uint64))) >= limit:

@@ -227,17 +227,16 @@ class _Units:
         if inner is None or not len(inner):
             first = int(units[0]) + start if breaks is None else int(units[start])
             return CopyBatch(host + strides * np.uint64(first), src + np.uint64(base), nbytes)
-        begins = np.empty(len(inner) + 1, dtype=np.int64)
-        begins[0], begins[1:] = 0, inner + 1
-        lengths = run_lengths(begins, stop - start)
+        edges = np.empty(len(inner) + 2, dtype=np.int64)
+        edges[0], edges[1:-1], edges[-1] = 0, inner + 1, stop - start
+        begins, lengths = edges[:-1], edges[1:] - edges[:-1]
         slots = units[start:stop][begins]
         order = ascending(slots)
-        to, at, sizes_in_units = (as_addresses(each[order]) for each in (slots, begins, lengths))
-        dsts, srcs, sizes = np.empty((3, len(host), len(to)), dtype=np.uint64)
+        dsts, srcs, sizes = np.empty((3, len(host), len(order)), dtype=np.uint64)
         by_run = strides[:, None]
-        np.add(to * by_run, host[:, None], out=dsts)
-        np.add(at * by_run, (src + np.uint64(base))[:, None], out=srcs)
-        np.multiply(sizes_in_units, by_run, out=sizes)
+        np.add(slots[order].view(np.uint64) * by_run, host[:, None], out=dsts)
+        np.add(begins[order].view(np.uint64) * by_run, (src + np.uint64(base))[:, None], out=srcs)
+        np.multiply(lengths[order].view(np.uint64), by_run, out=sizes)
         return CopyBatch(dsts.reshape(-1), srcs.reshape(-1), sizes.reshape(-1))
 
 
