@@ -8,6 +8,7 @@ tests      ``pytest -m gpu``; its output in ``gpu_tests.txt``
 sanitize   compute-sanitizer's memcheck and racecheck on a small write of each backend, where the tool is
 bench      every measurement, or those named with ``--measure``, within the time budget; ``bench.json``, CSV,
            tables, plots and ``report.html``
+profile    where the time of one write goes (:mod:`~.measure.profile`); ``profile.json``
 calibrate  ``calibration.json`` and ``machine.yaml``
 
 ``suite.json`` says how each part went. SGLang takes part where it can be imported, or its bundle
@@ -29,12 +30,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sglang_hicache.bench.measure import report, results, suite, tables
+from sglang_hicache.bench.measure import profile, report, results, suite, tables
 from sglang_hicache.bench.measure.calibrate import ON_CPU, Plan, calibrate, quicker
 from sglang_hicache.bench.measure.devices import gpu_missing
 from sglang_hicache.bench.measure.environment import describe
 
-PARTS = ("tests", "sanitize", "bench", "calibrate")
+PARTS = ("tests", "sanitize", "bench", "profile", "calibrate")
 GPU_TESTS = ("tests/io_backends", "tests/sglang/test_gpu_pools.py")
 SANITIZER = "compute-sanitizer"
 _SANITIZER_ERROR = 9
@@ -126,6 +127,12 @@ def run_bench(args: argparse.Namespace) -> Part:
     return Part("good", f"{len(run.rows)} rows in {', '.join(path.name for path in written)}")
 
 
+def run_profile(args: argparse.Namespace) -> Part:
+    """Where the time of one write goes."""
+    parts = profile.profile(args.out / "profile.json", cpu=args.cpu)
+    return Part("good", f"{len(parts)} parts")
+
+
 def run_calibrate(args: argparse.Namespace) -> Part:
     """Calibration; nothing is installed."""
     plan = ON_CPU if args.cpu else Plan()
@@ -144,6 +151,7 @@ RUNS: dict[str, Callable[[argparse.Namespace], Part]] = {
     "tests": run_tests,
     "sanitize": run_sanitizer,
     "bench": run_bench,
+    "profile": run_profile,
     "calibrate": run_calibrate,
 }
 
@@ -159,13 +167,13 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=300, help="seconds for all measurements of bench")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one or two cases of each measurement")
-    parser.add_argument("--cpu", action="store_true", help="try bench and calibrate without a GPU")
+    parser.add_argument("--cpu", action="store_true", help="try bench, profile, calibrate without a GPU")
     args = parser.parse_args(given)
     if args.cpu and set(args.parts) & {"tests", "sanitize"}:
-        parser.error("--cpu goes with --parts bench calibrate only: tests and sanitize need a GPU")
+        parser.error("--cpu goes with --parts bench profile calibrate: tests and sanitize need a GPU")
     missing = gpu_missing()
     if missing is not None and not args.cpu:
-        parser.error(f"no GPU: {missing} (--cpu tries bench and calibrate without one)")
+        parser.error(f"no GPU: {missing} (--cpu tries bench, profile and calibrate without one)")
     args.out.mkdir(parents=True, exist_ok=True)
     environment = describe(cpu=args.cpu)
     for name, value in environment.items():

@@ -276,10 +276,15 @@ def test_the_gpu_suite_on_a_cpu(
     small = {"latency": suite.Grid(models=("tiny",), tokens=(32,), page_sizes=(4,))}
     monkeypatch.setattr(suite, "GRIDS", {**suite.GRIDS, **small})
     monkeypatch.setattr(gpu_suite, "ON_CPU", Plan("tiny", 32, (4,), {}, rounds=2, repeats=1))
-    words = ["--cpu", "--parts", "bench", "calibrate", "--measure", "latency", "--repeats", "2"]
+    words = ["--cpu", "--parts", "bench", "profile", "calibrate", "--measure", "latency", "--repeats", "2"]
     assert gpu_suite.main([*words, "--out", str(tmp_path)]) == 0
     parts = json.loads((tmp_path / "suite.json").read_text(encoding="utf-8"))["parts"]
     assert parts["bench"]["status"] == "good"
+    assert parts["profile"]["status"] == "good"
+    profiled = json.loads((tmp_path / "profile.json").read_text(encoding="utf-8"))
+    assert profiled["watermark"] == results.CPU_WATERMARK
+    assert {part["part"] for part in profiled["parts"]} == {"gather", "sm_store", "drain", "write", "beside"}
+    assert all(part["metrics"] for part in profiled["parts"])
     assert parts["calibrate"]["status"] in ("good", "skipped")
     assert {"bench.json", "bench.csv", "tables.md", "report.html", "calibration.json"} <= {
         path.name for path in tmp_path.iterdir()

@@ -1,6 +1,6 @@
 """Where the time of one write goes: its parts, each measured alone, and all of them on one clock.
 
-    python -m sglang_hicache.bench.measure.parts --out parts.json [--cpu]
+    python -m sglang_hicache.bench.measure.profile --out profile.json [--cpu]
 
 gather     how long the gather of one chunk takes, by thread blocks
 sm_store   the same kernel writing straight to pinned host memory: what any SM kernel can reach on the link
@@ -8,8 +8,9 @@ drain      copies from staging to host slots that lie scattered over several GiB
            order of their host addresses and in random order, on one stream and on two
 write      one write of ``hybrid`` end to end: until the first gather is asked for, until the link is busy,
            how long it idles between copies
+beside     how much a forward slows down beside ``hybrid``, by the gather's thread blocks
 
-Constants of the backends cite what this prints; ``parts.json`` has the spread of the repeats.
+Constants of the backends cite what this prints; the file has the spread of the repeats.
 """
 
 from __future__ import annotations
@@ -28,31 +29,34 @@ import numpy as np
 
 from sglang_hicache.bench.measure.cases import MODELS, Case
 from sglang_hicache.bench.measure.contenders import contenders
-from sglang_hicache.bench.measure.devices import Bench, no_collection, open_bench
+from sglang_hicache.bench.measure.devices import Bench, gpu_missing, no_collection, open_bench
 from sglang_hicache.bench.measure.environment import describe
+from sglang_hicache.bench.measure.interference import interference
 from sglang_hicache.bench.measure.memory import Memory
 from sglang_hicache.bench.measure.one_write import Setting
 from sglang_hicache.bench.measure.results import CPU_WATERMARK, Spread
 from sglang_hicache.bench.measure.timing import link_ceiling
 from sglang_hicache.io_backends.chunks import Chunk, staged
-from sglang_hicache.io_backends.hybrid import DEFAULT_GATHER_CTAS
 from sglang_hicache.io_backends.plan import CopyBatch
 from sglang_hicache.io_backends.staged_plan import drain_copies
 from sglang_hicache.policy.load import default_policy
 
 MODEL = "Qwen3-8B"
 CTAS = (8, 16, 32, 64, 132, 264)
+CTAS_BESIDE = (16, 32, 64, 132)
 GATHERED = (2**23, 2**27)
 """Bytes of the chunks that are gathered."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is moved: of the drains' writes, the slots they are scattered over, the writes end to end."""
+    """How much is moved: by the drains, the slots they are scattered over, the writes end to end and beside
+    forwards."""
 
     tokens: int
     slots: int
     writes: tuple[Case, ...]
+    beside: Case
     repeats: int
 
 
@@ -64,12 +68,13 @@ def on_gpu() -> Size:
         for page, fragmented in ((1, False), (1, True), (16, True))
         for tokens in (512, 4096)
     )
-    return Size(4096, 2**16, writes, 7)
+    return Size(4096, 2**16, writes, Case(MODEL, "page_first", 16, 8192, True), 5)
 
 
 def on_cpu() -> Size:
     """Enough to exercise the code."""
-    return Size(64, 256, (Case(MODEL, "page_first", 1, 64, True),), 2)
+    case = Case(MODEL, "page_first", 1, 64, True)
+    return Size(64, 256, (case,), case, 2)
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,10 @@ class Part:
     """One part.
 
     Attributes:
-        part: ``gather``, ``sm_store``, ``drain`` or ``write``.
+        part: ``gather``, ``sm_store``, ``drain``, ``write`` or ``beside``.
         what: what was varied, in words.
         metrics: ``ms``, ``gb_per_s`` (of bytes written), ``thread_us`` where it was asked for; of ``write``
-            those of :func:`_trace`.
+            those of :func:`_trace`; of ``beside`` ``slow_down`` and ``gb_per_s``.
     """
 
     part: str
@@ -98,6 +103,11 @@ def measure(device: Bench, size: Size) -> Iterator[Part]:
     setting = Setting(device, default_policy(), size.repeats, ("hybrid",))
     for case in size.writes:
         yield _write(setting, case, size.repeats)
+    for ctas in CTAS_BESIDE:
+        setting.options = {"hybrid": {"gather_ctas": ctas}}
+        for row in interference(setting, size.beside):
+            metrics = {name: row.metrics[name] for name in ("slow_down", "gb_per_s") if name in row.metrics}
+            yield Part("beside", f"{row.forward}, {ctas} blocks", metrics)
 
 
 def _gathers(device: Bench, memory: Memory, size: Size) -> Iterator[Part]:
@@ -268,27 +278,24 @@ def text(parts: list[Part]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Measure, print, save."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--cpu", action="store_true", help="exercise the code without a GPU")
-    args = parser.parse_args()
-    environment = describe(cpu=args.cpu)
-    device = open_bench(args.cpu)
-    link = link_ceiling(device, 2**24 if args.cpu else 2**30)
-    watermark = CPU_WATERMARK if args.cpu else None
-    where = environment["cpu"] if args.cpu else environment["gpu"]
-    print(f"{where}, gather with {DEFAULT_GATHER_CTAS} blocks by default, link {link.median:.1f} GB/s")
+def profile(out: Path | None, *, cpu: bool) -> list[Part]:
+    """Measure, print, and save in ``out``.
+
+    Raises:
+        DeviceUnavailableError: there is no GPU and ``cpu`` is not set.
+    """
+    environment = describe(cpu=cpu)
+    device = open_bench(cpu)
+    link = link_ceiling(device, 2**24 if cpu else 2**30)
+    watermark = CPU_WATERMARK if cpu else None
+    print(f"{environment['cpu' if cpu else 'gpu']}, one large copy to the host {link.median:.1f} GB/s")
     if watermark:
         print(watermark)
     found = []
-    for part in measure(device, on_cpu() if args.cpu else on_gpu()):
+    for part in measure(device, on_cpu() if cpu else on_gpu()):
         found.append(part)
         print(text([part]), flush=True)
-    if args.out is not None:
+    if out is not None:
         saved = {
             "ran_on": environment["ran_on"],
             "watermark": watermark,
@@ -296,7 +303,22 @@ def main() -> int:
             "link_gb_per_s": asdict(link),
             "parts": [asdict(part) for part in found],
         }
-        args.out.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--cpu", action="store_true", help="exercise the code without a GPU")
+    args = parser.parse_args()
+    missing = None if args.cpu else gpu_missing()
+    if missing is not None:
+        parser.error(f"no GPU: {missing} (--cpu exercises the code without one)")
+    profile(args.out, cpu=args.cpu)
     return 0
 
 

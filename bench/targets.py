@@ -1,0 +1,154 @@
+"""How a saved GPU run stands against this project's targets, as a Markdown table for the README.
+
+    python -m sglang_hicache.bench.targets bench/results/DATE-GPU/bench.json
+
+Targets: ``auto`` at least 95 % of one large copy's rate from 4,096 tokens, at least as fast as the best of
+SGLang's paths in every cell, 1.3 times its default (the staged write-back) on average; forwards at most 3 %
+slower beside ``copy_engine`` and ``hybrid``; a stall of ``hybrid`` of at most a tenth of ``fenced_kernel``'s;
+at most a fifth of the staged path's time of the scheduler's thread at page size 1.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from sglang_hicache.bench.measure.cases import Case
+from sglang_hicache.bench.measure.results import Row, Run, load
+from sglang_hicache.bench.measure.tables import markdown_row
+from sglang_hicache.io_backends.registry import AUTO
+
+STAGED = "sglang_staged"
+LONG = 4096
+"""Tokens from which the rate of a write is held to the link's."""
+
+LINK_SHARE, OVER_STAGED, SLOW_DOWN, STALL, SUBMIT = 0.95, 1.3, 1.03, 0.1, 5.0
+
+Cells = dict[Case, dict[str, Row]]
+
+
+def table(run: Run) -> str:
+    """One line for each target, split where that says more."""
+    lines = [markdown_row(["target", "where", "cells", "reached in", "least", "median", "greatest"])]
+    lines.append(markdown_row(["---"] * 7))
+    found = cells(run, "bandwidth")
+    for make in (_link, _best, _over_staged):
+        lines += [_line(*each) for each in make(found)]
+    lines += [_line(*each) for each in (*_slow_down(run), *_stall(run), *_submit(run))]
+    return "\n".join(lines) + "\n"
+
+
+def cells(run: Run, measurement: str) -> Cells:
+    """Rows with figures by case and contender."""
+    found: Cells = {}
+    for row in run.of(measurement):
+        if row.metrics:
+            found.setdefault(row.case, {})[row.contender] = row
+    return found
+
+
+Line = tuple[str, str, Sequence[float], Callable[[float], bool], str]
+
+
+def _line(target: str, where: str, values: Sequence[float], good: Callable[[float], bool], shape: str) -> str:
+    if not values:
+        return markdown_row([target, where, "0", "not measured", "", "", ""])
+    reached = str(sum(map(good, values)))
+    numbers = (min(values), statistics.median(values), max(values))
+    return markdown_row([target, where, str(len(values)), reached, *map(shape.format, numbers)])
+
+
+def _rate(row: Row) -> float:
+    return row.metrics["gb_per_s"].median
+
+
+def _link(found: Cells) -> Iterator[Line]:
+    groups: dict[str, list[float]] = {}
+    for case, rows in found.items():
+        if case.tokens >= LONG and AUTO in rows:
+            slots = "fragmented" if case.fragmented else "contiguous"
+            where = f"{case.model}, {slots}" + (", page 1" if case.page_size == 1 else ", page 16 and 64")
+            share = rows[AUTO].metrics["link_share"].median
+            groups.setdefault(where, []).append(share)
+    for where, values in sorted(groups.items()):
+        yield (f"`auto`: {LINK_SHARE:.0%} of the link", where, values, lambda v: v >= LINK_SHARE, "{:.0%}")
+
+
+def _best(found: Cells) -> Iterator[Line]:
+    groups: dict[int, list[float]] = {}
+    for case, rows in found.items():
+        theirs = [_rate(row) for name, row in rows.items() if name.startswith("sglang_")]
+        if AUTO in rows and theirs:
+            groups.setdefault(case.tokens, []).append(_rate(rows[AUTO]) / max(theirs))
+    for tokens, values in sorted(groups.items()):
+        yield (
+            "`auto` by SGLang's best path, 1",
+            f"{tokens:,} tokens",
+            values,
+            lambda v: v >= 0.995,  # 1.00 as it is printed
+            "{:.2f}",
+        )
+
+
+def _over_staged(found: Cells) -> Iterator[Line]:
+    groups: dict[str, list[float]] = {}
+    for case, rows in found.items():
+        if AUTO in rows and STAGED in rows:
+            ratio = _rate(rows[AUTO]) / _rate(rows[STAGED])
+            groups.setdefault(f"page {case.page_size}", []).append(ratio)
+            groups.setdefault("all", []).append(ratio)
+    for where, values in groups.items():
+        mean = statistics.geometric_mean(values)
+        yield (
+            f"`auto` by SGLang's default, {OVER_STAGED}",
+            f"{where}: geometric mean {mean:.2f}",
+            values,
+            lambda v: v >= OVER_STAGED,
+            "{:.2f}",
+        )
+
+
+def _slow_down(run: Run) -> Iterator[Line]:
+    for name in ("copy_engine", "hybrid"):
+        for half in (False, True):
+            values = [
+                row.metrics["slow_down"].median
+                for row in run.of("interference")
+                if row.contender == name
+                and "slow_down" in row.metrics
+                and str(row.forward).endswith("half") == half
+            ]
+            where = f"`{name}`, {'half of the' if half else 'all'} SMs busy"
+            yield (f"forward slowed {SLOW_DOWN}x", where, values, lambda v: v < SLOW_DOWN + 0.005, "{:.2f}x")
+
+
+def _stall(run: Run) -> Iterator[Line]:
+    for case, rows in cells(run, "fence").items():
+        if {"hybrid", "fenced_kernel"} <= rows.keys():
+            ours, theirs = (rows[name].metrics["stall_ms"].median for name in ("hybrid", "fenced_kernel"))
+            where = f"{case.nbytes / 1e6:,.1f} MB: {ours:.3f} by {theirs:.3f} ms"
+            share = ours / theirs if theirs else float(ours > 0)
+            yield (f"stall {STALL:.0%} of the SM kernel's", where, [share], lambda v: v <= STALL, "{:.1%}")
+
+
+def _submit(run: Run) -> Iterator[Line]:
+    measured = {**cells(run, "bandwidth"), **cells(run, "submit")}
+    groups: dict[str, list[float]] = {}
+    for case, rows in measured.items():
+        if case.page_size == 1 and AUTO in rows and STAGED in rows:
+            ratio = rows[STAGED].metrics["submit_us"].median / rows[AUTO].metrics["submit_us"].median
+            groups.setdefault("fragmented" if case.fragmented else "contiguous", []).append(ratio)
+    for where, values in groups.items():
+        yield (
+            f"thread's time, SGLang's default by `auto`, {SUBMIT:.0f}",
+            f"page 1, {where}",
+            values,
+            lambda v: v >= SUBMIT,
+            "{:.1f}",
+        )
+
+
+if __name__ == "__main__":
+    print(table(load(Path(sys.argv[1]))), end="")
