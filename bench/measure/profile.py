@@ -106,7 +106,7 @@ def measure(device: Bench, size: Size) -> Iterator[Part]:
     for ctas in CTAS_BESIDE:
         setting.options = {"hybrid": {"gather_ctas": ctas}}
         for row in interference(setting, size.beside):
-            metrics = {name: row.metrics[name] for name in ("slow_down", "gb_per_s") if name in row.metrics}
+            metrics = {name: each for name, each in row.metrics.items() if name in ("slow_down", "gb_per_s")}
             yield Part("beside", f"{row.forward}, {ctas} blocks", metrics)
 
 
