@@ -135,9 +135,9 @@ def _runs(geometry: PoolGeometry, mergeable: bool, host: Slots, device: Slots) -
 def ascending(slots: Slots) -> Slots:
     """The order in which to copy runs that begin at these host slots: by host address.
 
-    An H200 took 4,096 tokens of Qwen3-8B (72 KiB for each of K and V) that lay scattered over 8 GiB of host
-    memory there at 54.5 GB/s in this order and at 51.5 in random order; copies of 36 KiB at 53.5 and 45.4.
-    The order of the sources made no difference.
+    An H100 took 4,096 tokens of Qwen3-8B (72 KiB for each of K and V) to slots scattered over 9 GiB of host
+    memory at 46.9 GB/s in this order and at 42.1 in random order; copies of 128 KiB at 48.0 and 45.1
+    (bench/results/2026-11-25-h100/profile.json).
     """
     return slots.argsort()
 
