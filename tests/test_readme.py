@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from sglang_hicache.bench import targets
 from sglang_hicache.bench.gpu_table import fence_table, tables
 from sglang_hicache.bench.measure import results
 
@@ -17,6 +18,11 @@ def test_the_gpu_tables_are_made_from_the_saved_run() -> None:
     assert [bool(fence) for _, fence, _ in shown] == [False, True]
     for path, fence, text in shown:
         assert text == (fence_table if fence else tables)(results.load(ROOT / path))
+
+
+def test_the_targets_are_held_against_the_saved_run() -> None:
+    ((path, text),) = re.findall(r"<!-- gpu_targets (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert text == targets.table(results.load(ROOT / path))
 
 
 def test_saved_gpu_figures_say_that_they_are_from_a_gpu_and_every_byte_was_right() -> None:
