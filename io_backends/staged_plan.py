@@ -169,7 +169,8 @@ class _Units:
     def __init__(self, geometry: PoolGeometry, units: npt.ArrayLike, ring_bytes: int) -> None:
         self._geometry = geometry
         self._given = np.asarray(units)
-        self._limit = geometry.host_slots // (geometry.page_size if geometry.paged else 1)
+        self._per = geometry.page_size if geometry.paged else 1
+        self._limit = geometry.host_slots // self._per
         total = self._given.size
         lengths = write_chunks(geometry, total, ring_bytes) if total else []
         self._edges = [0, *itertools.accumulate(lengths)]
@@ -178,8 +179,7 @@ class _Units:
         return len(self._edges) - 1
 
     def __getitem__(self, index: int) -> PlannedChunk:
-        start, stop = self._edges[index], self._edges[index + 1]
-        per = self._geometry.page_size if self._geometry.paged else 1
+        start, stop, per = self._edges[index], self._edges[index + 1], self._per
         place = staged(self._geometry, (stop - start) * per)
         room = place.nbytes
         if index == 0 and len(self) > 2:
@@ -216,11 +216,15 @@ class _Units:
         count = 1 + len(cuts)
         if breaks is not None:
             count += int(np.count_nonzero(breaks)) - sum(bool(breaks[cut - 1]) for cut in cuts)
-        return count * len(_host_side(self._geometry)[0])
+        return count * len(self._host[0])
+
+    @functools.cached_property
+    def _host(self) -> tuple[Addresses, Addresses]:
+        return _host_side(self._geometry)
 
     def _drain(self, place: Staged, start: int, stop: int, base: int) -> CopyBatch:
         """Copies of units ``[start, stop)`` as [component, layer, run], runs by ascending host address."""
-        strides, host = _host_side(self._geometry)
+        strides, host = self._host
         src, nbytes = _one_run(place)
         units, breaks = self._runs
         inner = None if breaks is None else breaks[start : stop - 1].nonzero()[0]

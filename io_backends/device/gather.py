@@ -87,14 +87,13 @@ class Gather:
         if not device_slots.is_contiguous():
             with _current(stream):
                 device_slots = device_slots.contiguous()
-        launches = plan(staged, base, self._tile_units)
-        tiles = [launch.tiles(tokens) for launch in launches]
-        if max(tiles) >= _TILE_LIMIT:
-            raise ValueError(
-                f"{staged.geometry.label}: {tokens} rows are too many for one gather ({max(tiles)} tiles)"
-            )
-        for launch, count in zip(launches, tiles, strict=True):
-            self._run(launch, base, device_slots, chunk, min(ctas, count), stream)
+        for launch in plan(staged, base, self._tile_units):
+            tiles = launch.tiles(tokens)
+            if tiles >= _TILE_LIMIT:
+                raise ValueError(
+                    f"{staged.geometry.label}: {tokens} rows are too many for one gather ({tiles} tiles)"
+                )
+            self._run(launch, base, device_slots, chunk, min(ctas, tiles), stream)
 
     def _table(self, rows: Rows, device: Any) -> Any:
         table = self._tables.get(rows)
