@@ -114,18 +114,21 @@ def chunk_lengths(total: int, ring: int, lead: int) -> list[int]:
     """Units of each chunk of a write, of which any two neighbours fit the ring.
 
     The link idles while the first chunk is gathered, so that is the short one: what is left over, or an
-    eighth where all fits the ring at once.
+    eighth where all fits the ring at once. Of such a write none is longer than half a ring, so that the next
+    write's first can be gathered while its last drains.
 
     Args:
         total: units in the write, at least 1.
         ring: units that fit the ring, at least 2.
         lead: units from which a write that fits the ring is worth a chunk more.
     """
-    if total <= ring:
-        first = total // 8
-        return [first, total - first] if first and total >= lead else [total]
-    sizes = chunk_units(total, ring)
     lengths: list[int] = []
+    if total <= ring:
+        first = total // 8 if total >= lead else 0
+        rest = total - first
+        later = [rest] if rest <= ring - ring // 2 else [rest - rest // 2, rest // 2]
+        return [first, *later] if first else later
+    sizes = chunk_units(total, ring)
     while total > 0:
         lengths.append(min(total, sizes[len(lengths) % 2]))
         total -= lengths[-1]
@@ -133,7 +136,7 @@ def chunk_lengths(total: int, ring: int, lead: int) -> list[int]:
 
 
 def write_chunks(geometry: PoolGeometry, units: int, ring_bytes: int) -> list[int]:
-    """:func:`chunk_lengths` of a write of ``units`` tokens (pages, in a paged layout).
+    """:func:`chunk_lengths` of a write of ``units`` tokens (pages, in a paged layout), at least 1.
 
     Raises:
         ValueError: not even two units fit the ring.

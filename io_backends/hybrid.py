@@ -32,8 +32,8 @@ drains in 2.4 ms at 55 GB/s (H200): long against what the next costs the host (`
 
 DEFAULT_GATHER_CTAS = 64
 """Thread blocks of the gather. An H100 gathers 134 MB in 332, 202, 141, 124 and 125 us with 16, 32, 64, 132
-and 264 of them. Short gathers disturb less than narrow ones: a GEMM on half of the SMs takes 1.15, 1.10, 1.06
-and 1.05 times as long beside write-back with 16, 32, 64 and 132.
+and 264 of them, launch included. Short gathers disturb less than narrow ones: a GEMM on half of the SMs takes
+1.15, 1.10, 1.06 and 1.05 times as long beside write-back with 16, 32, 64 and 132.
 (bench/results/2026-11-25-h100/profile.json)"""
 
 
@@ -71,6 +71,9 @@ class _Write:
 
     def flush(self) -> Event | None:
         return None if self.enqueued() else self._backend.flush(self)
+
+    def abandon(self) -> None:
+        self._backend.abandon_write(self)
 
     def then(self, action: Callable[[], None]) -> None:
         if self.enqueued():
@@ -143,8 +146,7 @@ class HybridBackend:
                 copies = plan.copies()  # looks at every host slot, if no drain has
             except BaseException:
                 # SGLang sees the error and frees the slots: nothing may be written to them later.
-                if write in self._waiting:
-                    self._waiting.remove(write)
+                self.abandon_write(write)
                 raise
         return Submission(
             copies=copies,
@@ -179,6 +181,17 @@ class HybridBackend:
         """
         return self._enqueue(wait=True, until=until)
 
+    def abandon_write(self, write: _Write) -> None:
+        """Forget what of ``write`` is not enqueued, and let its stream wait for what is.
+
+        Whoever gives its slots to others waits for that stream first.
+        """
+        write.drop()
+        if write in self._waiting:
+            self._waiting.remove(write)
+        for stream in (self._gather_stream, self._drain_stream):
+            self._device.wait(write.stream, self._device.record(stream))
+
     def abandon(self) -> None:
         """Forget what is not enqueued: its rows and slots are about to be given to others."""
         for write in self._waiting:
@@ -197,14 +210,14 @@ class HybridBackend:
                 except BaseException as error:
                     # The transfer fails as a whole: SGLang sees the error and acknowledges nothing.
                     write.error = error
-                    self._waiting.popleft()
+                    self.abandon_write(write)
                     raise
                 if event is None:
                     return gathered
                 gathered = event
                 write.went()
-            self._waiting.popleft()
             self._device.wait(write.stream, self._device.record(self._drain_stream))
+            self._waiting.popleft()
             write.finish()
             if write is until:
                 break
@@ -217,10 +230,10 @@ class HybridBackend:
         if taken is None:
             return None
         region, drained = taken
-        for event in drained:
-            device.wait(self._gather_stream, event)
         base = self._staging.address + region.start
         try:
+            for event in drained:
+                device.wait(self._gather_stream, event)
             device.gather(
                 planned.staged, base, transfer.device_slots, planned.chunk, self._gather_stream, self._ctas
             )

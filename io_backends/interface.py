@@ -72,6 +72,13 @@ class Pending(Protocol):
         """
         ...
 
+    def abandon(self) -> None:
+        """Forget the rest: another part of the write failed, and its host slots will be given to others.
+
+        The stream given to ``submit`` then waits for what was enqueued.
+        """
+        ...
+
     def then(self, action: Callable[[], None]) -> None:
         """Call ``action`` as soon as everything is enqueued (at once if it is)."""
         ...
@@ -121,7 +128,11 @@ class Backend(Protocol):
         call is. ``stream`` is current, and has waited for ``transfer.ready``.
 
         Raises:
-            ValueError: the transfer does not fit the geometry (an index out of range).
+            ValueError: the transfer does not fit the geometry (an index out of range). Nothing was or will
+                be written to host memory.
+
+        After any error nothing is enqueued later, and what was enqueued is done when work recorded on
+        ``stream`` after this call is.
         """
         ...
 

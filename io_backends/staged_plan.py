@@ -16,7 +16,15 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sglang_hicache.io_backends.chunks import Chunk, Staged, chunk_slots, chunks, staged, write_chunks
+from sglang_hicache.io_backends.chunks import (
+    Chunk,
+    Staged,
+    chunk_slots,
+    chunks,
+    ring_units,
+    staged,
+    write_chunks,
+)
 from sglang_hicache.io_backends.geometry import Component, HostStrides, PoolGeometry
 from sglang_hicache.io_backends.plan import (
     Addresses,
@@ -37,8 +45,9 @@ class PlannedChunk(NamedTuple):
     Attributes:
         chunk: which tokens.
         staged: how they lie in staging.
-        room: bytes of the ring it takes. A short first chunk takes as much as the third one, which comes
-            there after it: else the third one would lie across the second, and wait for its drain too.
+        room: bytes of the ring it takes. The short first chunk of a write that is larger than the ring takes
+            as much as the third one, which comes there after it: else the third one would lie across the
+            second, and wait for its drain too.
         drain: plans the copies when it is called, with the address in staging at which the chunk begins.
     """
 
@@ -174,6 +183,7 @@ class _Units:
         total = self._given.size
         lengths = write_chunks(geometry, total, ring_bytes) if total else []
         self._edges = [0, *itertools.accumulate(lengths)]
+        self._wraps = total > ring_units(geometry, ring_bytes)
 
     def __len__(self) -> int:
         return len(self._edges) - 1
@@ -182,7 +192,7 @@ class _Units:
         start, stop, per = self._edges[index], self._edges[index + 1], self._per
         place = staged(self._geometry, (stop - start) * per)
         room = place.nbytes
-        if index == 0 and len(self) > 2:
+        if index == 0 and self._wraps:
             room = max(room, self[2].room)
         drain = functools.partial(self._drain, place, start, stop)
         return PlannedChunk(Chunk(start * per, stop * per, 0), place, room, drain)

@@ -2,7 +2,7 @@
 
     python -m sglang_hicache.bench.measure.profile --out profile.json [--cpu]
 
-gather     how long the gather of one chunk takes, by thread blocks
+gather     how long the gather of one chunk takes from before its launch, by thread blocks
 sm_store   the same kernel writing straight to pinned host memory: what any SM kernel can reach on the link
 drain      copies from staging to host slots that lie scattered over several GiB, by bytes of a copy, in the
            order of their host addresses and in random order, on one stream and on two
@@ -233,11 +233,13 @@ def _write(setting: Setting, case: Case, repeats: int) -> Part:
 
 
 def _trace(task: Any, traced: Traced, submit: Any) -> Mapping[str, float]:
-    """One write.
+    """One write, on the device's clock from before the submission.
 
-    ``asked_us``: until the first gather is asked for; ``gather_ms``: until it begins; ``link_ms``: until the
-    first copy begins, ``idle_ms``: between copies, ``busy_gb_per_s``: of the copies alone; ``end_ms``: until
-    the last one is done; ``submit_us``: the thread's time.
+    ``asked_us``: until the first gather is asked for; ``gather_ms``: until it may begin; ``link_ms``: until
+    the first batch of copies is asked for and its gather done; ``idle_ms``: between the end of one batch and
+    the same point of the next; ``busy_gb_per_s``: bytes by the rest, waits of the engine for the thread within
+    a batch included; ``end_ms``: until the last copy is done; ``submit_us``: the thread's time, with two events
+    around each gather and batch that only this measurement records.
     """
     device = task.device
     traced.pieces.clear()

@@ -34,7 +34,11 @@ METRICS = {
     "ms": Metric("ms", False, "from before the submission, on idle streams, to the transfer's completion"),
     "submit_us": Metric("us", False, "time of the scheduler's thread until submit returns"),
     "plan_us": Metric("us", False, "the part of submit_us outside the device seam: planning"),
-    "device_us": Metric("us", False, "the part of submit_us inside it: driver, torch, Triton"),
+    "device_us": Metric(
+        "us",
+        False,
+        "the part of submit_us inside it: driver, torch, Triton; by its share of a metered repeat",
+    ),
     "stall_ms": Metric("ms", False, "longest time that one forward waits: fence reached to fence released"),
     "stall_total_ms": Metric("ms", False, "the same, over all forwards that wait for this write"),
     "held_ms": Metric("ms", False, "from before the submission to the first fence released"),

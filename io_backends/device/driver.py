@@ -24,14 +24,13 @@ from sglang_hicache.io_backends.plan import CopyBatch
 logger = logging.getLogger(__name__)
 
 MAX_ENTRIES = 256
-"""Entries a call. The engine starts on them when the call returns, at about 0.5 us an entry, so that a large
+"""Entries a call. The engine starts on them when the call returns, at 0.5 to 1 us an entry, so that a large
 call keeps it waiting; from a few hundred entries on the call itself is noise. (On an H200, 8,192 entries of
 72 KiB went fastest in calls of 256.) A segmentation fault at 51,828 was reported (vLLM #49276)."""
 
 FIRST_ENTRIES = 32
 """Entries of a batch's first call, and twice as many in each one after it up to the cap. At up to 1 us an
-entry (H100, bench/results/2026-11-25-h100/profile.json) an idle engine starts 0.2 ms earlier for it, and has
-more to do than the next call takes."""
+entry (H100, bench/results/2026-11-25-h100/profile.json) an idle engine starts 0.2 ms earlier for it."""
 
 BATCH_VERSION = 12_080
 """CUDA 12.8 brought cuMemcpyBatchAsync. Asked for at this version, CUDA 12.8 to 13 give the form with

@@ -1,4 +1,4 @@
-"""Batches made fit for the driver: no empty entries, none across two registered host ranges.
+"""Batches made fit for the driver: no entry across two registered host ranges (empty ones it leaves out).
 
 SGLang registers a large host buffer in several calls, and a copy that spans two registrations fails. Where
 the GPU sees registered memory under another address (WSL2), the same table of ranges translates. Pure

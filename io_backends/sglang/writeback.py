@@ -74,6 +74,8 @@ class WriteBack:
         # a backend left for later.
         self._forwards = frozenset[str]().union(*(route.forwards for route in routes))
         self._pending: list[tuple[Backend, Pending]] = []
+        self._earlier = 0
+        """How many of them are of writes before the present one."""
         self.pools = KnownPools(device, self._backends)
         self._indices = PlainIndices(self.pools.serves)
         self.move_write_operation = self._indices.move_write_operation
@@ -96,7 +98,7 @@ class WriteBack:
         self.counters.writes += 1
         kept: list[object] = []
         self._forget_enqueued()
-        earlier = len(self._pending)
+        earlier = self._earlier = len(self._pending)
         # Kernels on the transfer stream first: behind another pool's drain, a forward that waits for them
         # would wait for the link.
         chosen.sort(key=lambda choice: choice[1] is not None and not choice[1].upstream_indices)
@@ -248,6 +250,17 @@ class WriteBack:
         if self.metrics is not None:
             self.metrics.wrote(route.backend, geometry.label, submission, short=short)
 
+    def failed(self, engine: Any) -> None:
+        """A pool of the present write was not copied: forget what the others left for later.
+
+        SGLang waits for the transfer stream next, and gives the slots of all of them to others.
+        """
+        for _, part in self._pending[self._earlier :]:
+            part.abandon()
+        del self._pending[self._earlier :]
+        # Its SM work is among what that stream waits for by now.
+        self._sm_work(None, self._forwards, self._device.record(engine.device_to_host_stream), engine)
+
     def _keep(self, completion: Any, backends: Sequence[str], objects: tuple[object, ...]) -> None:
         while self._in_flight and self._in_flight[0][0].finish_event.query():
             done, by, _ = self._in_flight.popleft()
@@ -288,17 +301,21 @@ class _RoutedPool:
         self, method: str, device_pool: Any, host_indices: Any, device_indices: Any, io_backend: str
     ) -> None:
         upstream = getattr(self._pool, method)
-        self._router.copy(
-            self._pool,
-            upstream,
-            self._route,
-            self._engine,
-            self._ready,
-            self._kept,
-            device_pool,
-            host_indices,
-            device_indices,
-        )
+        try:
+            self._router.copy(
+                self._pool,
+                upstream,
+                self._route,
+                self._engine,
+                self._ready,
+                self._kept,
+                device_pool,
+                host_indices,
+                device_indices,
+            )
+        except BaseException:
+            self._router.failed(self._engine)
+            raise
 
     def backup_from_device_all_layer(self, *args: Any) -> None:
         """0.5.18 to 0.5.20 call this."""

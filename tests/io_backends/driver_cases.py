@@ -9,6 +9,7 @@ import ctypes
 import logging
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +118,13 @@ class TestBatch:
         sizes = [call.count for call in fake.calls]
         assert sizes[:5] == [32, 64, 128, 256, 256]
         assert set(sizes[4:-1]) == {256}
+
+    def test_threads_do_not_share_what_the_driver_reads(self, fake: Fake) -> None:
+        """A call lets other threads run."""
+        driver = Driver()
+        with ThreadPoolExecutor(1) as other:
+            theirs = other.submit(lambda: driver._scratch.addresses).result()
+            assert not set(theirs) & set(driver._scratch.addresses)
 
     def test_empty_entries_are_left_out(self, fake: Fake) -> None:
         source, target, batch = rows(10)

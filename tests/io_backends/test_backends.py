@@ -196,11 +196,14 @@ class TestHybridFences:
         assert [entry[0] for entry in hybrid.device.on(GATHER)] == ["wait", "wait", "gather", "record"]
         assert [entry[2] for entry in hybrid.device.on(GATHER)[:2]] == [FORWARD, SCHEDULE]
 
-    def test_the_forward_fence_is_after_the_last_gather_not_after_the_drain(self) -> None:
+    @pytest.mark.parametrize(("tokens", "wait", "gathers"), [(47, False, 3), (31, True, 2)])
+    def test_the_forward_fence_is_after_the_last_gather_not_after_the_drain(
+        self, tokens: int, wait: bool, gathers: int
+    ) -> None:
         hybrid = Hybrid()
-        done = hybrid.submit(47, wait=False)
+        done = hybrid.submit(tokens, wait=wait)
         log = hybrid.device.log
-        assert hybrid.gathers() == 3
+        assert hybrid.gathers() == gathers
         last = max(i for i, entry in enumerate(log) if entry[0] == "gather")
         assert done.sm_done.stream == GATHER
         assert log.index(("record", GATHER, done.sm_done)) == last + 1
@@ -397,6 +400,54 @@ class TestWriteLargerThanTheRing:
         assert hybrid.gathers() == 2
         # And the ring is whole again: it takes a write of its size at once.
         assert hybrid.submit(31, wait=True).pending is None
+        assert hybrid.gathers() == 4
+
+    @pytest.mark.parametrize("wait", [False, True])
+    def test_a_write_that_failed_is_waited_for_as_far_as_it_came(
+        self, wait: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """SGLang waits for the transfer stream then, and gives the slots to others."""
+        hybrid = Hybrid()
+        copy = hybrid.device.copy
+
+        def fail_second(batch: Any, stream: Any) -> None:
+            if sum(entry[0] == "copy" for entry in hybrid.device.log):
+                raise RuntimeError("cuMemcpyBatchAsync failed")
+            copy(batch, stream)
+
+        monkeypatch.setattr(hybrid.device, "copy", fail_second)
+        with pytest.raises(RuntimeError, match="cuMemcpyBatchAsync"):
+            hybrid.submit(64, wait=wait)
+        last = {
+            stream: max(i for i, entry in enumerate(hybrid.device.log) if entry[:2] == (kind, stream))
+            for kind, stream in (("gather", GATHER), ("copy", DRAIN))
+        }
+        for stream, position in last.items():
+            waited = [e[2] for e in hybrid.device.on("d2h") if e[0] == "wait" and e[2].stream == stream]
+            assert waited
+            assert max(event.index for event in waited) > position
+        assert not hybrid.backend.can_advance()  # type: ignore[attr-defined]
+
+    def test_an_abandoned_write_is_waited_for_as_far_as_it_came(self) -> None:
+        hybrid = Hybrid()
+        done = hybrid.submit(64, wait=True)
+        done.pending.abandon()
+        assert done.pending.enqueued()
+        assert {entry[2].stream for entry in hybrid.device.on("d2h") if entry[0] == "wait"} == {GATHER, DRAIN}
+        hybrid.drain_all()
+        assert not hybrid.backend.can_advance()  # type: ignore[attr-defined]
+        assert hybrid.submit(31, wait=True).pending is None
+
+    def test_the_next_write_is_gathered_while_the_last_half_of_one_drains(self) -> None:
+        """Where forwards wait a chunk needs memory that is free: so none takes more than half of the ring."""
+        hybrid = Hybrid()
+        assert hybrid.submit(31, wait=True).pending is None
+        first_half = next(entry[2] for entry in hybrid.device.on(DRAIN) if entry[0] == "record")
+        assert hybrid.submit(31, wait=True).pending is not None
+        assert hybrid.gathers() == 2
+        assert hybrid.device.done is not None
+        hybrid.device.done.add(first_half)
+        hybrid.backend.advance(())  # type: ignore[attr-defined]
         assert hybrid.gathers() == 3
 
     def test_after_a_failed_copy_the_ring_still_works(self, monkeypatch: pytest.MonkeyPatch) -> None:

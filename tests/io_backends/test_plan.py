@@ -138,6 +138,9 @@ def test_neighbouring_chunks_fit_the_ring_together(data: st.DataObject) -> None:
         assert int((drain.src + drain.nbytes).max()) <= each.staged.nbytes
     for one, next_one in pairwise(planned):
         assert one.room + next_one.room <= capacity
+    units = not pool.geometry.paged or whole_pages(host, pool.geometry.page_size) is not None
+    if units and sum(each.room for each in planned) > capacity:
+        assert planned[0].room == planned[2].room
 
 
 def loose(pool: MemoryPool, host: np.ndarray, capacity: int) -> list[tuple[Chunk, Staged, CopyBatch]]:
@@ -186,7 +189,6 @@ def test_copies_are_in_the_order_of_host_memory(data: st.DataObject) -> None:
 
 
 def test_a_chunk_is_planned_from_what_the_slots_were_then() -> None:
-    pool = make_pool("page_first", layers=2, page_size=4, row_bytes=(8, 8))
     # Whole pages, not whole ones, and more than one run.
     for host in (np.arange(8), np.arange(1, 8), np.array([4, 5, 6, 7, 0, 1, 2, 3])):
         for layout in ("page_first", "page_first_direct"):
@@ -235,13 +237,19 @@ class TestChunkSizes:
         assert sum(lengths) == total
         assert min(lengths) >= 1
         assert all(one + other <= ring for one, other in pairwise(lengths))
-        if len(lengths) > 1:
-            assert lengths[0] <= lengths[1] or lengths[0] <= max(chunk_units(total, ring))
+        if len(lengths) > 2:
+            assert lengths[0] <= lengths[2]
+        if total <= ring:
+            assert max(lengths) <= ring - ring // 2
+        else:
+            assert len({*lengths[1::2]}) == 1, "of the others, every second one is alike"
+            assert len({*lengths[2::2]}) == 1
 
     def test_a_write_that_fits_the_ring(self) -> None:
         assert chunk_lengths(99, 200, 100) == [99]
         assert chunk_lengths(100, 200, 100) == [12, 88]
-        assert chunk_lengths(200, 200, 100) == [25, 175]
+        assert chunk_lengths(200, 200, 100) == [25, 88, 87]
+        assert chunk_lengths(101, 200, 300) == [51, 50]
         assert chunk_lengths(7, 200, 1) == [7]
 
     def test_a_write_that_does_not(self) -> None:

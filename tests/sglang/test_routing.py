@@ -335,3 +335,47 @@ class TestForwardFences:
         writeback = WriteBack(device, one_route(backend, ("decode",)), device.current_stream)
         writeback._flush([(backend, Part())])  # type: ignore[list-item]
         assert writeback.take_sm_done(frozenset({"decode"})) == ("gathered",)
+
+    def test_a_pool_that_fails_takes_the_rest_of_its_write_with_it(self) -> None:
+        """SGLang gives the slots of all its pools to others then; an earlier write is not touched."""
+
+        class Part:
+            def __init__(self) -> None:
+                self.abandoned = False
+
+            def enqueued(self) -> bool:
+                return False
+
+            def then(self, action: Any) -> None:
+                pass
+
+            def abandon(self) -> None:
+                self.abandoned = True
+
+        class Later(Named):
+            """Leaves all of a write for later, and fails when it is given three tokens."""
+
+            left: list[Part] = []  # noqa: RUF012
+
+            def submit(self, transfer: Transfer, stream: Any) -> Submission:
+                if transfer.tokens == 3:
+                    raise RuntimeError("cuMemcpyBatchAsync failed")
+                self.left.append(Part())
+                return Submission(1, 1024, pending=self.left[-1])
+
+        backend = Later()
+        write = Write(one_route(backend, ("decode",)), HostPool())
+        writeback = write.writeback
+        engine = SimpleNamespace(device_to_host_stream=CpuStream(), io_backend="kernel")
+        transfers = [
+            L2Transfer(HostPool(), None, indices(*range(tokens)), indices(*range(tokens)))
+            for tokens in (2, 3)
+        ]
+
+        writeback._pending.append((backend, Part()))
+        with pytest.raises(RuntimeError, match="cuMemcpyBatchAsync failed"):
+            writeback.submit(write._submission, engine, transfers)
+        assert [part.abandoned for part in backend.left] == [True]
+        assert [part.abandoned for _, part in writeback._pending] == [False]  # type: ignore[attr-defined]
+        # What was enqueued of it may run on the SMs.
+        assert len(writeback.take_sm_done(frozenset({"decode"}))) == 1

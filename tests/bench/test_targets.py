@@ -1,0 +1,65 @@
+"""A saved run against the targets: the arithmetic, on rows that are made up."""
+
+from __future__ import annotations
+
+from sglang_hicache.bench import targets
+from sglang_hicache.bench.measure.cases import Case
+from sglang_hicache.bench.measure.results import Row, Run, Spread
+
+
+def row(measurement: str, case: Case, who: str, forward: str | None = None, **metrics: float) -> Row:
+    spreads = {name: Spread(value, value, value, 3) for name, value in metrics.items()}
+    return Row(measurement, case, who, forward=forward, metrics=spreads, checked=True)
+
+
+def line(run: Run, *words: str) -> list[str]:
+    """Cells, reached, least, median and greatest of the one line that has all words."""
+    (found,) = [each for each in targets.table(run).splitlines() if all(word in each for word in words)]
+    return [cell.strip() for cell in found.split("|")[3:-1]]
+
+
+LONG = Case("Qwen3-8B", "page_first", 16, 4096, True)
+SHORT = Case("Qwen3-8B", "page_first", 16, 512, True)
+ONES = Case("Qwen3-8B", "page_first", 1, 4096, True)
+
+
+def test_rates_are_held_to_the_link_to_sglangs_best_and_to_its_default() -> None:
+    rows = []
+    for case, ours, share in ((LONG, 52.0, 0.96), (SHORT, 40.0, 0.7), (ONES, 44.0, 0.8)):
+        rows.append(row("bandwidth", case, "auto", gb_per_s=ours, link_share=share, submit_us=10.0))
+        rows.append(row("bandwidth", case, "sglang_staged", gb_per_s=40.0, submit_us=80.0))
+        rows.append(row("bandwidth", case, "sglang_kernel", gb_per_s=50.0))
+    run = Run({"ran_on": "GPU"}, rows)
+    # A write of less than 4,096 tokens is not held to the link.
+    assert line(run, "95% of the link", "page 16 and 64") == ["1", "1", "96%", "96%", "96%"]
+    assert line(run, "95% of the link", "page 1 |") == ["1", "0", "80%", "80%", "80%"]
+    assert line(run, "best path", "4,096 tokens") == ["2", "1", "0.88", "0.96", "1.04"]
+    assert line(run, "best path", "512 tokens") == ["1", "0", "0.80", "0.80", "0.80"]
+    assert line(run, "SGLang's default", "page 16: geometric mean 1.14") == ["2", "1", "1.00", "1.15", "1.30"]
+
+
+def test_threads_are_compared_with_what_was_left_for_later_and_as_the_bandwidth_table_has_them() -> None:
+    rows = [
+        row("bandwidth", ONES, "auto", gb_per_s=1, link_share=1, submit_us=10.0),
+        row("bandwidth", ONES, "sglang_staged", gb_per_s=1, submit_us=80.0),
+        row("submit", ONES, "auto", submit_us=1.0),
+        row("submit", ONES, "sglang_staged", submit_us=1.0),
+    ]
+    assert line(Run({}, rows), "thread's time", "fragmented") == ["1", "1", "8.0", "8.0", "8.0"]
+    rows[0].metrics["later_us"] = Spread(30.0, 30.0, 30.0, 3)
+    assert line(Run({}, rows), "thread's time", "fragmented") == ["1", "0", "2.0", "2.0", "2.0"]
+
+
+def test_forwards_and_stalls() -> None:
+    rows = [
+        row("interference", LONG, "hybrid", "gemm", slow_down=1.034),
+        row("interference", LONG, "hybrid", "memory", slow_down=1.05),
+        row("interference", LONG, "hybrid", "gemm, half", slow_down=1.2),
+        row("fence", LONG, "hybrid", stall_ms=0.1),
+        row("fence", LONG, "fenced_kernel", stall_ms=2.0),
+    ]
+    run = Run({}, rows)
+    assert line(run, "`hybrid`, all SMs") == ["2", "1", "1.03x", "1.04x", "1.05x"]
+    assert line(run, "`hybrid`, half") == ["1", "0", "1.20x", "1.20x", "1.20x"]
+    assert line(run, "`copy_engine`, half")[:2] == ["0", "not measured"]
+    assert line(run, "stall 10%") == ["1", "1", "5.0%", "5.0%", "5.0%"]
