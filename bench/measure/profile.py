@@ -236,10 +236,10 @@ def _trace(task: Any, traced: Traced, submit: Any) -> Mapping[str, float]:
     """One write, on the device's clock from before the submission.
 
     ``asked_us``: until the first gather is asked for; ``gather_ms``: until it may begin; ``link_ms``: until
-    the first batch of copies is asked for and its gather done; ``idle_ms``: between the end of one batch and
-    the same point of the next; ``busy_gb_per_s``: bytes by the rest, waits of the engine for the thread within
-    a batch included; ``end_ms``: until the last copy is done; ``submit_us``: the thread's time, with two events
-    around each gather and batch that only this measurement records.
+    the first batch of copies is asked for and its gather done; ``idle_ms``: from the end of one batch to
+    the same point of the next; ``busy_gb_per_s``: bytes by the rest, which includes waits of the engine for
+    the thread; ``end_ms``: until the last copy is done; ``submit_us``: the thread's time, with two
+    events around each gather and batch that only this measurement records.
     """
     device = task.device
     traced.pieces.clear()
