@@ -188,6 +188,19 @@ def test_copies_are_in_the_order_of_host_memory(data: st.DataObject) -> None:
             assert np.all(dst[1:] > dst[:-1])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_slots_whose_ends_look_like_one_run_are_looked_at_in_between(layout: str) -> None:
+    pool = make_pool(layout, layers=2, page_size=4, row_bytes=(8, 8))
+    for units in ([0, 2, 1, 3], [1, 1, 3], [2, 4, 3, 5, 6]):  # the second writes one twice, the same bytes
+        pages = np.repeat(units, 4) * 4 + np.tile(np.arange(4), len(units))
+        host = pages if pool.geometry.paged else np.array(units)
+        rows = host % pool.geometry.device_slots
+        expected = pool.expected(host, rows)
+        through_staging(pool, host, rows, 2**20)
+        for got, want in zip(pool.host, expected, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
 def test_a_chunk_is_planned_from_what_the_slots_were_then() -> None:
     # Whole pages, not whole ones, and more than one run.
     for host in (np.arange(8), np.arange(1, 8), np.array([4, 5, 6, 7, 0, 1, 2, 3])):
