@@ -8,6 +8,7 @@ Addresses are plain integers, so all of this runs and is tested byte for byte on
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -104,11 +105,11 @@ def direct_batches(geometry: PoolGeometry, host_slots: Slots, device_slots: Slot
         raise ValueError(f"{len(host_slots)} host indices for {len(device_slots)} device indices")
     # K and V break into the same runs, unless only one of them has strided rows.
     by_kind: dict[bool, tuple[Slots, Slots, Slots]] = {}
-    for part in geometry.components:
+    for index, part in enumerate(geometry.components):
         kind = _mergeable(part)
         if kind not in by_kind:
             by_kind[kind] = _runs(geometry, kind, host_slots, device_slots)
-        yield _direct_part(geometry, part, *by_kind[kind])
+        yield _direct_part(geometry, index, *by_kind[kind])
 
 
 def _mergeable(part: Component) -> bool:
@@ -122,6 +123,8 @@ def _mergeable(part: Component) -> bool:
 
 def _runs(geometry: PoolGeometry, mergeable: bool, host: Slots, device: Slots) -> tuple[Slots, Slots, Slots]:
     """Host and device slots of the first token of each run of one layer, and how many tokens it has."""
+    if mergeable and not geometry.paged and len(host) and is_one_run(host) and is_one_run(device):
+        return host[:1], device[:1], np.array([len(host)])
     if mergeable:
         starts = run_starts(host, device, geometry.page_size if geometry.paged else None)
         lengths = run_lengths(starts, len(host))
@@ -130,6 +133,17 @@ def _runs(geometry: PoolGeometry, mergeable: bool, host: Slots, device: Slots) -
         lengths = np.ones(len(host), dtype=np.int64)
     order = ascending(host)
     return host[order], device[order], lengths[order]
+
+
+def is_one_run(slots: Slots) -> bool:
+    """Whether each slot follows the one before it. At least one slot.
+
+    Looked for first, since one run is what a fresh pool hands out: each numpy function costs ten to fifty
+    microseconds where its code has left the CPU's caches, and the link idles until a copy is asked for.
+    """
+    if int(slots[-1]) - int(slots[0]) != len(slots) - 1:
+        return False
+    return not np.count_nonzero(slots[1:] != slots[:-1] + 1)
 
 
 def ascending(slots: Slots) -> Slots:
@@ -142,20 +156,32 @@ def ascending(slots: Slots) -> Slots:
     return slots.argsort()
 
 
-def _direct_part(
-    geometry: PoolGeometry, part: Component, host: Slots, device: Slots, lengths: Slots
-) -> CopyBatch:
+def _direct_part(geometry: PoolGeometry, index: int, host: Slots, device: Slots, lengths: Slots) -> CopyBatch:
     """One component's copies, as [layer, piece, run]."""
-    strides = part.host
-    dst, src, nbytes = np.empty((3, geometry.layers, strides.pieces, len(host)), dtype=np.int64)
-    layers = np.arange(geometry.layers, dtype=np.int64)[:, None, None]
-    pieces = np.arange(strides.pieces, dtype=np.int64)[None, :, None]
-    targets = slot_addresses(strides, host, geometry)
-    np.add(targets, layers * strides.layer + pieces * strides.piece, out=dst)
-    rows = np.array(part.device_rows, dtype=np.int64)[:, None, None]
-    np.add(device * part.device_row_stride, rows + pieces * part.piece_bytes, out=src)
+    part = geometry.components[index]
+    outer_dst, outer_src = _outer(geometry, index)
+    dst, src, nbytes = np.empty((3, len(outer_dst), len(host)), dtype=np.int64)
+    np.add(slot_addresses(part.host, host, geometry), outer_dst, out=dst)
+    np.add(device * part.device_row_stride, outer_src, out=src)
     nbytes[...] = lengths * part.piece_bytes
     return CopyBatch(*map(as_addresses, (dst, src, nbytes)))
+
+
+@functools.lru_cache(maxsize=128)
+def _outer(geometry: PoolGeometry, index: int) -> tuple[Slots, Slots]:
+    """What each layer and piece of a component adds to a slot's address on the host and on the device,
+    [layer * piece, 1].
+
+    Cached; not to be written.
+    """
+    part = geometry.components[index]
+    layer = np.arange(geometry.layers, dtype=np.int64)[:, None]
+    piece = np.arange(part.host.pieces, dtype=np.int64)
+    dst = layer * part.host.layer + piece * part.host.piece
+    src = np.array(part.device_rows, dtype=np.int64)[:, None] + piece * part.piece_bytes
+    for array in (dst, src):
+        array.flags.writeable = False
+    return dst.reshape(-1, 1), src.reshape(-1, 1)
 
 
 def slot_addresses(strides: HostStrides, slots: Slots, geometry: PoolGeometry) -> Slots:

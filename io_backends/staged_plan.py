@@ -33,6 +33,7 @@ from sglang_hicache.io_backends.plan import (
     as_addresses,
     as_slots,
     ascending,
+    is_one_run,
     run_lengths,
     run_starts,
     slot_addresses,
@@ -184,13 +185,17 @@ class _Units:
         lengths = write_chunks(geometry, total, ring_bytes) if total else []
         self._edges = [0, *itertools.accumulate(lengths)]
         self._wraps = total > ring_units(geometry, ring_bytes)
+        self._places: dict[int, Staged] = {}
 
     def __len__(self) -> int:
         return len(self._edges) - 1
 
     def __getitem__(self, index: int) -> PlannedChunk:
         start, stop, per = self._edges[index], self._edges[index + 1], self._per
-        place = staged(self._geometry, (stop - start) * per)
+        slots = (stop - start) * per
+        place = self._places.get(slots)
+        if place is None:
+            place = self._places[slots] = staged(self._geometry, slots)
         room = place.nbytes
         if index == 0 and self._wraps:
             room = max(room, self[2].room)
@@ -201,18 +206,13 @@ class _Units:
     def _runs(self) -> tuple[Slots, npt.NDArray[np.bool_] | None]:
         """The units, in range, which nobody changes; and [n - 1] whether a new run begins behind each.
 
-        None where all are one run: then only the first of them is kept. Each numpy function costs ten to
-        fifty microseconds where its code has left the CPU's caches, and until this is done the link may idle:
-        so one run, which is what a fresh pool hands out, is looked for before anything else.
+        None where all are one run: then only the first of them is kept.
         """
         units = self._given
         if units.dtype != np.int64 or units.ndim != 1:
             units = np.asarray(units, dtype=np.int64).reshape(-1)
-        first, last = int(units[0]), int(units[-1])
-        if last - first == len(units) - 1 and 0 <= first <= last < self._limit:
-            breaks = units[1:] != units[:-1] + 1
-            if not np.count_nonzero(breaks):
-                return units[:1].copy(), None
+        if is_one_run(units) and units[0] >= 0 and units[-1] < self._limit:
+            return units[:1].copy(), None
         units = units.copy()
         if not self._geometry.paged:
             _checked(self._geometry, units)

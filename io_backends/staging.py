@@ -48,44 +48,41 @@ class Ring:
         Raises:
             ValueError: the ring is smaller than that.
         """
-        start, size, overlapping = self._place(nbytes)
-        if overlapping and not wait:
-            return None
-        events: list[Event] = []
-        if overlapping:
-            last = overlapping[-1]
+        start, stop, last = self._place(nbytes)
+        events: tuple[Event, ...] = ()
+        if last is not None:
+            if not wait:
+                return None
             while True:
                 oldest = self._regions.popleft()
                 if oldest.drained is None:
                     raise RuntimeError("a region was handed out again before its drain was enqueued")
-                # Drains run in order on one stream: the last event covers the others.
-                events = [oldest.drained]
                 if oldest is last:
                     break
-        region = Region(start, start + size)
+            # Drains run in order on one stream: the last event covers the others.
+            events = (last.drained,)
+        region = Region(start, stop)
         self._regions.append(region)
-        return region, tuple(events)
+        return region, events
 
     def has_room(self, nbytes: int) -> bool:
         """Whether :meth:`take` would find drained memory for ``nbytes`` now."""
-        return not self._place(nbytes)[2]
+        return self._place(nbytes)[2] is None
 
-    def _place(self, nbytes: int) -> tuple[int, int, list[Region]]:
-        """Where a region would begin, its size, and which regions in use it would lie on."""
+    def _place(self, nbytes: int) -> tuple[int, int, Region | None]:
+        """Where a region would begin and end, and the last of those in use that it would lie on."""
         size = -(-nbytes // STAGING_ALIGNMENT) * STAGING_ALIGNMENT
         if size > self.nbytes:
             raise ValueError(f"a region of {size} bytes does not fit a ring of {self.nbytes} bytes")
-        self._retire()
-        start = self._regions[-1].stop if self._regions else 0
+        regions = self._regions
+        while regions and (drained := regions[0].drained) is not None and self._done(drained):
+            regions.popleft()
+        start = regions[-1].stop if regions else 0
         if start + size > self.nbytes:
             start = 0
+        stop, last = start + size, None
         # Regions are retired in order, so whatever overlaps is at the old end.
-        on = [region for region in self._regions if region.start < start + size and start < region.stop]
-        return start, size, on
-
-    def _retire(self) -> None:
-        while self._regions:
-            drained = self._regions[0].drained
-            if drained is None or not self._done(drained):
-                return
-            self._regions.popleft()
+        for region in regions:
+            if region.start < stop and start < region.stop:
+                last = region
+        return start, stop, last

@@ -52,32 +52,37 @@ class IndexReader:
     Reused, because allocating pinned memory may wait for the whole device.
     """
 
-    def __init__(self, torch: Any) -> None:
-        self._torch = torch
+    def __init__(self, torch: Any, driver: Driver) -> None:
+        self._torch, self._driver = torch, driver
         # The host waits for these copies, so nothing in the background should go first.
         _, greatest = torch.cuda.Stream.priority_range()
         self._stream: Stream = torch.cuda.Stream(priority=greatest)
-        self._buffer: Any = self._pinned(_INDEX_BYTES)
+        self._make_buffer(_INDEX_BYTES)
 
     def read(self, indices: Any, after: Event | None) -> npt.NDArray[np.int64]:
         """See :meth:`CudaDevice.host_values`."""
-        torch = self._torch
         nbytes = indices.numel() * indices.element_size()
-        if nbytes > self._buffer.numel():
-            self._buffer = self._pinned(2 * nbytes)
+        if nbytes > len(self._values):
+            self._make_buffer(2 * nbytes)
         if after is None:
-            self._stream.wait_stream(torch.cuda.current_stream())
+            self._stream.wait_stream(self._torch.cuda.current_stream())
         else:
             self._stream.wait_event(after)
-        values = self._buffer[:nbytes].view(indices.dtype)
-        with torch.cuda.stream(self._stream):
-            values.copy_(indices.view(-1), non_blocking=True)
-        # Nothing else is on this stream; and until the copy is done the caller holds the indices.
-        self._stream.synchronize()
-        return np.array(values.numpy(), dtype=np.int64)
+        if not indices.is_contiguous():
+            with self._torch.cuda.stream(self._stream):
+                indices = indices.contiguous()
+        if nbytes:
+            # Not by torch's copy_: with its code out of the CPU's caches, it took longer than all the rest.
+            self._driver.copy_one(self._address, indices.data_ptr(), nbytes, self._stream.cuda_stream)
+            # Nothing else is on this stream; and until the copy is done the caller holds the indices.
+            self._stream.synchronize()
+        kind = np.int32 if indices.element_size() == 4 else np.int64
+        return np.array(self._values[:nbytes].view(kind), dtype=np.int64)
 
-    def _pinned(self, nbytes: int) -> Any:
-        return self._torch.empty(nbytes, dtype=self._torch.uint8, pin_memory=True)
+    def _make_buffer(self, nbytes: int) -> None:
+        self._buffer = self._torch.empty(nbytes, dtype=self._torch.uint8, pin_memory=True)
+        self._address = int(self._buffer.data_ptr())
+        self._values: npt.NDArray[np.uint8] = self._buffer.numpy()
 
 
 class CudaDevice:
@@ -151,7 +156,7 @@ class CudaDevice:
             )
         self._host.add(ranges)
         if self._indices is None:
-            self._indices = IndexReader(self._torch)
+            self._indices = IndexReader(self._torch, self._driver)
 
     def prepare_gather(self, geometry: PoolGeometry) -> None:
         """Upload the pool's row addresses and compile its gather; waits for the upload.
@@ -211,7 +216,7 @@ class CudaDevice:
         if not indices.is_cuda:
             return np.asarray(indices.numpy(), dtype=np.int64)
         if self._indices is None:
-            self._indices = IndexReader(self._torch)
+            self._indices = IndexReader(self._torch, self._driver)
         return self._indices.read(indices, after)
 
     def allocate_staging(self, nbytes: int) -> CudaStaging:
@@ -232,9 +237,12 @@ class CudaDevice:
             CopyRefusedError: a graph is being captured on ``stream``.
             ValueError, TypeError: see :meth:`~.gather.Gather.launch`.
         """
-        self._driver.refuse_capture(int(stream.cuda_stream))
+        self._driver.refuse_capture(stream.cuda_stream)
         self._gather.launch(staged, base, device_slots, chunk, ctas, stream)
-        device_slots.record_stream(stream)
+        if not chunk.start:
+            # Once a transfer: torch's allocator looks at the stream when the tensor is freed, which is after
+            # the last chunk was asked for.
+            device_slots.record_stream(stream)
 
     def copy(self, batch: CopyBatch, stream: Stream) -> None:
         """Copy-engine work, as the seam says.
@@ -244,7 +252,7 @@ class CudaDevice:
             CopyRefusedError: the legacy NULL stream, or a graph is being captured.
             DriverError: the driver refused.
         """
-        self._driver.copy(self._host.place(batch), int(stream.cuda_stream))
+        self._driver.copy(self._host.place(batch), stream.cuda_stream)
 
 
 def _extents_text(extents: Sequence[tuple[int, int]]) -> str:

@@ -138,6 +138,7 @@ class Driver:
         if max_entries < 1:
             raise ValueError(f"max_entries must be at least 1, not {max_entries}")
         self._max_entries = max_entries
+        self._first_entries = min(FIRST_ENTRIES, max_entries)
         try:
             self._bindings: Any = importlib.import_module("cuda.bindings.driver")
             (code,) = self._bindings.cuInit(0)
@@ -195,7 +196,7 @@ class Driver:
             DriverError: the driver refused. Earlier entries may be under way; record no completion.
         """
         batch = drop_empty(batch)
-        if not len(batch):
+        if not batch.nbytes.size:
             return
         if stream in _LEGACY_STREAMS:
             raise CopyRefusedError(
@@ -206,6 +207,16 @@ class Driver:
             self._one_by_one(batch, stream)
         else:
             self._in_batches(self._batch, batch, stream)
+
+    def copy_one(self, dst: int, src: int, nbytes: int, stream: int) -> None:
+        """Enqueue one copy between addresses as the GPU sees them.
+
+        Raises:
+            DriverError: the driver refused.
+        """
+        code = self._memcpy(dst, src, nbytes, stream)
+        if code:
+            self._check("cuMemcpyAsync", code)
 
     def refuse_capture(self, stream: int) -> None:
         """Raise if ``stream`` is under graph capture.
@@ -251,14 +262,14 @@ class Driver:
 
     def _in_batches(self, call: Callable[..., int], batch: CopyBatch, stream: int) -> None:
         scratch, attributes, begin = self._scratch, self._attributes, self._attributes_begin
-        total = len(batch)
-        start, most = 0, min(FIRST_ENTRIES, self._max_entries)
+        dst, src, nbytes = scratch.dst, scratch.src, scratch.nbytes
+        start, total, most = 0, batch.nbytes.size, self._first_entries
         while start < total:
-            count = min(most, total - start)
-            stop = start + count
-            scratch.dst[:count] = batch.dst[start:stop]
-            scratch.src[:count] = batch.src[start:stop]
-            scratch.nbytes[:count] = batch.nbytes[start:stop]
+            stop = start + most if start + most < total else total
+            count = stop - start
+            dst[:count] = batch.dst[start:stop]
+            src[:count] = batch.src[start:stop]
+            nbytes[:count] = batch.nbytes[start:stop]
             scratch.failed.value = _NO_ENTRY
             code = call(*scratch.addresses, count, attributes, begin, 1, scratch.failed_at, stream)
             if code:

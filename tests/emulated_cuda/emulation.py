@@ -35,31 +35,24 @@ class DeviceTensor(torch.Tensor):
     is_cuda = True  # type: ignore[assignment]
 
 
-class PinnedTensor(torch.Tensor):
-    """Ordinary memory whose copies from the GPU run on the current stream, later."""
-
-    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> PinnedTensor:  # type: ignore[override]
-        target, values = self.as_subclass(torch.Tensor), source.as_subclass(torch.Tensor)
-        stream = virtual_cuda.current_stream()
-        stream.launch(Operation("copy to pinned memory", (lambda: target.copy_(values),), engine="copy_d2h"))
-        if not non_blocking:
-            stream.synchronize()
-        return self
-
-
 class VirtualTorch:
     """``torch``, except for what needs a GPU."""
 
     cuda = virtual_cuda
 
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
-    @staticmethod
-    def empty(*size: Any, device: Any = None, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+    def empty(self, *size: Any, device: Any = None, pin_memory: bool = False, **options: Any) -> torch.Tensor:
         memory = torch.empty(*size, **options)
         memory.view(-1).view(torch.uint8).fill_(STALE)
-        return memory.as_subclass(PinnedTensor if pin_memory else DeviceTensor)
+        if pin_memory:
+            self._driver.register(memory.data_ptr(), memory.numel() * memory.element_size())
+            return memory
+        return memory.as_subclass(DeviceTensor)
 
     @staticmethod
     def tensor(values: Any, device: Any = None, **options: Any) -> torch.Tensor:
@@ -153,14 +146,16 @@ def install() -> Driver:
     assert os.environ.get("TRITON_INTERPRET") == "1", "too late: Triton chose when it was imported"
     from sglang_hicache.io_backends.device import cuda, gather, gather_kernel
 
+    driver = Driver()
+
     def import_module(name: str) -> Any:
-        return VirtualTorch() if name == "torch" else importlib.import_module(name)
+        return VirtualTorch(driver) if name == "torch" else importlib.import_module(name)
 
     for module in (cuda, gather):
         module.importlib = SimpleNamespace(import_module=import_module)  # type: ignore[attr-defined]
     gather_kernel.gather_rows = Kernel(gather_kernel.gather_rows)  # type: ignore[assignment]
     torch.Tensor.record_stream = lambda tensor, stream: None  # type: ignore[method-assign, assignment]
-    return Driver()
+    return driver
 
 
 def install_in_sglang(driver: Driver) -> None:

@@ -258,7 +258,7 @@ class FakeTorch:
         self.made: list[int] = []
         self.here = SimpleNamespace(cuda_stream=STREAM)
         self.uint8 = np.uint8
-        self.empty = lambda size, dtype, pin_memory: np.empty(size, dtype=dtype)
+        self.empty = self._empty
         stream = type(
             "Stream",
             (),
@@ -274,6 +274,11 @@ class FakeTorch:
             stream=lambda stream: nullcontext(stream),
             Stream=stream,
         )
+
+    @staticmethod
+    def _empty(size: int, dtype: Any, pin_memory: bool) -> Any:
+        memory = np.empty(size, dtype=dtype)
+        return SimpleNamespace(numpy=lambda: memory, data_ptr=lambda: int(memory.ctypes.data))
 
 
 @pytest.fixture

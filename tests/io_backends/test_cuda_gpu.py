@@ -167,6 +167,14 @@ class TestBytes:
         assert got.dtype == np.int64
         np.testing.assert_array_equal(got, values)
 
+    @pytest.mark.parametrize("dtype", ["int32", "int64"])
+    def test_indices_that_are_not_contiguous_on_the_host(self, device: CudaDevice, dtype: str) -> None:
+        values = np.arange(1000).astype(dtype)
+        for step in (1, 3):
+            got = device.host_values(torch.from_numpy(values).cuda()[::step])
+            np.testing.assert_array_equal(got, values[::step])
+        assert device.host_values(torch.from_numpy(values).cuda()[:0]).shape == (0,)
+
 
 class TestHostWaits:
     """Indices come to the host without a wait for forwards that run elsewhere."""

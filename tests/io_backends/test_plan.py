@@ -287,6 +287,30 @@ def test_staging_below_two_units_is_refused(layout: str) -> None:
     assert plan_write(pool.geometry, np.arange(4), ring_of(pool, 2))
 
 
+@pytest.mark.parametrize(
+    ("host", "rows"),
+    [
+        ([4, 5, 6, 7], [1, 2, 3, 4]),
+        ([4, 6, 5, 7], [1, 2, 3, 4]),
+        ([4, 5, 6, 7], [1, 3, 2, 4]),
+        ([4, 5, 6, 7], [1, 2, 3, 9]),
+        ([9], [2]),
+        ([], []),
+    ],
+)
+@pytest.mark.parametrize("layout", ["layer_first", "page_first", "page_first_direct"])
+def test_one_run_is_told_from_what_has_its_ends(layout: str, host: list[int], rows: list[int]) -> None:
+    pool = make_pool(layout, layers=2, page_size=4, row_bytes=(8, 8), pages=4, device_slots=16)
+    slots = np.array(host, dtype=np.int64)
+    expected = pool.expected(slots, np.array(rows))
+    batch = direct_copies(pool.geometry, slots, np.array(rows, dtype=np.int64))
+    run(batch)
+    assert_host(pool, expected)
+    if layout == "layer_first" and len(host):
+        one = (host == [4, 5, 6, 7] and rows == [1, 2, 3, 4]) or len(host) == 1
+        assert (len(batch) == 2 * 2) == one
+
+
 class TestEntries:
     """How many copies a write costs: the point of choosing a layout."""
 
