@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from sglang_hicache.bench.measure.cases import Case
 from sglang_hicache.bench.measure.results import Row, Run, load
 from sglang_hicache.bench.measure.tables import markdown_row
 
@@ -45,14 +46,20 @@ def tables(run: Run) -> str:
         found = {row.contender: row for row in rows if row.case == case}
         cells = [_cell(found.get(name)) for name in names]
         lines.append(markdown_row([f"`{case.layout}`", str(case.page_size), shape, *cells]))
-    lines += [
-        "",
-        "Slow-down of a forward stand-in beside back-to-back write-back (8,192 fragmented tokens, "
-        "`page_first`, page 16):",
-        "",
-        *_slow_down(run.of("interference")),
-    ]
+    beside = run.of("interference")
+    for shape in dict.fromkeys(_shape(row.case) for row in beside):
+        lines += [
+            "",
+            f"Slow-down of a forward stand-in beside back-to-back write-back ({shape}):",
+            "",
+            *_slow_down([row for row in beside if _shape(row.case) == shape]),
+        ]
     return "\n".join(lines) + "\n"
+
+
+def _shape(case: Case) -> str:
+    slots = "fragmented" if case.fragmented else "contiguous"
+    return f"{case.tokens:,} {slots} tokens, `{case.layout}`, page {case.page_size}"
 
 
 def fence_table(run: Run) -> str:

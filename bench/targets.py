@@ -113,17 +113,17 @@ def _over_staged(found: Cells) -> Iterator[Line]:
 
 
 def _slow_down(run: Run) -> Iterator[Line]:
+    groups: dict[str, list[float]] = {}
     for name in ("copy_engine", "hybrid"):
-        for half in (False, True):
-            values = [
-                row.metrics["slow_down"].median
-                for row in run.of("interference")
-                if row.contender == name
-                and "slow_down" in row.metrics
-                and str(row.forward).endswith("half") == half
-            ]
-            where = f"`{name}`, {'half of the' if half else 'all'} SMs busy"
-            yield (f"forward slowed {SLOW_DOWN}x", where, values, lambda v: v < SLOW_DOWN + 0.005, "{:.2f}x")
+        measured = [row for row in run.of("interference") if row.contender == name and row.metrics]
+        if not measured:
+            groups[f"`{name}`"] = []
+        for row in measured:
+            busy = "half of the" if str(row.forward).endswith("half") else "all"
+            where = f"`{name}`, `{row.case.layout}`, {busy} SMs busy"
+            groups.setdefault(where, []).append(row.metrics["slow_down"].median)
+    for where, values in groups.items():
+        yield (f"forward slowed {SLOW_DOWN}x", where, values, lambda v: v < SLOW_DOWN + 0.005, "{:.2f}x")
 
 
 def _stall(run: Run) -> Iterator[Line]:

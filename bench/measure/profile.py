@@ -4,6 +4,8 @@
 
 gather     how long the gather of one chunk takes from before its launch, by thread blocks
 sm_store   the same kernel writing straight to pinned host memory: what any SM kernel can reach on the link
+order      SGLang's SM kernel on short rows of layer_first, in the order given and by host slot, over host
+           pools of several sizes, sorting included
 drain      copies from staging to host slots that lie scattered over several GiB, by bytes of a copy, in the
            order of their host addresses and in random order, on one stream and on two
 write      one write of ``hybrid`` end to end: until the first gather is asked for, until the link is busy,
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 import time
@@ -27,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from sglang_hicache.bench.measure import sglang_pools
 from sglang_hicache.bench.measure.cases import MODELS, Case
 from sglang_hicache.bench.measure.contenders import contenders
 from sglang_hicache.bench.measure.devices import Bench, gpu_missing, no_collection, open_bench
@@ -57,6 +61,8 @@ class Size:
     slots: int
     writes: tuple[Case, ...]
     beside: Case
+    ordered: tuple[tuple[str, int, int, int], ...]
+    """(model, page size, tokens, slots of both pools)"""
     repeats: int
 
 
@@ -68,13 +74,19 @@ def on_gpu() -> Size:
         for page, fragmented in ((1, False), (1, True), (16, True))
         for tokens in (512, 4096)
     )
-    return Size(4096, 2**16, writes, Case(MODEL, "page_first", 16, 8192, True), 5)
+    ordered = tuple(
+        (model, page, tokens, slots)
+        for model, page in ((MODEL, 1), (MODEL, 4), (MODEL, 16), ("DeepSeek-V3", 1))
+        for tokens in (1024, 4096, 32768)
+        for slots in (tokens * 9 // 8, 2**16)
+    )
+    return Size(4096, 2**16, writes, Case(MODEL, "page_first", 16, 8192, True), ordered, 5)
 
 
 def on_cpu() -> Size:
     """Enough to exercise the code."""
     case = Case(MODEL, "page_first", 1, 64, True)
-    return Size(64, 256, (case,), case, 2)
+    return Size(64, 256, (case,), case, ((MODEL, 1, 64, 256),), 2)
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,7 @@ class Part:
     """One part.
 
     Attributes:
-        part: ``gather``, ``sm_store``, ``drain``, ``write`` or ``beside``.
+        part: ``gather``, ``sm_store``, ``order``, ``drain``, ``write`` or ``beside``.
         what: what was varied, in words.
         metrics: ``ms``, ``gb_per_s`` (of bytes written), ``thread_us`` where it was asked for; of ``write``
             those of :func:`_trace`; of ``beside`` ``slow_down`` and ``gb_per_s``.
@@ -101,6 +113,7 @@ def measure(device: Bench, size: Size) -> Iterator[Part]:
     yield from _drains(device, memory, size)
     del memory
     setting = Setting(device, default_policy(), size.repeats, ("hybrid",))
+    yield from _orders(setting, size)
     for case in size.writes:
         yield _write(setting, case, size.repeats)
     for ctas in CTAS_BESIDE:
@@ -161,6 +174,36 @@ def _drains(device: Bench, memory: Memory, size: Size) -> Iterator[Part]:
             done = _timed(device, stream, run, nbytes, size.repeats)
             what = f"{len(batch):,} copies of {nbytes // len(batch):,} bytes on average, {layout}, {way}"
             yield Part("drain", what, done)
+
+
+def _orders(setting: Setting, size: Size) -> Iterator[Part]:
+    """Nothing where SGLang's kernel cannot run."""
+    device = setting.device
+    rng = np.random.default_rng(2)
+    for name, group in itertools.groupby(size.ordered, lambda each: each[0]):
+        cases = list(group)
+        memory = Memory(MODELS[name], max(slots for _, _, _, slots in cases), device)
+        for _, page, tokens, slots in cases:
+            case = Case(name, "layer_first", page, tokens, True)
+            task = setting.task(case, memory.part(slots), forwards_wait=False)
+            host, rows = (
+                (rng.permutation(slots // page)[: tokens // page, None] * page + np.arange(page)).reshape(-1)
+                for _ in range(2)
+            )
+            task = replace(task, host=host, rows=rows, device_slots=device.indices(rows))
+            for way, by_host in (("in random order", False), ("by host slot", True)):
+                copy = sglang_pools.submission(task, "sglang_kernel", by_host=by_host)
+                if isinstance(copy, str):
+                    return
+
+                def run(copy: Callable[[], None] = copy, stream: Any = task.stream) -> None:
+                    with device.use_stream(stream):
+                        copy()
+
+                done = _timed(device, task.stream, run, case.nbytes, size.repeats)
+                run_bytes, pool = page * MODELS[name].components[0], slots * MODELS[name].bytes_per_token
+                what = f"{name}, {tokens:,} tokens in runs of {run_bytes:,} bytes over {pool / 2**30:.1f} GiB"
+                yield Part("order", f"{what}, {way}", done)
 
 
 def _in_order(batch: CopyBatch, order: Any) -> CopyBatch:
@@ -289,6 +332,8 @@ def profile(out: Path | None, *, cpu: bool) -> list[Part]:
     environment = describe(cpu=cpu)
     device = open_bench(cpu)
     link = link_ceiling(device, 2**24 if cpu else 2**30)
+    if not cpu:
+        environment |= sglang_pools.prepare({row for model in MODELS.values() for row in model.components})
     watermark = CPU_WATERMARK if cpu else None
     print(f"{environment['cpu' if cpu else 'gpu']}, one large copy to the host {link.median:.1f} GB/s")
     if watermark:

@@ -152,7 +152,8 @@ def upstream(task: Task) -> Callable[[], None] | str:
     pool = _pool(task, importlib.import_module(_HICACHE), tma=True)
     if isinstance(pool, str):
         return pool
-    write = _write(task, pool, io_backend)
+    by_host = functools.partial(kernels.host_order_pays, task.geometry, task.host)
+    write = _write(task, pool, io_backend, by_host if io_backend == "kernel" else None)
 
     def copy() -> None:
         with kernels.without_staging(pool):
@@ -161,8 +162,11 @@ def upstream(task: Task) -> Callable[[], None] | str:
     return copy
 
 
-def submission(task: Task, name: str) -> Callable[[], None] | str:
-    """A contender of :data:`CONTENDERS`: enqueues the write on the current stream. Or why it cannot."""
+def submission(task: Task, name: str, *, by_host: bool = False) -> Callable[[], None] | str:
+    """A contender of :data:`CONTENDERS`: enqueues the write on the current stream. Or why it cannot.
+
+    ``by_host`` sorts its indices by host slot first, which SGLang does not.
+    """
     reason = _missing(task)
     if reason is not None:
         return reason
@@ -189,7 +193,7 @@ def submission(task: Task, name: str) -> Callable[[], None] | str:
             return "SGLang's staged kernel is not to be had for this pool"
     elif page_first:
         pool.can_use_write_back_jit = False
-    write = _write(task, pool, io_backend)
+    write = _write(task, pool, io_backend, (lambda: True) if by_host else None)
 
     def copy() -> None:
         with _tma(hicache, tma):
@@ -207,7 +211,10 @@ def _pool(task: Task, hicache: Any, *, tma: bool) -> Any:
         return f"SGLang's pool: {error}".splitlines()[0]
 
 
-def _write(task: Task, pool: Any, io_backend: str) -> Callable[[], None]:
+def _write(
+    task: Task, pool: Any, io_backend: str, by_host: Callable[[], bool] | None = None
+) -> Callable[[], None]:
+    """SGLang's copy of the task; by ascending host slot where ``by_host`` says so, as in this project."""
     import torch
     from sglang.srt.managers.cache_controller import HiCacheController
 
@@ -220,7 +227,10 @@ def _write(task: Task, pool: Any, io_backend: str) -> Callable[[], None]:
     )
 
     def write() -> None:
+        ordered = by_host is not None and by_host()
         host_indices, device_indices, _ = controller._move_write_operation(operation)
+        if ordered:
+            host_indices, device_indices = kernels.in_host_order(host_indices, device_indices)
         pool.backup_from_device_all_layer_physical(None, host_indices, device_indices, io_backend)
 
     return write

@@ -51,7 +51,10 @@ GRIDS = {
     ),
     # fa3: the attention backend whose forwards wait by a report.
     "fence": Grid(page_sizes=(8,), tokens=(8, 64, 512, 4096, 28672), attention=("fa3",)),
-    "interference": Grid(tokens=(8192,), attention=("fa3",)),
+    # Pages of 64: in layer_first copies are long enough for copy_engine to move bytes at the link's rate.
+    "interference": Grid(
+        layouts=("page_first", "layer_first"), page_sizes=(64,), tokens=(8192,), attention=("fa3",)
+    ),
     "submit": Grid(layouts=("page_first", "layer_first"), page_sizes=(1, 16, 64), tokens=(64, 4096)),
     "latency": Grid(page_sizes=(1, 16, 64), tokens=(64,), attention=("triton", "fa3")),
 }

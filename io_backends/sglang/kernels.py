@@ -8,6 +8,10 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
+from sglang_hicache.io_backends.geometry import PoolGeometry
+
 _ALL_LAYER_KERNELS = (
     "jit_transfer_hicache_all_layer",
     "jit_transfer_hicache_all_layer_mla",
@@ -15,6 +19,14 @@ _ALL_LAYER_KERNELS = (
     "jit_transfer_hicache_all_layer_mla_staged_lf_pf",
 )
 """As SGLang's pool modules call them (0.5.18 to 0.5.23): the D2H ones; loads use ``..._one_layer``."""
+
+
+ORDER_BELOW_BYTES = 16 * 1024
+"""Runs of host rows of a layer that are shorter on average are worth an order. (``order`` of
+bench/results/2026-11-25-h100/profile.json: runs of 2 KiB, 8 KiB and 32 KiB.)"""
+
+ORDER_FROM_BYTES = 128 * 2**20
+"""Bytes of a write from which the gain is more than sorting takes, 0.1 to 0.4 ms (the same file)."""
 
 
 def kernel_of(host_pool: Any, io_backend: str) -> str:
@@ -52,6 +64,38 @@ def without_staging(host_pool: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(host_pool, name, value)
+
+
+def host_order_pays(geometry: PoolGeometry, host_indices: Any) -> bool:
+    """Whether SGLang's SM kernel writes these rows faster by ascending host slot than in the order given.
+
+    Its thread blocks write rows that follow each other in the index arrays at about the same time, layer by
+    layer. Where those are short and all over a large host pool, each needs another translation of its
+    address, and the link waits for that. In ``page_first`` a token's layers lie together: nothing is gained.
+
+    Args:
+        geometry: the pool.
+        host_indices: int64 [n] on the host.
+    """
+    slots = np.asarray(host_indices, dtype=np.int64)
+    if geometry.layout != "layer_first" or slots.size * geometry.bytes_per_token < ORDER_FROM_BYTES:
+        return False
+    steps = slots[1:] - slots[:-1]
+    runs = 1 + np.count_nonzero(steps != 1)
+    row = max(part.row_bytes for part in geometry.components)
+    return bool(row * slots.size < ORDER_BELOW_BYTES * runs and np.count_nonzero(steps < 0))
+
+
+def in_host_order(host_indices: Any, device_indices: Any) -> tuple[Any, Any]:
+    """The same pairs by ascending host slot; whole pages stay whole. Does not wait for the GPU.
+
+    Sorts on the current stream: that is work on the SMs, of which SGLang's kernel is next.
+
+    Args:
+        host_indices, device_indices: int64 tensors [n] on one device, where SGLang's kernel wants them.
+    """
+    ordered, order = host_indices.sort()
+    return ordered, device_indices.index_select(0, order)
 
 
 def _uses_tma(host_pool: Any) -> bool:

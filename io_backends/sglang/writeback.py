@@ -38,7 +38,8 @@ class Counters:
 
     ``by_backend`` counts pools written, by who copied them. Of those written in copy-engine entries,
     ``short_entry_writes`` had entries that were shorter on average than
-    :data:`~sglang_hicache.io_backends.copy_engine.BREAK_EVEN_ENTRY_BYTES`.
+    :data:`~sglang_hicache.io_backends.copy_engine.BREAK_EVEN_ENTRY_BYTES`. ``ordered_writes`` are those that
+    SGLang's kernel was given by ascending host slot.
     """
 
     bytes: int = 0
@@ -48,6 +49,7 @@ class Counters:
     forward_fences: int = 0
     fallback_writes: int = 0
     short_entry_writes: int = 0
+    ordered_writes: int = 0
     by_backend: dict[str, int] = field(default_factory=dict)
 
     def served_by(self, name: str) -> None:
@@ -89,7 +91,7 @@ class WriteBack:
     def submit(self, original: Callable[..., Any], engine: Any, transfers: Sequence[Any]) -> Any:
         """Hook around ``submit_device_to_host``: returns SGLang's own ``TransferCompletion``."""
         device = self._device
-        chosen = [self._choose(transfer) for transfer in transfers]
+        chosen = [self._choose(transfer, engine.io_backend) for transfer in transfers]
         # After that: moving indices is work on the current stream.
         ready = self._ready()
         for event in ready:
@@ -105,8 +107,10 @@ class WriteBack:
         completion = original(
             engine,
             [
-                transfer._replace(host_pool=_RoutedPool(self, transfer.host_pool, route, engine, ready, kept))
-                for transfer, route in chosen
+                transfer._replace(
+                    host_pool=_RoutedPool(self, transfer.host_pool, route, by_host, engine, ready, kept)
+                )
+                for transfer, route, by_host in chosen
             ],
         )
         pending = self._pending[earlier:]
@@ -121,7 +125,7 @@ class WriteBack:
                     functools.partial(self._flush, pending),
                 )
             )
-        by = [UPSTREAM if route is None else route.backend.name for _, route in chosen]
+        by = [UPSTREAM if route is None else route.backend.name for _, route, _ in chosen]
         self._keep(completion, by, tuple(kept))
         return completion
 
@@ -165,12 +169,15 @@ class WriteBack:
         device = self._device
         return device.record(self._forward_stream()), device.record(device.current_stream())
 
-    def _choose(self, transfer: Any) -> tuple[Any, Route | None]:
-        """The way a pool's rows take, with the indices where that wants them. None: SGLang's own path."""
+    def _choose(self, transfer: Any, io_backend: str) -> tuple[Any, Route | None, bool]:
+        """The way a pool's rows take, with the indices where that wants them, and whether by host slot.
+
+        None: SGLang's own path.
+        """
         pool = transfer.host_pool
         move = self._indices.move_of(pool)
         served = self.pools[pool]
-        route = None
+        route, by_host = None, False
         # Host indices on the GPU were moved by SGLang, for its own copy.
         plain = not transfer.host_indices.is_cuda and not translated(transfer.device_pool)
         if served.geometry is not None and plain:
@@ -178,10 +185,13 @@ class WriteBack:
             # Without a move of ours SGLang has left them for its own copy, which may be the staged one.
             if route.backend.name in served.reasons or (route.upstream_indices and move is None):
                 route = None
+            elif route.upstream_indices and io_backend == "kernel":
+                # Asked while they are on the host. SGLang's direct copies have an order of their own.
+                by_host = kernels.host_order_pays(served.geometry, transfer.host_indices)
         if move is not None and (route is None or route.upstream_indices):
             host, device = move(transfer.host_indices, transfer.device_indices, may_stage=route is None)
             transfer = transfer._replace(host_indices=host, device_indices=device)
-        return transfer, route
+        return transfer, route, by_host
 
     def _route(self, geometry: PoolGeometry, host_indices: Any) -> Route:
         if len(self._routes) == 1:
@@ -202,6 +212,7 @@ class WriteBack:
         host_pool: Any,
         upstream: Callable[..., None],
         route: Route | None,
+        by_host: bool,
         engine: Any,
         ready: tuple[Event, ...],
         kept: list[object],
@@ -225,8 +236,12 @@ class WriteBack:
             return
 
         def upstream_copy() -> None:
+            # Here, and not where indices are moved: sorting is SM work, and between this copy's fences.
+            pairs = host_indices, device_indices
+            if by_host:
+                pairs = kernels.in_host_order(*pairs)
             with kernels.without_staging(host_pool):
-                upstream(device_pool, host_indices, device_indices, engine.io_backend)
+                upstream(device_pool, *pairs, engine.io_backend)
 
         transfer = Transfer(
             geometry=geometry,
@@ -247,6 +262,7 @@ class WriteBack:
         self.counters.served_by(route.backend.name)
         short = submission.nbytes < submission.copies * BREAK_EVEN_ENTRY_BYTES
         self.counters.short_entry_writes += short
+        self.counters.ordered_writes += by_host
         if self.metrics is not None:
             self.metrics.wrote(route.backend, geometry.label, submission, short=short)
 
@@ -283,6 +299,7 @@ class _RoutedPool:
         router: WriteBack,
         pool: Any,
         route: Route | None,
+        by_host: bool,
         engine: Any,
         ready: tuple[Event, ...],
         kept: list[object],
@@ -290,6 +307,7 @@ class _RoutedPool:
         self._router = router
         self._pool = pool
         self._route = route
+        self._by_host = by_host
         self._engine = engine
         self._ready = ready
         self._kept = kept
@@ -306,6 +324,7 @@ class _RoutedPool:
                 self._pool,
                 upstream,
                 self._route,
+                self._by_host,
                 self._engine,
                 self._ready,
                 self._kept,

@@ -59,7 +59,7 @@ def test_forwards_and_stalls() -> None:
         row("fence", LONG, "fenced_kernel", stall_ms=2.0),
     ]
     run = Run({}, rows)
-    assert line(run, "`hybrid`, all SMs") == ["2", "1", "1.03x", "1.04x", "1.05x"]
-    assert line(run, "`hybrid`, half") == ["1", "0", "1.20x", "1.20x", "1.20x"]
-    assert line(run, "`copy_engine`, half")[:2] == ["0", "not measured"]
+    assert line(run, "`hybrid`, `page_first`, all SMs") == ["2", "1", "1.03x", "1.04x", "1.05x"]
+    assert line(run, "`hybrid`, `page_first`, half") == ["1", "0", "1.20x", "1.20x", "1.20x"]
+    assert line(run, "`copy_engine`")[:2] == ["0", "not measured"]
     assert line(run, "stall 10%") == ["1", "1", "5.0%", "5.0%", "5.0%"]

@@ -12,7 +12,7 @@ import pytest
 
 from sglang_hicache.bench.race_result import Result
 from sglang_hicache.io_backends.registry import AUTO
-from sglang_hicache.io_backends.sglang import runtime, writeback
+from sglang_hicache.io_backends.sglang import kernels, runtime, writeback
 from sglang_hicache.io_backends.sglang.simulation import setups
 from sglang_hicache.io_backends.sglang.simulation.cache import Cache, Setup
 from sglang_hicache.io_backends.sglang.simulation.experiment import (
@@ -120,6 +120,25 @@ def test_every_pool_and_layout(kind: str, layout: str, page: int, backend: str) 
     made = experiment(backend, kv_kind=kind, mem_layout=layout, page_size=page)
     found = result_of(made, range(5), keep_all)
     assert found.good, found.to_dict()
+
+
+def test_a_write_by_host_slot_is_the_same_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short rows of long writes go to SGLang's kernel sorted; here all do."""
+    sorted_there = []
+
+    def note(*pairs: Any) -> Any:
+        sorted_there.append(pairs)
+        return in_host_order(*pairs)
+
+    in_host_order = kernels.in_host_order
+    monkeypatch.setattr(kernels, "in_host_order", note)
+    monkeypatch.setattr(kernels, "host_order_pays", lambda *_: True)
+    for page in (1, 4):
+        sorted_there.clear()
+        made = experiment("fenced_kernel", mem_layout="layer_first", page_size=page)
+        found = result_of(made, FEW_SEEDS, keep_all)
+        assert found.good, found.to_dict()
+        assert sorted_there
 
 
 @pytest.mark.parametrize("backend", ["fenced_kernel", "copy_engine", "hybrid", AUTO])

@@ -253,6 +253,31 @@ def test_byte_for_byte(
     assert counters.bytes == (64 + 1024) * pools.host.size_per_token
 
 
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("shape", [MHA, MLA, QWEN3_8B], ids=["mha", "mla", "Qwen3-8B"])
+def test_byte_for_byte_by_host_slot(
+    device: CudaDevice,
+    made: Callable[..., Pools],
+    monkeypatch: pytest.MonkeyPatch,
+    shape: Shape,
+    page_size: int,
+) -> None:
+    """What long writes of short rows get, and a forward in flight beside it."""
+    monkeypatch.setattr(kernels, "ORDER_FROM_BYTES", 0)
+    monkeypatch.setattr(kernels, "ORDER_BELOW_BYTES", 2**30)
+    pools = made(shape, "layer_first", page_size)
+    scheduler = Scheduler(device, "fenced_kernel", [pools], BOTH)
+    for seed, tokens in enumerate((64, 1536)):
+        slots = pools.slots(tokens, seed)
+        for buffer in pools.buffers():
+            buffer.view(torch.uint8).fill_(POISON)
+        with torch.cuda.stream(scheduler.forward):
+            torch.cuda._sleep(LONG // 10)
+        assert_event_works(scheduler.write([slots]))
+        pools.assert_copied(*slots)
+    assert scheduler.writeback.counters.ordered_writes == 2
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [QWEN3_8B, DEEPSEEK_V3], ids=["Qwen3-8B", "DeepSeek-V3"])
 @pytest.mark.parametrize("name", OWN_NAMES)

@@ -5,9 +5,21 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sglang_hicache.io_backends.sglang.kernels import build_limited, kernel_of, limit_blocks
+from sglang_hicache.io_backends.geometry import Component, PoolGeometry, host_strides
+from sglang_hicache.io_backends.sglang.kernels import (
+    ORDER_BELOW_BYTES,
+    ORDER_FROM_BYTES,
+    build_limited,
+    host_order_pays,
+    in_host_order,
+    kernel_of,
+    limit_blocks,
+)
 
 pytestmark = pytest.mark.usefixtures("cpu_sglang")
 
@@ -112,3 +124,57 @@ def test_a_limited_kernel_is_built_before_it_is_needed(monkeypatch: pytest.Monke
         {"element_size": 2048, "block_quota": 3, "page_size": 64},
         {"element_size": 2048, "block_quota": 3, "page_size": None},
     ]
+
+
+ROW, LAYERS = 2048, 32
+ENOUGH = ORDER_FROM_BYTES // (ROW * LAYERS * 2)
+
+
+def geometry(layout: str, page_size: int = 1) -> PoolGeometry:
+    slots = 4 * ENOUGH
+    shape = {"layers": LAYERS, "page_size": page_size, "slots": slots, "row_bytes": ROW, "heads": 1}
+    parts = tuple(
+        Component(name, ROW, tuple(range(LAYERS)), ROW, host_strides(layout, base=0, **shape))
+        for name in "kv"
+    )
+    return PoolGeometry("kv", "mha", layout, "bf16", 1, LAYERS, page_size, slots, slots, parts)
+
+
+def shuffled(run: int, tokens: int = ENOUGH) -> np.ndarray:
+    """Host slots in runs of this length, the runs in random order and apart from each other."""
+    starts = np.random.default_rng(0).permutation(tokens // run) * (run + 1)
+    return (starts[:, None] + np.arange(run)).reshape(-1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "slots", "pays"),
+    [
+        ("layer_first", shuffled(1), True),
+        ("layer_first", shuffled(4), True),
+        ("layer_first", shuffled(ORDER_BELOW_BYTES // ROW), False),  # long runs
+        ("layer_first", shuffled(1)[1:], False),  # a byte too few, or rather a row
+        ("layer_first", np.sort(shuffled(1)), False),  # in order already
+        ("layer_first", np.arange(ENOUGH), False),
+        ("page_first", shuffled(1), False),  # a token's layers lie together
+        ("page_first_direct", shuffled(4), False),
+        ("layer_first", np.empty(0, dtype=np.int64), False),
+    ],
+)
+def test_when_sglangs_kernel_gets_rows_by_host_slot(layout: str, slots: np.ndarray, pays: bool) -> None:
+    assert host_order_pays(geometry(layout, 4 if layout == "page_first_direct" else 1), slots) is pays
+
+
+@given(st.permutations(range(12)), st.permutations(range(12)), st.sampled_from([1, 2, 4]))
+def test_pairs_stay_pairs_and_pages_whole(host: list[int], rows: list[int], page: int) -> None:
+    torch = pytest.importorskip("torch")
+
+    def slots(pages: list[int]) -> Any:
+        return torch.tensor(pages)[:, None].mul(page).add(torch.arange(page)).reshape(-1)
+
+    ordered, device = in_host_order(slots(host), slots(rows))
+    assert ordered.tolist() == list(range(12 * page))
+    assert dict(zip(ordered.tolist(), device.tolist(), strict=True)) == dict(
+        zip(slots(host).tolist(), slots(rows).tolist(), strict=True)
+    )
+    # SGLang's TMA kernel moves a page's rows as one piece, on both sides.
+    assert (device.view(-1, page) == device.view(-1, page)[:, :1] + torch.arange(page)).all()

@@ -13,7 +13,7 @@ from sglang_hicache.io_backends import Submission, Transfer
 from sglang_hicache.io_backends.copy_engine import BREAK_EVEN_ENTRY_BYTES
 from sglang_hicache.io_backends.device.cpu import CpuDevice, CpuStream
 from sglang_hicache.io_backends.geometry import Component, PoolGeometry, host_strides
-from sglang_hicache.io_backends.sglang import known_pools
+from sglang_hicache.io_backends.sglang import kernels, known_pools
 from sglang_hicache.io_backends.sglang.indices import PlainIndices
 from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError
 from sglang_hicache.io_backends.sglang.routes import Route, one_route, routes_of
@@ -173,11 +173,11 @@ def indices(*values: int) -> Any:
 class Write:
     """Several writes of one pool through routes, with a controller's move and an engine's submission."""
 
-    def __init__(self, routes: Sequence[Route], host: HostPool) -> None:
+    def __init__(self, routes: Sequence[Route], host: HostPool, io_backend: str = "kernel") -> None:
         device = CpuDevice()
         self.writeback = WriteBack(device, routes, device.current_stream)
         self.controller = SimpleNamespace(
-            mem_pool_host=host, mem_pool_device=None, io_backend="kernel", move_indices=self._move
+            mem_pool_host=host, mem_pool_device=None, io_backend=io_backend, move_indices=self._move
         )
         self.host = host
         self.moves = 0
@@ -194,7 +194,7 @@ class Write:
             self.writeback.move_write_operation(sglangs_own, self.controller, operation)
         else:
             host, device, _ = self.writeback.move_write_operation(sglangs_own, self.controller, operation)
-        engine = SimpleNamespace(device_to_host_stream=CpuStream(), io_backend="kernel")
+        engine = SimpleNamespace(device_to_host_stream=CpuStream(), io_backend=self.controller.io_backend)
         transfer = L2Transfer(self.host, None, host, device)
         self.writeback.submit(self._submission, engine, [transfer])
 
@@ -250,6 +250,48 @@ class TestRoutes:
         assert copied[0] == "moved [8, 10, 12, 14]"
         assert copied[2:] == (False, 256), "the SM kernel, packed rows strided by their own width"
         assert (host.can_use_write_back_jit, host._strided_device_row_bytes) == (True, None)
+
+    @pytest.mark.parametrize(
+        ("io_backend", "layout", "slots", "order"),
+        [
+            ("kernel", "layer_first", (12, 8, 10), (8, 10, 12)),
+            ("kernel", "layer_first", (8, 10, 12), (8, 10, 12)),
+            ("kernel", "page_first", (12, 8, 10), (12, 8, 10)),
+            ("direct", "layer_first", (12, 8, 10), (12, 8, 10)),  # sorts them itself
+        ],
+    )
+    def test_sglangs_kernel_gets_short_rows_by_host_slot(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        io_backend: str,
+        layout: str,
+        slots: tuple[int, ...],
+        order: tuple[int, ...],
+    ) -> None:
+        torch = pytest.importorskip("torch")
+        monkeypatch.setattr(kernels, "ORDER_FROM_BYTES", 0)
+        host, rows = HostPool(layout), torch.tensor([3, 1, 2])
+        write = Write(one_route(Named("kernel", upstream=True)), host, io_backend)
+        write.controller.move_indices = lambda host, device: (host, device)
+        write(torch.tensor(slots), rows)
+        ((to, source, *_),) = host.copied
+        assert tuple(to.tolist()) == order
+        assert dict(zip(to.tolist(), source.tolist(), strict=True)) == dict(
+            zip(slots, (3, 1, 2), strict=True)
+        )
+        assert write.writeback.counters.ordered_writes == (slots != order)
+
+    def test_writes_of_ours_and_fallbacks_keep_their_order(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernels, "ORDER_FROM_BYTES", 0)
+        ours = Named("ours")
+        write = Write(one_route(ours), HostPool("layer_first"))
+        write(indices(12, 8, 10))
+        assert list(ours.given[0].host_slots) == [12, 8, 10]
+        host = HostPool("layer_first")
+        write = Write([*one_route(Named("never", layouts=(), upstream=True)), *one_route(ours)], host)
+        write(indices(12, 8, 10))
+        assert [each[0] for each in host.copied] == ["moved [12, 8, 10]"]
+        assert write.writeback.counters.ordered_writes == 0
 
     def test_a_backend_that_cannot_serve_the_pool_leaves_its_writes_to_sglang(
         self, caplog: pytest.LogCaptureFixture
