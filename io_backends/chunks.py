@@ -72,7 +72,7 @@ def staged(geometry: PoolGeometry, slots: int) -> Staged:
 
 
 LEAD_BYTES = 64 * 2**20
-"""From here on a write that fits the ring is cut in two. An H100 gathers twice this in 141 us (64 blocks,
+"""From here on a write that fits the ring is cut in two. An H100 gathers twice this in 134 us (64 blocks,
 bench/results/2026-11-25-h100/profile.json); half of that is about what a second chunk costs the scheduler's
 thread."""
 
@@ -94,7 +94,7 @@ def chunk_units(total: int, ring: int) -> tuple[int, int]:
 
     Two fill the ring, so that one is filled while the other drains; not more, because each chunk costs the
     scheduler's thread a launch, two events and a batch of copies, and a gather is so much faster than the
-    link (17 times, H100, 64 blocks) that finer chunks would hide little more of it. Neighbours need not be
+    link (18 times, H100, 64 blocks) that finer chunks would hide little more of it. Neighbours need not be
     equal for that: where a chunk of a little over half a ring would be left, the two sizes are moved apart to
     save one.
 

@@ -31,9 +31,9 @@ DEFAULT_STAGING_MB = 256
 drains in 2.4 ms at 55 GB/s (H200): long against what the next costs the host (`hicache-io bench submit`)."""
 
 DEFAULT_GATHER_CTAS = 64
-"""Thread blocks of the gather. An H100 gathers 134 MB in 332, 202, 141, 124 and 125 us with 16, 32, 64, 132
+"""Thread blocks of the gather. An H100 gathers 134 MB in 320, 191, 134, 115 and 114 us with 16, 32, 64, 132
 and 264 of them, launch included. Short gathers disturb less than narrow ones: a GEMM on half of the SMs takes
-1.15, 1.10, 1.06 and 1.05 times as long beside write-back with 16, 32, 64 and 132.
+1.18, 1.10, 1.06 and 1.05 times as long beside write-back with 16, 32, 64 and 132.
 (bench/results/2026-11-25-h100/profile.json)"""
 
 

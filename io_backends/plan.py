@@ -150,7 +150,7 @@ def ascending(slots: Slots) -> Slots:
     """The order in which to copy runs that begin at these host slots: by host address.
 
     An H100 took 4,096 tokens of Qwen3-8B (72 KiB for each of K and V) to slots scattered over 9 GiB of host
-    memory at 46.9 GB/s in this order and at 42.1 in random order; copies of 128 KiB at 48.0 and 45.1
+    memory at 47.9 GB/s in this order and at 42.9 in random order; copies of 128 KiB at 48.6 and 46.0
     (bench/results/2026-11-25-h100/profile.json).
     """
     return slots.argsort()

@@ -190,25 +190,34 @@ def _fence(run: Run, rows: Sequence[Row]) -> Any:
 
 
 def _interference(run: Run, rows: Sequence[Row]) -> Any:
-    forwards = list(dict.fromkeys((row.forward or "", row.case.layout) for row in rows))
+    """A panel for each layout."""
+    layouts = list(dict.fromkeys(row.case.layout for row in rows))
+    forwards = list(dict.fromkeys(row.forward or "" for row in rows))
     names = list(dict.fromkeys(row.contender for row in rows))
     figure, axes = _canvas(
-        run, "Forward beside write-back, by its time alone", 1, 1, (max(7.0, 2.2 + 1.3 * len(forwards)), 4.6)
+        run,
+        "Forward beside write-back, by its time alone",
+        len(layouts),
+        1,
+        (max(7.0, 2.2 + 1.3 * len(forwards)), 1.2 + 3.4 * len(layouts)),
     )
-    axis, step = axes[0][0], 0.7 / len(names)
-    for index, name in enumerate(names):
-        points = [
-            (forwards.index((row.forward or "", row.case.layout)), row.metrics["slow_down"])
-            for row in rows
-            if row.contender == name
-        ]
-        moved = [(n + (index - (len(names) - 1) / 2) * step, each) for n, each in points]
-        _with_bars(axis, name, moved, linestyle="none")
-    axis.axhline(1, color="#444444", linewidth=0.8)
-    axis.set_xticks(range(len(forwards)), [f"{name}\n({layout})" for name, layout in forwards], fontsize=7)
-    axis.set(ylabel="times as long")
-    axis.grid(axis="y", alpha=0.25)
-    _legend(figure, [axis])
+    step = 0.7 / len(names)
+    for axis, layout in zip(axes.flat, layouts, strict=True):
+        for index, name in enumerate(names):
+            points = [
+                (forwards.index(row.forward or ""), row.metrics["slow_down"])
+                for row in rows
+                if (row.contender, row.case.layout) == (name, layout)
+            ]
+            moved = [(n + (index - (len(names) - 1) / 2) * step, each) for n, each in points]
+            if moved:
+                _with_bars(axis, name, moved, linestyle="none")
+        axis.axhline(1, color="#444444", linewidth=0.8)
+        axis.set_xticks(range(len(forwards)), forwards, fontsize=7)
+        axis.set(ylabel="times as long")
+        axis.set_title(layout, fontsize=9)
+        axis.grid(axis="y", alpha=0.25)
+    _legend(figure, list(axes.flat))
     return figure
 
 

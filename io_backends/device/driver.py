@@ -29,8 +29,8 @@ call keeps it waiting; from a few hundred entries on the call itself is noise. (
 72 KiB went fastest in calls of 256.) A segmentation fault at 51,828 was reported (vLLM #49276)."""
 
 FIRST_ENTRIES = 32
-"""Entries of a batch's first call, and twice as many in each one after it up to the cap. At up to 1 us an
-entry (H100, bench/results/2026-11-25-h100/profile.json) an idle engine starts 0.2 ms earlier for it."""
+"""Entries of a batch's first call, and twice as many in each one after it up to the cap. At 0.4 us an entry
+(H100, bench/results/2026-11-25-h100/profile.json) an idle engine starts 0.1 ms earlier for it."""
 
 BATCH_VERSION = 12_080
 """CUDA 12.8 brought cuMemcpyBatchAsync. Asked for at this version, CUDA 12.8 to 13 give the form with

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -166,17 +167,26 @@ def test_a_fence_is_waited_for_by_what_has_sm_work_and_by_nothing_else() -> None
     assert waited == {"hybrid": 4, "fenced_kernel": 4}  # three repeats and one to warm up
 
 
-def test_turns_are_interleaved_and_each_begins_with_another() -> None:
-    order: list[str] = []
+def test_turns_are_interleaved_and_nobody_always_follows_the_same_one() -> None:
+    def orders() -> list[str]:
+        order: list[str] = []
 
-    def run(name: str) -> dict[str, float]:
-        order.append(name)
-        return {"ms": float(len(order))}
+        def run(name: str) -> dict[str, float]:
+            order.append(name)
+            return {"ms": float(len(order))}
 
-    found, failed = interleaved({name: lambda name=name: run(name) for name in "abc"}, 3)  # type: ignore[misc]
-    assert order == list("abcbcacababc")
-    assert not failed
-    assert found["a"]["ms"] == [6, 8, 10]  # the first turn warms up
+        runs = {name: lambda name=name: run(name) for name in "abcd"}  # type: ignore[misc]
+        found, failed = interleaved(runs, 5)
+        assert not failed
+        # The first turn warms up.
+        assert found["a"]["ms"] == [nth + 1 for nth, name in enumerate(order) if name == "a"][1:]
+        return order
+
+    order = orders()
+    assert [sorted(order[turn : turn + 4]) for turn in range(0, 24, 4)] == [list("abcd")] * 6
+    for name in "abcd":
+        assert len({before for before, each in pairwise(order) if each == name}) > 2
+    assert orders() == order
 
 
 def test_a_slow_contender_is_repeated_twice_and_one_that_fails_late_has_no_figures() -> None:

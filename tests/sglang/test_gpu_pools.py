@@ -267,7 +267,7 @@ def test_byte_for_byte_by_host_slot(
     monkeypatch.setattr(kernels, "ORDER_BELOW_BYTES", 2**30)
     pools = made(shape, "layer_first", page_size)
     scheduler = Scheduler(device, "fenced_kernel", [pools], BOTH)
-    for seed, tokens in enumerate((64, 1536)):
+    for seed, tokens in enumerate((512, 1536)):
         slots = pools.slots(tokens, seed)
         for buffer in pools.buffers():
             buffer.view(torch.uint8).fill_(POISON)
