@@ -84,7 +84,8 @@ class WriteBack:
         self._in_flight: deque[tuple[Any, Sequence[str], tuple[object, ...]]] = deque()
         # The last event of each backend (of SGLang's own path: None), set of forwards that wait, and transfer
         # stream (None: the backend's own). They may be on streams of their own: none of them covers another.
-        self._sm_done: dict[tuple[Backend | None, frozenset[str], int | None], Event] = {}
+        # With the engine whose stream it is, which holds it: another one could get its id.
+        self._sm_done: dict[tuple[Backend | None, frozenset[str], int | None], tuple[Event, Any]] = {}
         self.counters = Counters()
         self.metrics: Metrics | None = None
 
@@ -151,7 +152,7 @@ class WriteBack:
         self, backend: Backend | None, forwards: frozenset[str], done: Event | None, engine: Any = None
     ) -> None:
         if done is not None and forwards:
-            self._sm_done[backend, forwards, None if engine is None else id(engine)] = done
+            self._sm_done[backend, forwards, None if engine is None else id(engine)] = done, engine
 
     def abandon(self) -> None:
         """The cache is being reset: nobody will ask for what is not enqueued."""
@@ -205,7 +206,7 @@ class WriteBack:
         Forgotten then: what is launched later is behind them too.
         """
         taken = [key for key in self._sm_done if key[1] & forwards]
-        return tuple(self._sm_done.pop(key) for key in taken)
+        return tuple(self._sm_done.pop(key)[0] for key in taken)
 
     def copy(
         self,
