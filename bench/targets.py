@@ -129,10 +129,21 @@ def _slow_down(run: Run) -> Iterator[Line]:
 def _stall(run: Run) -> Iterator[Line]:
     for case, rows in cells(run, "fence").items():
         if {"hybrid", "fenced_kernel"} <= rows.keys():
-            ours, theirs = (rows[name].metrics["stall_ms"].median for name in ("hybrid", "fenced_kernel"))
+            ours, theirs = (_waited(rows[name]) for name in ("hybrid", "fenced_kernel"))
             where = f"{case.nbytes / 1e6:,.1f} MB: {ours:.3f} by {theirs:.3f} ms"
             share = ours / theirs if theirs else float(ours > 0)
             yield (f"stall {STALL:.0%} of the SM kernel's", where, [share], lambda v: v <= STALL, "{:.1%}")
+
+
+def _waited(row: Row) -> float:
+    """ms from the forward's fence to its release, or from the return of the submission, whichever is longer.
+
+    The fence is an event on the forward's own stream: if that is late, so is the beginning of the stall.
+    """
+    stall, late = row.metrics["stall_ms"].median, 0.0
+    if {"held_ms", "submit_us"} <= row.metrics.keys():
+        late = row.metrics["held_ms"].median - row.metrics["submit_us"].median / 1e3
+    return max(stall, late)
 
 
 def _submit(run: Run) -> Iterator[Line]:

@@ -10,6 +10,8 @@ drain      copies from staging to host slots that lie scattered over several GiB
            order of their host addresses and in random order, on one stream and on two
 write      one write of ``hybrid`` end to end: until the first gather is asked for, until the link is busy,
            how long it idles between copies
+small_copy how long a copy of 1 KiB to the host takes on another stream while one write goes on; SGLang copies
+           the token ids of each step to the host
 beside     how much a forward slows down beside ``hybrid``, by the gather's thread blocks
 
 Constants of the backends cite what this prints; the file has the spread of the repeats.
@@ -61,6 +63,8 @@ class Size:
     slots: int
     writes: tuple[Case, ...]
     beside: Case
+    long: tuple[Case, ...]
+    """Writes that small copies are made beside."""
     ordered: tuple[tuple[str, int, int, int], ...]
     """(model, page size, tokens, slots of both pools)"""
     repeats: int
@@ -80,13 +84,16 @@ def on_gpu() -> Size:
         for tokens in (1024, 4096, 32768)
         for slots in (tokens * 9 // 8, 2**16)
     )
-    return Size(4096, 2**16, writes, Case(MODEL, "page_first", 16, 8192, True), ordered, 5)
+    long = tuple(
+        Case(MODEL, layout, page, 8192, True) for layout, page in (("page_first", 16), ("layer_first", 64))
+    )
+    return Size(4096, 2**16, writes, Case(MODEL, "page_first", 16, 8192, True), long, ordered, 5)
 
 
 def on_cpu() -> Size:
     """Enough to exercise the code."""
     case = Case(MODEL, "page_first", 1, 64, True)
-    return Size(64, 256, (case,), case, ((MODEL, 1, 64, 256),), 2)
+    return Size(64, 256, (case,), case, (case,), ((MODEL, 1, 64, 256),), 2)
 
 
 @dataclass(frozen=True)
@@ -94,10 +101,11 @@ class Part:
     """One part.
 
     Attributes:
-        part: ``gather``, ``sm_store``, ``order``, ``drain``, ``write`` or ``beside``.
+        part: ``gather``, ``sm_store``, ``order``, ``drain``, ``write``, ``small_copy`` or ``beside``.
         what: what was varied, in words.
         metrics: ``ms``, ``gb_per_s`` (of bytes written), ``thread_us`` where it was asked for; of ``write``
-            those of :func:`_trace`; of ``beside`` ``slow_down`` and ``gb_per_s``.
+            those of :func:`_trace`; of ``small_copy`` ``alone_us``, ``first_us`` right after the submission,
+            ``most_us``; of ``beside`` ``slow_down`` and ``gb_per_s``.
     """
 
     part: str
@@ -116,6 +124,8 @@ def measure(device: Bench, size: Size) -> Iterator[Part]:
     yield from _orders(setting, size)
     for case in size.writes:
         yield _write(setting, case, size.repeats)
+    for case in size.long:
+        yield from _small_copies(replace(setting, wanted=None), case, size.repeats)
     for ctas in CTAS_BESIDE:
         setting.options = {"hybrid": {"gather_ctas": ctas}}
         for row in interference(setting, size.beside):
@@ -273,6 +283,47 @@ def _write(setting: Setting, case: Case, repeats: int) -> Part:
                 if turn:
                     found.setdefault(name, []).append(value)
     return Part("write", str(case), {name: Spread.of(values) for name, values in found.items()})
+
+
+def _small_copies(setting: Setting, case: Case, repeats: int) -> Iterator[Part]:
+    import torch
+
+    device = setting.device
+    memory = setting.memory(case)
+    task = setting.task(case, memory, forwards_wait=False)
+    other = device.forward_stream()
+    source = torch.zeros(1024, dtype=torch.uint8, device=device.where)
+    target = torch.empty(1024, dtype=torch.uint8, pin_memory=device.where == "cuda")
+
+    def copy_us() -> float:
+        began = time.perf_counter_ns()
+        with device.use_stream(other):
+            target.copy_(source, non_blocking=True)
+        copied = device.record(other)
+        while not device.query(copied):
+            pass
+        return (time.perf_counter_ns() - began) / 1e3
+
+    for contender in contenders(task):
+        if contender.submit is None:
+            continue
+        found: dict[str, list[float]] = {}
+        with no_collection():
+            for turn in range(repeats + 1):
+                device.synchronize()
+                alone = copy_us()
+                with device.use_stream(task.stream):
+                    contender.submit(lambda event: None)
+                    end = device.record(task.stream)
+                beside = [copy_us()]
+                while not device.query(end):
+                    beside.append(copy_us())
+                if turn:
+                    numbers = {"alone_us": alone, "first_us": beside[0], "most_us": max(beside)}
+                    for name, value in numbers.items():
+                        found.setdefault(name, []).append(value)
+        spread = {name: Spread.of(values) for name, values in found.items()}
+        yield Part("small_copy", f"{contender.name}, {case}", spread)
 
 
 def _trace(task: Any, traced: Traced, submit: Any) -> Mapping[str, float]:

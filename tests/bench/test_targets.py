@@ -63,3 +63,7 @@ def test_forwards_and_stalls() -> None:
     assert line(run, "`hybrid`, `page_first`, half") == ["1", "0", "1.20x", "1.20x", "1.20x"]
     assert line(run, "`copy_engine`")[:2] == ["0", "not measured"]
     assert line(run, "stall 10%") == ["1", "1", "5.0%", "5.0%", "5.0%"]
+    # The forward's stream itself came late to its fence.
+    for each, held in zip(rows[-2:], (1.5, 2.1), strict=True):
+        each.metrics |= {"held_ms": Spread(held, held, held, 3), "submit_us": Spread(500.0, 500.0, 500.0, 3)}
+    assert line(run, "stall 10%") == ["1", "0", "50.0%", "50.0%", "50.0%"]
