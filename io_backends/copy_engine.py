@@ -17,8 +17,8 @@ from sglang_hicache.io_backends.plan import direct_batches
 
 BREAK_EVEN_ENTRY_BYTES = 34 * 1024
 """Bytes of an entry at which the link takes as long as the driver: about 0.6 us an entry at 55 GB/s (vLLM and
-LMCache, H200, CUDA 13.0). Shorter ones are bound by the host's CPU: beside an H100 it took 0.4 us an entry,
-which moved entries of 32 KiB at 43 GB/s and of 128 KiB at 49, where the link has 55
+LMCache, H200, CUDA 13.0). Shorter ones are bound by the host's CPU, or by the engine: an H100 moved entries
+of 32 KiB at 43 GB/s and of 128 KiB at 49, where the link has 55, with 0.4 us of the CPU an entry
 (bench/results/2026-11-25-h100/profile.json)."""
 
 

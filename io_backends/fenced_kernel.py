@@ -1,7 +1,7 @@
 """``fenced_kernel``: SGLang's own SM copy kernel, fenced on both sides.
 
-Wins where host rows of a layer lie together and pages are small (layer_first): it does not depend on how
-fragmented the host slots are (H200, bench/results/2026-11-23-h200). Elsewhere it is the path with the longest
+Wins where host rows of a layer lie together and pages are small (layer_first): it depends less on how
+fragmented the host slots are (bench/results/2026-11-25-h100). Elsewhere it is the path with the longest
 record, and the reference the others are held to.
 Every byte moves through the SMs, so a forward that must not share them waits for the whole transfer.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,9 +26,9 @@ def interleaved(
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
     """Repeat every run, one after the other in turns, so that drift of the machine touches all alike.
 
-    The first turn warms up and is not counted. Each turn has an order of its own, always the same ones: who
-    comes after a run that kept the CPU busy for a second finds nothing of its own in the caches, which slows
-    a short write by several per cent.
+    The first turn warms up and is not counted. Nobody follows the same other one in most turns
+    (:func:`turn_order`): who comes after a run that kept the CPU busy for a second finds nothing of its own
+    in the caches, which slows a short write by several per cent.
 
     Returns:
         For each run that never failed the repeats of each metric; for the others the reason.
@@ -39,11 +38,9 @@ def interleaved(
     spent = dict.fromkeys(runs, 0.0)
     counted = dict.fromkeys(runs, 0)
     order = list(runs)
-    shuffle = random.Random(0).shuffle
     with no_collection():
         for turn in range(repeats + 1):
-            shuffle(order)
-            for name in order:
+            for name in (order[nth] for nth in turn_order(len(order), turn)):
                 if name in failed or (counted[name] > 1 and spent[name] > enough_s):
                     continue
                 began = clock()
@@ -58,6 +55,16 @@ def interleaved(
                     for metric, value in numbers.items():
                         found[name].setdefault(metric, []).append(value)
     return {name: each for name, each in found.items() if name not in failed}, failed
+
+
+def turn_order(count: int, turn: int) -> list[int]:
+    """Who runs when in a turn: a row of a Williams square (E. J. Williams, 1949), every other one mirrored.
+
+    From five contenders on, nobody follows the same other one in more than two of five turns.
+    """
+    first = [nth // 2 if nth % 2 == 0 else count - 1 - nth // 2 for nth in range(count)]
+    row = [(each - turn) % count for each in first]
+    return row[::-1] if turn % 2 else row
 
 
 def spreads(repeats: Mapping[str, list[float]]) -> dict[str, Spread]:

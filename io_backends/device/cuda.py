@@ -23,6 +23,7 @@ from sglang_hicache.io_backends.device.host_ranges import HostRange, HostRanges,
 from sglang_hicache.io_backends.geometry import PoolGeometry
 from sglang_hicache.io_backends.plan import CopyBatch
 
+_INDEX_TYPES = {4: np.int32, 8: np.int64}
 _INDEX_BYTES = 2**20
 """131,072 indices, more than the tokens of most writes; a longer one makes the buffer grow."""
 
@@ -76,8 +77,7 @@ class IndexReader:
             self._driver.copy_one(self._address, indices.data_ptr(), nbytes, self._stream.cuda_stream)
             # Nothing else is on this stream; and until the copy is done the caller holds the indices.
             self._stream.synchronize()
-        kind = np.int32 if indices.element_size() == 4 else np.int64
-        return np.array(self._values[:nbytes].view(kind), dtype=np.int64)
+        return np.array(self._values[:nbytes].view(_INDEX_TYPES[indices.element_size()]), dtype=np.int64)
 
     def _make_buffer(self, nbytes: int) -> None:
         self._buffer = self._torch.empty(nbytes, dtype=self._torch.uint8, pin_memory=True)

@@ -24,7 +24,7 @@ from sglang_hicache.io_backends.plan import CopyBatch
 logger = logging.getLogger(__name__)
 
 MAX_ENTRIES = 256
-"""Entries a call. The engine starts on them when the call returns, at 0.5 to 1 us an entry, so that a large
+"""Entries a call. The engine starts on them when the call returns, at 0.4 to 1 us an entry, so that a large
 call keeps it waiting; from a few hundred entries on the call itself is noise. (On an H200, 8,192 entries of
 72 KiB went fastest in calls of 256.) A segmentation fault at 51,828 was reported (vLLM #49276)."""
 

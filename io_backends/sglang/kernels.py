@@ -26,7 +26,15 @@ ORDER_BELOW_BYTES = 16 * 1024
 bench/results/2026-11-25-h100/profile.json: runs of 2 KiB, 8 KiB and 32 KiB.)"""
 
 ORDER_FROM_BYTES = 128 * 2**20
-"""Bytes of a write from which the gain is more than sorting takes, 0.1 to 0.4 ms (the same file)."""
+"""Bytes of a write from which sorting is small beside it: where the order changed nothing it took 0.05 to
+0.14 ms longer (the same file), and this takes 2.4 ms at 55 GB/s."""
+
+ORDER_SPAN_BYTES = 2**30
+"""Bytes of host memory between the first and the last slot of a write from which the order matters. (The same
+file: writes over 2.4 GiB and more gained, writes over 0.6 GiB and less lost what sorting takes.)"""
+
+_SORTED_AT_ONCE = (4096, 32768)
+"""Lengths of which torch sorts the one and the other by different kernels."""
 
 
 def kernel_of(host_pool: Any, io_backend: str) -> str:
@@ -71,7 +79,7 @@ def host_order_pays(geometry: PoolGeometry, host_indices: Any) -> bool:
 
     Its thread blocks write rows that follow each other in the index arrays at about the same time, layer by
     layer. Where those are short and all over a large host pool, each needs another translation of its
-    address, and the link waits for that. In ``page_first`` a token's layers lie together: nothing is gained.
+    address, and the link waits for that. In ``page_first`` a token's layers lie together in one run.
 
     Args:
         geometry: the pool.
@@ -83,19 +91,39 @@ def host_order_pays(geometry: PoolGeometry, host_indices: Any) -> bool:
     steps = slots[1:] - slots[:-1]
     runs = 1 + np.count_nonzero(steps != 1)
     row = max(part.row_bytes for part in geometry.components)
-    return bool(row * slots.size < ORDER_BELOW_BYTES * runs and np.count_nonzero(steps < 0))
+    if row * slots.size >= ORDER_BELOW_BYTES * runs or not np.count_nonzero(steps < 0):
+        return False
+    span = int(np.maximum.reduce(slots)) - int(np.minimum.reduce(slots)) + 1
+    return span * geometry.bytes_per_token >= ORDER_SPAN_BYTES
 
 
 def in_host_order(host_indices: Any, device_indices: Any) -> tuple[Any, Any]:
-    """The same pairs by ascending host slot; whole pages stay whole. Does not wait for the GPU.
+    """The same pairs by ascending host slot; whole pages stay whole. As they are where memory is short.
 
-    Sorts on the current stream: that is work on the SMs, of which SGLang's kernel is next.
+    Sorts on the current stream: that is work on the SMs, of which SGLang's kernel is next. Does not wait for
+    the GPU once its kernels are loaded (:func:`prepare_order`).
 
     Args:
         host_indices, device_indices: int64 tensors [n] on one device, where SGLang's kernel wants them.
     """
-    ordered, order = host_indices.sort()
-    return ordered, device_indices.index_select(0, order)
+    import torch
+
+    try:
+        ordered, order = host_indices.sort()
+        return ordered, device_indices.index_select(0, order)
+    except torch.OutOfMemoryError:  # the write is right in any order
+        return host_indices, device_indices
+
+
+def prepare_order(host_pool: Any) -> None:
+    """Load what sorts this pool's indices, before serving: CUDA may stop everything to load a kernel."""
+    rows = getattr(host_pool, "device_k_buffers", None) or getattr(host_pool, "device_kv_buffers", None)
+    if host_pool.layout == "layer_first" and rows:
+        import torch
+
+        for length in _SORTED_AT_ONCE:
+            indices = torch.arange(length, device=rows[0].device)
+            in_host_order(indices, indices)
 
 
 def _uses_tma(host_pool: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from sglang_hicache.io_backends.device.base import Device
 from sglang_hicache.io_backends.geometry import PoolGeometry
 from sglang_hicache.io_backends.interface import Backend
+from sglang_hicache.io_backends.sglang import kernels
 from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError, describe, host_buffers
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ class KnownPools:
         for backend in self._backends:
             if backend.name not in unsupported:
                 backend.prepare(geometry)
+                if getattr(backend, "upstream_indices", False):
+                    kernels.prepare_order(host_pool)
 
     def serves(self, host_pool: Any) -> bool:
         """Whether some backend copies this pool."""

@@ -167,26 +167,26 @@ def test_a_fence_is_waited_for_by_what_has_sm_work_and_by_nothing_else() -> None
     assert waited == {"hybrid": 4, "fenced_kernel": 4}  # three repeats and one to warm up
 
 
-def test_turns_are_interleaved_and_nobody_always_follows_the_same_one() -> None:
-    def orders() -> list[str]:
-        order: list[str] = []
+@pytest.mark.parametrize("count", range(1, 12))
+def test_turns_are_interleaved_and_nobody_mostly_follows_the_same_one(count: int) -> None:
+    order: list[int] = []
 
-        def run(name: str) -> dict[str, float]:
-            order.append(name)
-            return {"ms": float(len(order))}
+    def run(name: int) -> dict[str, float]:
+        order.append(name)
+        return {"ms": float(len(order))}
 
-        runs = {name: lambda name=name: run(name) for name in "abcd"}  # type: ignore[misc]
-        found, failed = interleaved(runs, 5)
-        assert not failed
-        # The first turn warms up.
-        assert found["a"]["ms"] == [nth + 1 for nth, name in enumerate(order) if name == "a"][1:]
-        return order
-
-    order = orders()
-    assert [sorted(order[turn : turn + 4]) for turn in range(0, 24, 4)] == [list("abcd")] * 6
-    for name in "abcd":
-        assert len({before for before, each in pairwise(order) if each == name}) > 2
-    assert orders() == order
+    repeats = 5
+    runs = {name: lambda name=name: run(name) for name in range(count)}  # type: ignore[misc]
+    found, failed = interleaved(runs, repeats)  # type: ignore[arg-type]
+    assert not failed
+    turns = [order[turn : turn + count] for turn in range(0, len(order), count)]
+    assert [sorted(turn) for turn in turns] == [list(range(count))] * (repeats + 1)
+    counted = [nth + 1 for nth, name in enumerate(order) if name == 0][1:]  # the first turn warms up
+    assert found[0]["ms"] == counted  # type: ignore[index]
+    if count > 4:
+        for name in range(count):
+            before = [earlier for earlier, each in pairwise(order[count - 1 :]) if each == name]
+            assert max(map(before.count, before)) <= repeats // 2
 
 
 def test_a_slow_contender_is_repeated_twice_and_one_that_fails_late_has_no_figures() -> None:

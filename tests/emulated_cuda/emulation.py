@@ -141,6 +141,10 @@ class Driver:
         return 0
 
 
+def _record_stream(tensor: torch.Tensor, stream: Any) -> None:
+    virtual_cuda.gpu.counts[f"recorded on {stream.name}"] += 1
+
+
 def install() -> Driver:
     """Do all of it. Once a process."""
     assert os.environ.get("TRITON_INTERPRET") == "1", "too late: Triton chose when it was imported"
@@ -154,7 +158,7 @@ def install() -> Driver:
     for module in (cuda, gather):
         module.importlib = SimpleNamespace(import_module=import_module)  # type: ignore[attr-defined]
     gather_kernel.gather_rows = Kernel(gather_kernel.gather_rows)  # type: ignore[assignment]
-    torch.Tensor.record_stream = lambda tensor, stream: None  # type: ignore[method-assign, assignment]
+    torch.Tensor.record_stream = _record_stream  # type: ignore[method-assign, assignment]
     return driver
 
 

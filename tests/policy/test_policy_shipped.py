@@ -157,7 +157,10 @@ def test_bytes_per_entry_choose_the_backend(
         assert decision.routes[decision.route(write)].backend == expected
 
 
-LATEST = json.loads((ROOT / "bench/results/2026-11-25-h100/bench.json").read_text(encoding="utf-8"))
+LATEST, PROFILE = (
+    json.loads((ROOT / "bench/results/2026-11-25-h100" / name).read_text(encoding="utf-8"))
+    for name in ("bench.json", "profile.json")
+)
 ROWS = {"Qwen3-8B": (36, 2, 2048, "mha"), "DeepSeek-V3": (61, 1, 1152, "mla")}
 
 
@@ -230,6 +233,9 @@ def test_every_figure_in_a_reason_was_measured():
         ("slow_down", 1, 2),
     ):
         known |= {f"{each[name]['median'] / scale:.{digits}f}" for each in metrics if name in each}
+    for part in PROFILE["parts"]:
+        if part["part"] == "order":
+            known |= {f"{part['metrics'][name]['median']:.1f}" for name in ("ms", "gb_per_s")}
     names = ("fa3-on-hopper-large-pages", "fa3-on-hopper-short-copies", "layer-first-large-pages")
     for rule in SHIPPED.rules:
         if rule.name in (*names, "layer-first-short-copies"):

@@ -25,6 +25,7 @@ from sglang_hicache.io_backends.sglang.simulation.experiment import (
     left_out,
 )
 from sglang_hicache.io_backends.sglang.simulation.published import published
+from sglang_hicache.io_backends.virtual import gpu
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts, detect
 from sglang_hicache.policy.load import policy_in_force
@@ -139,6 +140,28 @@ def test_a_write_by_host_slot_is_the_same_write(monkeypatch: pytest.MonkeyPatch)
         found = result_of(made, FEW_SEEDS, keep_all)
         assert found.good, found.to_dict()
         assert sorted_there
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_sort_outside_of_the_fences_is_found(monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+    """On a stream of its own: before the indices are there, or at least beside a forward."""
+    in_host_order = kernels.in_host_order
+
+    def elsewhere(host: Any, device: Any) -> Any:
+        other = gpu.Stream()
+        if waits:
+            other.wait_stream(gpu.default_stream())
+        with gpu.stream(other):
+            pairs = in_host_order(host, device)
+        gpu.current_stream().wait_stream(other)
+        return pairs
+
+    monkeypatch.setattr(kernels, "in_host_order", elsewhere)
+    monkeypatch.setattr(kernels, "host_order_pays", lambda *_: True)
+    made = experiment("fenced_kernel", mem_layout="layer_first", page_size=1)
+    found = result_of(made, FEW_SEEDS, keep_all)
+    assert not found.good
+    assert ("sm_overlap" in found.kinds) or not waits
 
 
 @pytest.mark.parametrize("backend", ["fenced_kernel", "copy_engine", "hybrid", AUTO])

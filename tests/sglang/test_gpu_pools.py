@@ -263,18 +263,27 @@ def test_byte_for_byte_by_host_slot(
     page_size: int,
 ) -> None:
     """What long writes of short rows get, and a forward in flight beside it."""
-    monkeypatch.setattr(kernels, "ORDER_FROM_BYTES", 0)
-    monkeypatch.setattr(kernels, "ORDER_BELOW_BYTES", 2**30)
+    for name, value in (("FROM", 0), ("SPAN", 0), ("BELOW", 2**30)):
+        monkeypatch.setattr(kernels, f"ORDER_{name}_BYTES", value)
     pools = made(shape, "layer_first", page_size)
     scheduler = Scheduler(device, "fenced_kernel", [pools], BOTH)
     for seed, tokens in enumerate((512, 1536)):
         slots = pools.slots(tokens, seed)
         for buffer in pools.buffers():
             buffer.view(torch.uint8).fill_(POISON)
+        after = [[torch.full_like(rows, seed) for rows in layers] for layers in pools.components]
+        torch.cuda.synchronize()
         with torch.cuda.stream(scheduler.forward):
             torch.cuda._sleep(LONG // 10)
-        assert_event_works(scheduler.write([slots]))
-        pools.assert_copied(*slots)
+            for layers in pools.components:
+                for rows in layers:
+                    rows.fill_(seed)
+            forward = torch.cuda.Event()
+            forward.record()
+        completion = scheduler.write([slots])
+        assert not forward.query(), "sorting waited for the forward on the host"
+        assert_event_works(completion)
+        pools.assert_copied(*slots, rows=after)
     assert scheduler.writeback.counters.ordered_writes == 2
 
 

@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_hicache.io_backends.geometry import Component, PoolGeometry, host_strides
+from sglang_hicache.io_backends.sglang import kernels
 from sglang_hicache.io_backends.sglang.kernels import (
     ORDER_BELOW_BYTES,
     ORDER_FROM_BYTES,
+    ORDER_SPAN_BYTES,
     build_limited,
     host_order_pays,
     in_host_order,
@@ -82,16 +84,16 @@ def test_the_limit_reaches_the_write_back_kernels_and_not_the_loads(monkeypatch:
         mha: ("jit_transfer_hicache_all_layer", "jit_transfer_hicache_all_layer_staged_lf_pf"),
         mla: ("jit_transfer_hicache_all_layer_mla", "jit_transfer_hicache_all_layer_mla_staged_lf_pf"),
     }
-    for module, kernels in names.items():
-        for name in (*kernels, "jit_transfer_hicache_one_layer"):
+    for module, wanted in names.items():
+        for name in (*wanted, "jit_transfer_hicache_one_layer"):
             if hasattr(module, name):
                 monkeypatch.setattr(
                     module, name, lambda name=name, **given: calls.append((name, given.get("block_quota")))
                 )
     limit_blocks(7)
     limit_blocks(3)
-    for module, kernels in names.items():
-        for name in kernels:
+    for module, wanted in names.items():
+        for name in wanted:
             getattr(module, name)(page_size=1)
     mha.jit_transfer_hicache_one_layer(page_size=1)
     assert calls == [
@@ -127,11 +129,13 @@ def test_a_limited_kernel_is_built_before_it_is_needed(monkeypatch: pytest.Monke
 
 
 ROW, LAYERS = 2048, 32
-ENOUGH = ORDER_FROM_BYTES // (ROW * LAYERS * 2)
+TOKEN = ROW * LAYERS * 2
+ENOUGH = ORDER_FROM_BYTES // TOKEN
+SPAN = ORDER_SPAN_BYTES // TOKEN
 
 
 def geometry(layout: str, page_size: int = 1) -> PoolGeometry:
-    slots = 4 * ENOUGH
+    slots = 2 * SPAN
     shape = {"layers": LAYERS, "page_size": page_size, "slots": slots, "row_bytes": ROW, "heads": 1}
     parts = tuple(
         Component(name, ROW, tuple(range(LAYERS)), ROW, host_strides(layout, base=0, **shape))
@@ -140,9 +144,9 @@ def geometry(layout: str, page_size: int = 1) -> PoolGeometry:
     return PoolGeometry("kv", "mha", layout, "bf16", 1, LAYERS, page_size, slots, slots, parts)
 
 
-def shuffled(run: int, tokens: int = ENOUGH) -> np.ndarray:
-    """Host slots in runs of this length, the runs in random order and apart from each other."""
-    starts = np.random.default_rng(0).permutation(tokens // run) * (run + 1)
+def shuffled(run: int, tokens: int = ENOUGH, span: int = SPAN) -> np.ndarray:
+    """Host slots in runs of this length, in random order, evenly spread over ``span`` slots."""
+    starts = np.random.default_rng(0).permutation(np.linspace(0, span - run, tokens // run).astype(np.int64))
     return (starts[:, None] + np.arange(run)).reshape(-1)
 
 
@@ -152,9 +156,10 @@ def shuffled(run: int, tokens: int = ENOUGH) -> np.ndarray:
         ("layer_first", shuffled(1), True),
         ("layer_first", shuffled(4), True),
         ("layer_first", shuffled(ORDER_BELOW_BYTES // ROW), False),  # long runs
-        ("layer_first", shuffled(1)[1:], False),  # a byte too few, or rather a row
+        ("layer_first", shuffled(1, ENOUGH - 1), False),  # too short
+        ("layer_first", shuffled(1, span=SPAN - 1), False),  # too close to each other
         ("layer_first", np.sort(shuffled(1)), False),  # in order already
-        ("layer_first", np.arange(ENOUGH), False),
+        ("layer_first", np.arange(SPAN), False),
         ("page_first", shuffled(1), False),  # a token's layers lie together
         ("page_first_direct", shuffled(4), False),
         ("layer_first", np.empty(0, dtype=np.int64), False),
@@ -178,3 +183,27 @@ def test_pairs_stay_pairs_and_pages_whole(host: list[int], rows: list[int], page
     )
     # SGLang's TMA kernel moves a page's rows as one piece, on both sides.
     assert (device.view(-1, page) == device.view(-1, page)[:, :1] + torch.arange(page)).all()
+
+
+def test_pairs_stay_as_they_are_where_memory_is_short() -> None:
+    torch = pytest.importorskip("torch")
+
+    class Full:
+        def sort(self) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    host, rows = Full(), object()
+    assert in_host_order(host, rows) == (host, rows)
+
+
+@pytest.mark.parametrize(("layout", "lengths"), [("layer_first", [4096, 32768]), ("page_first", [])])
+def test_sorting_is_loaded_before_serving(
+    monkeypatch: pytest.MonkeyPatch, layout: str, lengths: list[int]
+) -> None:
+    torch = pytest.importorskip("torch")
+    rows = [torch.empty(1)]
+    sorted_ones: list[int] = []
+    monkeypatch.setattr(kernels, "in_host_order", lambda host, _: sorted_ones.append(len(host)))
+    for name in ("device_k_buffers", "device_kv_buffers"):
+        kernels.prepare_order(SimpleNamespace(layout=layout, **{name: rows}))
+    assert sorted_ones == 2 * lengths

@@ -270,6 +270,7 @@ class TestRoutes:
     ) -> None:
         torch = pytest.importorskip("torch")
         monkeypatch.setattr(kernels, "ORDER_FROM_BYTES", 0)
+        monkeypatch.setattr(kernels, "ORDER_SPAN_BYTES", 0)
         host, rows = HostPool(layout), torch.tensor([3, 1, 2])
         write = Write(one_route(Named("kernel", upstream=True)), host, io_backend)
         write.controller.move_indices = lambda host, device: (host, device)
@@ -283,6 +284,7 @@ class TestRoutes:
 
     def test_writes_of_ours_and_fallbacks_keep_their_order(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernels, "ORDER_FROM_BYTES", 0)
+        monkeypatch.setattr(kernels, "ORDER_SPAN_BYTES", 0)
         ours = Named("ours")
         write = Write(one_route(ours), HostPool("layer_first"))
         write(indices(12, 8, 10))

@@ -141,14 +141,20 @@ def launch(
     )
 
 
+def borrowed_indices(indices: Any) -> Borrowed:
+    """The memory of an index tensor, for the operation that reads it."""
+    borrowed = gpu.gpu.memory.borrow(indices, "index tensor")
+    if borrowed.block.stream is None:
+        # Made by the code that launches this, on the same stream.
+        gpu.allocated(indices)
+    return borrowed
+
+
 class _OnDevice:
     """An index tensor that a kernel reads when it runs."""
 
     def __init__(self, indices: Any) -> None:
-        self.where: Borrowed = gpu.gpu.memory.borrow(indices, "index tensor")
-        if self.where.block.stream is None:
-            # Made by the code that launches this, on the same stream.
-            gpu.allocated(indices)
+        self.where = borrowed_indices(indices)
         self._values = self.where.values().copy()
 
     def intact(self) -> bool:

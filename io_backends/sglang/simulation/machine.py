@@ -17,6 +17,7 @@ import torch
 from sglang_hicache.io_backends.sglang.simulation import kernels
 from sglang_hicache.io_backends.virtual import gpu
 from sglang_hicache.io_backends.virtual.operations import Operation
+from sglang_hicache.io_backends.virtual.ranges import ByteRanges
 from sglang_hicache.io_backends.virtual.sites import hide
 
 hide(__name__)
@@ -38,6 +39,15 @@ class DeviceTensor(torch.Tensor):
         gpu.current_stream().synchronize()
         return self.as_subclass(torch.Tensor)
 
+    def sort(self, *_: Any, **__: Any) -> Any:
+        """Work on the current stream, like everything here that makes a tensor of others."""
+        values, order = torch.sort(self.as_subclass(torch.Tensor))
+        return on_device(values, "indices sorted", self), on_device(order, "their order", self)
+
+    def index_select(self, dim: int, index: Any) -> torch.Tensor:  # type: ignore[override]
+        picked = self.as_subclass(torch.Tensor).index_select(dim, index.as_subclass(torch.Tensor))
+        return on_device(picked, "indices picked", self, index)
+
 
 class HostTensor(torch.Tensor):
     """An index tensor on the host, whose copy to the device runs on the current stream."""
@@ -46,13 +56,28 @@ class HostTensor(torch.Tensor):
         return on_device(self.as_subclass(torch.Tensor), "host indices to the device")
 
 
-def on_device(values: torch.Tensor, name: str) -> torch.Tensor:
-    """``values`` as the result of work that the current stream does now."""
+def on_device(values: torch.Tensor, name: str, *of: torch.Tensor) -> torch.Tensor:
+    """``values`` as the result of work that the current stream does now.
+
+    Args:
+        values: computed already.
+        name: for reports.
+        of: index tensors that it reads. It is part of a transfer to the host then.
+    """
     made = values.clone().as_subclass(DeviceTensor)
     gpu.allocated(made, name=name)
     borrowed = gpu.gpu.memory.borrow(made)
+    read = [kernels.borrowed_indices(each) for each in of]
     gpu.current_stream().launch(
-        Operation(name, writes=borrowed.bytes, engine="sm", uses=(borrowed,), nbytes=made.nbytes)
+        Operation(
+            name,
+            reads=ByteRanges.of([span for each in read for span in each.bytes.spans]),
+            writes=borrowed.bytes,
+            engine="sm",
+            d2h_on_sms=bool(read),
+            uses=(borrowed, *read),
+            nbytes=made.nbytes,
+        )
     )
     return made
 
