@@ -267,6 +267,7 @@ def test_byte_for_byte_by_host_slot(
         monkeypatch.setattr(kernels, f"ORDER_{name}_BYTES", value)
     pools = made(shape, "layer_first", page_size)
     scheduler = Scheduler(device, "fenced_kernel", [pools], BOTH)
+    assert scheduler.writeback.pools.serves(pools.host)  # before serving: loads what sorts
     for seed, tokens in enumerate((512, 1536)):
         slots = pools.slots(tokens, seed)
         for buffer in pools.buffers():
@@ -274,7 +275,7 @@ def test_byte_for_byte_by_host_slot(
         after = [[torch.full_like(rows, seed) for rows in layers] for layers in pools.components]
         torch.cuda.synchronize()
         with torch.cuda.stream(scheduler.forward):
-            torch.cuda._sleep(LONG // 10)
+            torch.cuda._sleep(LONG)
             for layers in pools.components:
                 for rows in layers:
                     rows.fill_(seed)
