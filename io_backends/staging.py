@@ -20,7 +20,10 @@ class Region:
 
 
 class Ring:
-    """Hands out regions first in, first out.
+    """Hands out regions first in, first out, to writers that run on one stream.
+
+    What one of them has waited for, the later ones have too: the rest of a region that was handed out again
+    in part needs no event.
 
     Args:
         nbytes: size of the ring.

@@ -13,8 +13,10 @@ from pools import MemoryPool, make_pool
 from strategies import pools, writes
 
 from sglang_hicache.io_backends import Backend, Transfer, get_backend
+from sglang_hicache.io_backends.chunks import STAGING_ALIGNMENT
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.registry import OWN_NAMES
+from sglang_hicache.io_backends.staging import Ring
 
 LAYOUTS_OF_ALL = ("layer_first", "page_first", "page_first_direct")
 
@@ -478,3 +480,35 @@ def test_hybrid_says_when_a_page_does_not_fit_its_ring() -> None:
     reason = make("hybrid", RecordingDevice(), staging_mb=1).supports(pool.geometry)
     assert reason is not None
     assert "raise staging_mb" in reason
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_ring_memory_is_given_out_behind_everything_that_drains_from_it(data: st.DataObject) -> None:
+    """Against every unit's own last drain. Drains are done in order, as on one stream, and regions are filled
+    on one: what one writer has waited for, the later ones have.
+    """
+    alignment, units = STAGING_ALIGNMENT, 8
+    done: set[int] = set()
+    ring = Ring(units * alignment, done.__contains__)
+    drain_of: dict[int, int] = {}  # by unit of the ring
+    waited = -1
+    for drain in range(data.draw(st.integers(1, 12))):
+        done |= set(range(data.draw(st.integers(0, drain))))
+        size, wait = data.draw(st.integers(1, units)), data.draw(st.booleans())
+        room = ring.has_room(size * alignment)
+        taken = ring.take(size * alignment - data.draw(st.integers(0, alignment - 1)), wait=wait)
+        if taken is None:
+            assert not wait
+            assert not room
+            continue
+        region, events = taken
+        assert room == (not events)
+        mine = range(region.start // alignment, region.stop // alignment)
+        assert len(mine) == size
+        assert 0 <= region.start < region.stop <= ring.nbytes
+        busy = {drain_of[unit] for unit in mine if unit in drain_of} - done
+        waited = max((waited, *events))
+        assert max(busy, default=-1) <= waited
+        region.drained = drain
+        drain_of |= dict.fromkeys(mine, drain)

@@ -401,6 +401,18 @@ def test_forwards_that_wait_for_gathers_never_wait_for_the_link(driver: Any) -> 
         world.assert_right()
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_indices_are_read_behind_the_work_that_makes_them(driver: Any, told: bool) -> None:
+    for seed in SEEDS:
+        gpu = virtual_cuda.reset(seed)
+        device = CudaDevice()
+        values = torch.arange(1, 100)
+        indices = torch.zeros_like(values).as_subclass(emulation.DeviceTensor)
+        launch(gpu.default, lambda to=indices, new=values: to.copy_(new))
+        made = device.record(device.current_stream()) if told else None
+        assert device.host_values(indices, made).tolist() == values.tolist()
+
+
 def test_the_host_waits_for_indices_only_and_for_no_forward(driver: Any) -> None:
     for backend, waits in {"hybrid": 0, "copy_engine": 1, "fenced_kernel": 0}.items():
         pools = Pools("mha", "page_first", 16)

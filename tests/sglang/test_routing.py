@@ -351,6 +351,15 @@ class TestRoutes:
         assert [(list(each[0]), each[2]) for each in host.copied] == [([8, 9], True)]
 
 
+def test_sorting_is_loaded_with_a_pool_that_sglangs_kernel_may_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr(kernels, "prepare_order", loaded.append)
+    for upstream in (False, True):
+        host = HostPool("layer_first")
+        assert Write(one_route(Named(upstream=upstream)), host).writeback.pools.serves(host)
+        assert loaded == ([host] if upstream else [])
+
+
 class TestForwardFences:
     def test_forwards_wait_for_the_routes_that_name_them(self) -> None:
         a, b = Named("a"), Named("b")
