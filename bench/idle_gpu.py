@@ -21,8 +21,11 @@ _SOURCE = r"""
 static int succeed(void) { return 0; }
 static int version(int *v) { *v = 13000; return 0; }
 static int attribute(unsigned *value) { *value = 1; return 0; } /* pinned, and reached as it is */
-/* Indices come to the host in single copies, and must arrive: the plan is made of them. */
-static int copy(void *to, void *from, size_t size, void *stream) { memcpy(to, from, size); return 0; }
+/* Indices must arrive: the plan is made of them. They have a stream of their own. Of rows there are only addresses. */
+static int copy(void *to, void *from, size_t size, void *stream) {
+    if (stream == (void *)3) memcpy(to, from, size);
+    return 0;
+}
 static int capturing(void *stream, int *status) { *status = 0; return 0; }
 int cuGetProcAddress_v2(const char *name, void **function, int v, unsigned long long f, int *status) {
     *function = !strcmp(name, "cuDriverGetVersion") ? (void *)version
@@ -40,10 +43,10 @@ int cuGetProcAddress(const char *name, void **function, int v, unsigned long lon
 
 
 class _Stream:
-    cuda_stream = 2
+    """Handle 3 where the host waits (:class:`~sglang_hicache.io_backends.device.cuda.IndexReader`), else 2."""
 
     def __init__(self, priority: int = 0) -> None:
-        pass
+        self.cuda_stream = 3 if priority else 2
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
@@ -123,7 +126,7 @@ class _TritonDriver:
         return 0
 
     def get_current_stream(self, device: int) -> int:
-        return _Stream.cuda_stream
+        return _Stream().cuda_stream
 
 
 def install(folder: Path) -> None:

@@ -20,6 +20,7 @@ from sglang_hicache.io_backends.device.driver import MAX_ENTRIES, Driver
 from sglang_hicache.io_backends.device.gather import Gather
 from sglang_hicache.io_backends.device.gather_plan import UNITS_PER_THREAD, WARPS
 from sglang_hicache.io_backends.device.host_ranges import HostRange, HostRanges, host_extents
+from sglang_hicache.io_backends.device.turns import TURN_BYTES, Turns
 from sglang_hicache.io_backends.geometry import PoolGeometry
 from sglang_hicache.io_backends.plan import CopyBatch
 
@@ -93,6 +94,7 @@ class CudaDevice:
 
     Args:
         max_batch_entries: entries in one driver call at most.
+        turn_bytes: copied before others get the copy engine, see :mod:`~.turns`.
         gather_warps, gather_units_per_thread: shape of the gather's thread blocks, for measurements.
 
     Raises:
@@ -105,6 +107,7 @@ class CudaDevice:
         self,
         *,
         max_batch_entries: int = MAX_ENTRIES,
+        turn_bytes: int = TURN_BYTES,
         gather_warps: int = WARPS,
         gather_units_per_thread: int = UNITS_PER_THREAD,
     ) -> None:
@@ -119,6 +122,7 @@ class CudaDevice:
                 "PyTorch finds no CUDA device: check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES"
             )
         self._driver = Driver(max_batch_entries)
+        self._turns = Turns(self._torch, self._driver, turn_bytes)
         self._host = HostRanges()
         self._gather = Gather(warps=gather_warps, units_per_thread=gather_units_per_thread)
         self._indices: IndexReader | None = None
@@ -245,14 +249,14 @@ class CudaDevice:
             device_slots.record_stream(stream)
 
     def copy(self, batch: CopyBatch, stream: Stream) -> None:
-        """Copy-engine work, as the seam says.
+        """Copy-engine work, as the seam says; what is behind it on ``stream`` waits for it.
 
         Raises:
             UnknownHostMemoryError: an entry writes memory that :meth:`prepare_copies` has not seen.
             CopyRefusedError: the legacy NULL stream, or a graph is being captured.
             DriverError: the driver refused.
         """
-        self._driver.copy(self._host.place(batch), stream.cuda_stream)
+        self._turns.copy(self._host.place(batch), stream)
 
 
 def _extents_text(extents: Sequence[tuple[int, int]]) -> str:

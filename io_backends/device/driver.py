@@ -196,17 +196,36 @@ class Driver:
             DriverError: the driver refused. Earlier entries may be under way; record no completion.
         """
         batch = drop_empty(batch)
-        if not batch.nbytes.size:
-            return
+        if batch.nbytes.size:
+            self.check(stream)
+            self.enqueue(batch, stream)
+
+    def check(self, stream: int) -> None:
+        """Raise if ``stream`` takes no copies.
+
+        Raises:
+            CopyRefusedError: it is the legacy NULL stream, or under graph capture.
+        """
         if stream in _LEGACY_STREAMS:
             raise CopyRefusedError(
                 "the legacy NULL stream takes no batched copies; make a stream of its own current first"
             )
         self.refuse_capture(stream)
+
+    def enqueue(self, batch: CopyBatch, stream: int, *, busy: bool = False) -> None:
+        """As :meth:`copy`, on a stream that :meth:`check` has seen, of entries none of which is empty.
+
+        Args:
+            busy: the engine has copies of this write to do: calls need not begin short.
+
+        Raises:
+            DriverError: the driver refused.
+        """
         if self._batch is None:
             self._one_by_one(batch, stream)
         else:
-            self._in_batches(self._batch, batch, stream)
+            first = self._max_entries if busy else self._first_entries
+            self._in_batches(self._batch, batch, stream, first)
 
     def copy_one(self, dst: int, src: int, nbytes: int, stream: int) -> None:
         """Enqueue one copy between addresses as the GPU sees them.
@@ -260,10 +279,10 @@ class Driver:
         self._check("cuMemHostGetDevicePointer", code)
         return result.value
 
-    def _in_batches(self, call: Callable[..., int], batch: CopyBatch, stream: int) -> None:
+    def _in_batches(self, call: Callable[..., int], batch: CopyBatch, stream: int, first: int) -> None:
         scratch, attributes, begin = self._scratch, self._attributes, self._attributes_begin
         dst, src, nbytes = scratch.dst, scratch.src, scratch.nbytes
-        start, total, most = 0, batch.nbytes.size, self._first_entries
+        start, total, most = 0, batch.nbytes.size, first
         while start < total:
             stop = start + most if start + most < total else total
             count = stop - start

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from sglang_hicache.io_backends.geometry import PoolGeometry
 from sglang_hicache.io_backends.plan import CopyBatch
 
-_SHORT = 16
-"""Entries up to which Python checks a batch faster than numpy."""
+SHORT = 16
+"""Entries up to which Python goes through a batch faster than numpy."""
 
 
 class UnknownHostMemoryError(ValueError):
@@ -158,7 +158,7 @@ class HostRanges:
 
         A chunk that drains in two copies is the common case; numpy's calls would cost it ten times as much.
         """
-        if len(batch) > _SHORT:
+        if len(batch) > SHORT:
             return False
         starts, stops = self._starts, self._plain_stops
         for start, nbytes in zip(batch.dst.tolist(), batch.nbytes.tolist(), strict=True):

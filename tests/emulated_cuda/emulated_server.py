@@ -16,6 +16,9 @@ from sglang_hicache.io_backends.virtual import gpu as virtual_cuda
 
 SEED = "EMULATED_CUDA_SEED"
 
+TURN_BYTES = 20_000
+"""So short that writes of a small model take turns."""
+
 UNFENCED = "EMULATED_CUDA_UNFENCED"
 """Set: streams forget every wait, and gathers come late. Then outputs must be wrong."""
 
@@ -30,7 +33,7 @@ def open_device(name: str) -> Any:
     from sglang_hicache.io_backends.device.cuda import CudaDevice
 
     if UNFENCED not in os.environ:
-        return CudaDevice()
+        return CudaDevice(turn_bytes=TURN_BYTES)
     virtual_cuda.gpu.leave_out = lambda waiting, recorded_on, site: True
 
     class LateGathers(CudaDevice):
@@ -40,7 +43,7 @@ def open_device(name: str) -> Any:
                     stream.pace = 1e-6
             super().gather(*args)
 
-    return LateGathers()
+    return LateGathers(turn_bytes=TURN_BYTES)
 
 
 def _wait_event(stream: Any, event: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from sglang_hicache.io_backends import CopyBatch, direct_copies
 from sglang_hicache.io_backends.device.base import DeviceUnavailableError
 from sglang_hicache.io_backends.device.driver import CopyRefusedError, Driver, DriverError
 from sglang_hicache.io_backends.device.host_ranges import UnknownHostMemoryError
+from sglang_hicache.io_backends.device.turns import Turns
 
 STREAM = 0x5EED
 BATCH, SINGLE = 1, 2
@@ -34,7 +35,7 @@ STREAM_ORDER = 1
 class Call(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_uint64)
-        for name in ("kind", "stream", "count", "order", "attribute_count", "attribute_index", "flags")
+        for name in ("kind", "stream", "count", "order", "attribute_count", "attribute_index", "flags", "nbytes")
     )
 
 
@@ -251,28 +252,50 @@ class TestOldDriver:
 
 
 class FakeTorch:
-    """As much of torch as CudaDevice touches without a tensor; writes down what it is asked for."""
+    """As much of torch as CudaDevice touches without a tensor; writes down what it is asked for.
+
+    Attributes:
+        made: priorities of streams.
+        waits: (who waits, for whom, driver calls that came before the wait, and before the event).
+        here: the current stream.
+    """
 
     def __init__(self, *, available: bool = True, cuda: str | None = "13.0") -> None:
         self.version = SimpleNamespace(cuda=cuda)
         self.made: list[int] = []
-        self.here = SimpleNamespace(cuda_stream=STREAM)
+        self.waits: list[tuple[int, int, int, int]] = []
+        self.calls_so_far: Callable[[], int] = lambda: 0
         self.uint8 = np.uint8
         self.empty = self._empty
-        stream = type(
-            "Stream",
-            (),
-            {
-                "__init__": lambda stream, priority: self.made.append(priority),
-                "priority_range": staticmethod(lambda: (0, -5)),
-            },
-        )
+        torch = self
+
+        class Event:
+            def record(self, stream: Any) -> None:
+                self.at = (stream.cuda_stream, torch.calls_so_far())
+
+        class Stream:
+            def __init__(self, priority: int) -> None:
+                torch.made.append(priority)
+                self.cuda_stream = STREAM + len(torch.made)
+
+            @staticmethod
+            def priority_range() -> tuple[int, int]:
+                return 0, -5
+
+            def wait_event(self, event: Event) -> None:
+                recorded_on, before = event.at
+                torch.waits.append((self.cuda_stream, recorded_on, torch.calls_so_far(), before))
+
+        self.here = Stream(0)
+        self.here.cuda_stream = STREAM
+        self.made.clear()
         self.cuda = SimpleNamespace(
             is_available=lambda: available,
             current_device=lambda: 0,
             current_stream=lambda: self.here,
             stream=lambda stream: nullcontext(stream),
-            Stream=stream,
+            Stream=Stream,
+            Event=Event,
         )
 
     @staticmethod
@@ -292,6 +315,105 @@ def open_cuda() -> Any:
     from sglang_hicache.io_backends.device import open_device
 
     return open_device("cuda")
+
+
+class TestTurns:
+    """Copies of others to the host get the engine only where a stream waits for another's turn."""
+
+    @pytest.fixture
+    def torch(self, fake: Fake) -> FakeTorch:
+        torch = FakeTorch()
+        torch.calls_so_far = lambda: len(fake.calls)
+        return torch
+
+    @staticmethod
+    def bytes_in_a_row(fake: Fake, torch: FakeTorch) -> list[int]:
+        """Bytes of each turn; checks that turns follow each other, the first on STREAM, the last seen by it."""
+        now, before, turns = STREAM, 0, []
+        for waiting, recorded_on, call, recorded in [*torch.waits, (0, STREAM, len(fake.calls), len(fake.calls))]:
+            assert recorded_on == now, "who goes on does not wait for whose turn it was"
+            assert recorded == call, "the event misses copies of the turn"
+            assert {each.stream for each in fake.calls[before:call]} <= {now}
+            turns.append(sum(each.nbytes for each in fake.calls[before:call]))
+            now, before = waiting, call
+        return turns
+
+    @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        # Below and above 16 entries, where Python goes through them and where numpy does.
+        st.lists(st.lists(st.integers(0, 50), max_size=40), min_size=1, max_size=4),
+        st.integers(1, 120),
+        st.sampled_from([12_040, 13_000]),
+    )
+    def test_the_same_bytes_and_never_more_than_a_turn_at_once(
+        self, fake: Fake, writes: list[list[int]], most: int, version: int
+    ) -> None:
+        fake.reset()
+        fake.set(version=version)
+        torch = FakeTorch()
+        torch.calls_so_far = lambda: len(fake.calls)
+        turns = Turns(torch, Driver(), most)
+        for sizes in writes:
+            nbytes = np.array(sizes, dtype=np.uint64)
+            ends = np.cumsum(nbytes, dtype=np.uint64)
+            source = np.random.default_rng(len(sizes)).integers(1, 256, sum(sizes), dtype=np.uint8)
+            target = np.zeros_like(source)
+            begins = ends - nbytes
+            turns.copy(
+                CopyBatch(np.uint64(target.ctypes.data) + begins, np.uint64(source.ctypes.data) + begins, nbytes),
+                torch.here,
+            )
+            np.testing.assert_array_equal(target, source)
+            assert not torch.waits or torch.waits[-1][0] == STREAM, "the stream does not wait for all copies"
+        found = self.bytes_in_a_row(fake, torch)
+        assert max(found) <= most
+        assert sum(found) == sum(map(sum, writes))
+
+    def test_a_write_within_one_turn_costs_nothing(self, fake: Fake, torch: FakeTorch) -> None:
+        turns = Turns(torch, Driver(), 800)
+        turns.copy(rows(100)[2], torch.here)
+        assert torch.waits == []
+        turns.copy(rows(1)[2], torch.here)
+        assert [waiting for waiting, *_ in torch.waits] == [STREAM + 1, STREAM], "turns go on over writes"
+
+    def test_each_stream_has_turns_of_its_own(self, fake: Fake, torch: FakeTorch) -> None:
+        turns = Turns(torch, Driver(), 400)
+        other = torch.cuda.Stream(priority=0)
+        turns.copy(rows(40)[2], torch.here)
+        turns.copy(rows(40)[2], other)
+        assert torch.waits == []
+
+    @pytest.mark.parametrize("entries", [12, 100])
+    def test_only_the_first_call_of_a_write_is_short(self, fake: Fake, torch: FakeTorch, entries: int) -> None:
+        """The engine is busy by the second turn."""
+        Turns(torch, Driver(), 8 * entries // 2).copy(rows(entries)[2], torch.here)
+        assert [call.count for call in fake.calls] == ([1] * 12 if entries == 12 else [32, 18, 50])
+
+    @pytest.mark.parametrize("entries", [12, 100])
+    @pytest.mark.parametrize("failing", [1, 2, 3])
+    def test_after_an_error_the_stream_waits_for_what_was_enqueued(
+        self, fake: Fake, torch: FakeTorch, entries: int, failing: int
+    ) -> None:
+        turns = Turns(torch, Driver(max_entries=4), 8 * 4)
+        fake.set(fail_call=failing, fail_code=700)
+        with pytest.raises(DriverError):
+            turns.copy(rows(entries)[2], torch.here)
+        self.bytes_in_a_row(fake, torch)
+        assert not torch.waits or torch.waits[-1][0] == STREAM
+
+    def test_a_refused_stream_is_left_alone(self, fake: Fake, torch: FakeTorch) -> None:
+        turns = Turns(torch, Driver(), 8)
+        fake.set(capturing=1)
+        with pytest.raises(CopyRefusedError, match="graph is being captured"):
+            turns.copy(rows(10)[2], torch.here)
+        torch.here.cuda_stream = 0
+        with pytest.raises(CopyRefusedError, match="NULL stream"):
+            turns.copy(rows(10)[2], torch.here)
+        assert (fake.calls, torch.waits, torch.made) == ([], [], [])
+
+    def test_a_turn_below_one_byte(self, torch: FakeTorch) -> None:
+        with pytest.raises(ValueError, match="turn_bytes must be at least 1, not 0"):
+            Turns(torch, Driver(), 0)
 
 
 def registrations(pool: MemoryPool, every: int) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ typedef struct { int type; int id; } location;
 typedef struct { int order; location src, dst; unsigned flags; } attributes;
 
 enum { CALL_BATCH = 1, CALL_SINGLE = 2, CALL_BATCH_CUDA13 = 3 };
-typedef struct { u64 kind, stream, count, order, attribute_count, attribute_index, flags; } call_record;
+typedef struct { u64 kind, stream, count, order, attribute_count, attribute_index, flags, nbytes; } call_record;
 typedef struct { u64 start, size, shift; } host_range;
 
 static struct { const char *key; long long value; } settings[] = {
@@ -29,7 +29,7 @@ static struct { const char *key; long long value; } settings[] = {
     {"host_pointers", 1},   /* CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM */
     {"status_code", 0},     /* what cuStreamIsCapturing returns */
 };
-enum { SETTINGS = sizeof settings / sizeof settings[0], MAX_CALLS = 4096, MAX_RANGES = 4096 };
+enum { SETTINGS = sizeof settings / sizeof settings[0], MAX_CALLS = 16384, MAX_RANGES = 4096 };
 static long long defaults[SETTINGS];
 static call_record calls[MAX_CALLS];
 static host_range ranges[MAX_RANGES];
@@ -85,9 +85,10 @@ static void *destination(u64 dst, size_t size) {
     return NULL;
 }
 
-static int record(u64 kind, void *stream, size_t count, const attributes *attrs, const size_t *indices,
-                  size_t attribute_count) {
-    call_record r = {kind, (u64)stream, count, 0, attribute_count, 0, 0};
+static int record(u64 kind, void *stream, const size_t *sizes, size_t count, const attributes *attrs,
+                  const size_t *indices, size_t attribute_count) {
+    call_record r = {kind, (u64)stream, count, 0, attribute_count, 0, 0, 0};
+    for (size_t i = 0; i < count; i++) r.nbytes += sizes[i];
     if (attrs) r.order = attrs->order, r.flags = attrs->flags, r.attribute_index = indices[0];
     if (call_count < MAX_CALLS) calls[call_count] = r;
     return ++call_count;
@@ -116,7 +117,7 @@ static int enqueue(u64 *dsts, u64 *srcs, size_t *sizes, size_t count, void *stre
 
 static int batch(u64 kind, u64 *dsts, u64 *srcs, size_t *sizes, size_t count, attributes *attrs,
                  size_t *indices, size_t attribute_count, size_t *failed, void *stream) {
-    int nth = record(kind, stream, count, attrs, indices, attribute_count);
+    int nth = record(kind, stream, sizes, count, attrs, indices, attribute_count);
     if ((u64)stream <= 1 || !count || attribute_count < 1 || indices[0] != 0) return INVALID_VALUE;
     if (attrs->order < 1 || attrs->order > 3) return INVALID_VALUE;
     if (*setting("capturing")) return CAPTURE_UNSUPPORTED;
@@ -145,7 +146,7 @@ int cuMemcpyBatchAsync_v2(u64 *dsts, u64 *srcs, size_t *sizes, size_t count, att
 }
 
 int cuMemcpyAsync(u64 dst, u64 src, size_t size, void *stream) {
-    int nth = record(CALL_SINGLE, stream, 1, NULL, NULL, 0);
+    int nth = record(CALL_SINGLE, stream, &size, 1, NULL, NULL, 0);
     if (nth == *setting("fail_call")) return *setting("fail_code");
     if (!destination(dst, size)) return INVALID_VALUE;
     return enqueue(&dst, &src, &size, 1, stream);

@@ -21,6 +21,7 @@ from sglang_hicache.io_backends.device.base import DeviceUnavailableError
 from sglang_hicache.io_backends.device.cuda import CudaDevice
 from sglang_hicache.io_backends.device.driver import CopyRefusedError, DriverError
 from sglang_hicache.io_backends.device.host_ranges import UnknownHostMemoryError
+from sglang_hicache.io_backends.device.turns import TURN_BYTES
 
 pytestmark = MARKS
 if WHY_NOT is None:
@@ -59,16 +60,22 @@ def device() -> CudaDevice:
     return CudaDevice()
 
 
+@pytest.fixture(scope="module", params=[TURN_BYTES, 10_000], ids=["turns", "short turns"])
+def any_device(request: pytest.FixtureRequest) -> CudaDevice:
+    """With turns as they are, and so short that all but the least writes take some."""
+    return CudaDevice(turn_bytes=request.param)
+
+
 class TestBytes:
     @pytest.mark.parametrize("name", ["copy_engine", "hybrid"])
     @settings(max_examples=60, deadline=None)
     @given(st.data())
-    def test_random_pools_and_writes(self, device: CudaDevice, name: str, data: st.DataObject) -> None:
+    def test_random_pools_and_writes(self, any_device: CudaDevice, name: str, data: st.DataObject) -> None:
         layouts = ("layer_first", "page_first", "page_first_direct") if name == "copy_engine" else LAYOUTS
         pool = GpuPool(data.draw(pools(layouts)))
         host, slots = data.draw(writes(pool))
         expected = pool.expected(host, slots)
-        write(device, name, pool, host, slots)
+        write(any_device, name, pool, host, slots)
         assert_host(pool, expected)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
@@ -88,7 +95,7 @@ class TestBytes:
     @pytest.mark.parametrize("tokens", [1, 129, 2000])
     def test_rows_of_real_models(
         self,
-        device: CudaDevice,
+        any_device: CudaDevice,
         layout: str,
         row_bytes: tuple[int, ...],
         heads: int,
@@ -107,18 +114,18 @@ class TestBytes:
         )
         host, slots = fragmented(pool, tokens, seed=tokens)
         expected = pool.expected(host, slots)
-        write(device, "hybrid", pool, host, slots)
+        write(any_device, "hybrid", pool, host, slots)
         assert_host(pool, expected)
         for array in pool.host:
             array[:] = POISON
-        stream = device.new_stream()
-        device.copy(direct_copies(pool.geometry, host, slots), stream)
+        stream = any_device.new_stream()
+        any_device.copy(direct_copies(pool.geometry, host, slots), stream)
         stream.synchronize()
         assert_host(pool, expected)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("page_size", [1, 64])
-    def test_a_hundred_thousand_rows(self, device: CudaDevice, layout: str, page_size: int) -> None:
+    def test_a_hundred_thousand_rows(self, any_device: CudaDevice, layout: str, page_size: int) -> None:
         tokens = 100_000
         pages = -(-tokens // page_size) + 7
         pool = gpu_pool(
@@ -135,7 +142,7 @@ class TestBytes:
         for name in ("hybrid",) if layout == "page_head" else ("hybrid", "copy_engine"):
             for array in pool.host:
                 array[:] = POISON
-            write(device, name, pool, host, slots)
+            write(any_device, name, pool, host, slots)
             assert_host(pool, expected)
 
     def test_fenced_kernel_enqueues_sglangs_copy_and_marks_its_end(self, device: CudaDevice) -> None:
@@ -198,6 +205,36 @@ class TestHostWaits:
         with device.use_stream(transfers):
             assert device.host_values(indices, made).tolist() == list(range(1000))
         assert not forward.query()
+
+
+class TestOthersCopies:
+    """A small copy to the host on another stream, such as that of the token ids of a step."""
+
+    @pytest.mark.parametrize(("name", "layout"), [("hybrid", "page_first"), ("copy_engine", "layer_first")])
+    def test_is_served_between_two_turns_of_a_long_write(self, name: str, layout: str) -> None:
+        pool = gpu_pool(layout, layers=8, page_size=64, row_bytes=(8192, 8192), pages=128, device_slots=8192)
+        if self.comes_first(CudaDevice(turn_bytes=2**40), name, pool):
+            pytest.skip("this GPU's engine serves others in the middle of a turn too")
+        assert self.comes_first(CudaDevice(), name, pool)
+
+    @staticmethod
+    def comes_first(device: CudaDevice, name: str, pool: GpuPool) -> bool:
+        """Whether a copy that is asked for behind a write of 1 GiB is done before it."""
+        ids, arrived = torch.arange(256, device="cuda"), torch.empty(256, dtype=torch.int64, pin_memory=True)
+        backend = prepared(device, name, pool)
+        stream, other = device.new_stream(), device.new_stream()
+        transfer = transfer_of(pool, *fragmented(pool, 8192, seed=0))
+        torch.cuda.synchronize()
+        with device.use_stream(stream):
+            backend.submit(transfer, stream)
+        end = device.record(stream)
+        with device.use_stream(other):
+            arrived.copy_(ids, non_blocking=True)
+        other.synchronize()
+        first = not device.query(end)
+        stream.synchronize()
+        assert arrived.tolist() == list(range(256))
+        return first
 
 
 class TestRefusals:

@@ -45,12 +45,25 @@ def driver(process: emulation.Driver) -> emulation.Driver:
     return process
 
 
+TURN_BYTES = 20_000
+"""So short that every write takes turns; no multiple of a row."""
+
+
 class NamedDevice(CudaDevice):
-    """Names its streams: those that ``hybrid`` makes by their order, and the one that reads indices."""
+    """Names its streams: those that ``hybrid`` makes by their order, the one that reads indices, and those that
+    take turns with others."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(turn_bytes=TURN_BYTES)
         self._names = itertools.chain(("gather", "drain"), itertools.repeat("other"))
+        new_stream = self._turns._new_stream
+
+        def named() -> Any:
+            stream = new_stream()
+            stream.name = "turns"
+            return stream
+
+        self._turns._new_stream = named  # type: ignore[method-assign]
 
     def new_stream(self) -> Any:
         stream = super().new_stream()
@@ -274,6 +287,20 @@ FENCES = {
         False,
     ),
     "copy_engine: the reader for the indices": ("indices", "schedule", "copy_engine", False),
+    "hybrid: copies of the second turn for the first, which waits for the gather": (
+        "turns",
+        "drain",
+        "hybrid",
+        False,
+    ),
+    "hybrid: the drain's end for copies of other turns": ("drain", "turns", "hybrid", False),
+    "copy_engine: copies of the second turn for the first": ("turns", "transfer", "copy_engine", False),
+    "copy_engine: the transfer's end for copies of other turns": (
+        "transfer",
+        "turns",
+        "copy_engine",
+        False,
+    ),
     "fenced_kernel: the kernel for the forward": ("transfer", "forward", "fenced_kernel", False),
     "fenced_kernel: the next forward for the kernel": ("forward", "transfer", "fenced_kernel", False),
 }

@@ -1,0 +1,148 @@
+"""Copies in turns on two streams, so that copies of others get the engine in between.
+
+All copies to the host share one copy engine, and it stays with a stream for as long as that one has more: on
+an H100 a copy of 1 KiB on another stream waited for all that was left of a write of 4.2 GB, 72 ms, whatever
+the priorities and the number of hardware queues. SGLang copies the token ids of every step that way. The
+engine looks for others when the stream it serves must wait; a wait that is over in microseconds does not do
+(the engine waits too), one for another stream's turn does. (`python -m sglang_hicache.bench.measure.profile`,
+part `small_copy`.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang_hicache.io_backends.device.base import Stream
+from sglang_hicache.io_backends.device.driver import Driver
+from sglang_hicache.io_backends.device.host_ranges import SHORT, drop_empty
+from sglang_hicache.io_backends.plan import CopyBatch
+
+TURN_BYTES = 32 * 2**20
+"""Bytes of a turn, which is what others wait at most: 0.6 ms at 55 GB/s. Handing over costs the link 5 us."""
+
+
+def split_long(batch: CopyBatch, most: int) -> CopyBatch:
+    """``batch`` with every entry cut into pieces of at most ``most`` bytes, in order; itself if none is longer.
+
+    Args:
+        batch: entries without zero-byte ones.
+        most: bytes, at least 1.
+    """
+    nbytes = batch.nbytes.view(np.int64)
+    if int(nbytes.max(initial=0)) <= most:
+        return batch
+    pieces = -(-nbytes // most)
+    # Where each piece begins within its entry: 0, most, 2 * most, ...
+    nth = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    begin = nth * most
+    step = begin.view(np.uint64)
+    return CopyBatch(
+        dst=np.repeat(batch.dst, pieces) + step,
+        src=np.repeat(batch.src, pieces) + step,
+        nbytes=np.minimum(np.repeat(nbytes, pieces) - begin, most).view(np.uint64),
+    )
+
+
+class _Pair:
+    """A stream that copies are asked for on, and the one that takes turns with it.
+
+    Attributes:
+        handles: their CUstreams.
+        now: whose turn it is, 0 or 1.
+        turn: bytes of that turn so far.
+    """
+
+    def __init__(self, torch: Any, stream: Stream, other: Stream) -> None:
+        self._streams = (stream, other)
+        self._events = (torch.cuda.Event(), torch.cuda.Event())
+        self.handles: tuple[int, int] = (stream.cuda_stream, other.cuda_stream)
+        self.now = self.turn = 0
+
+    def hand_over(self) -> None:
+        """The other's turn begins when this one's copies are done."""
+        event, other = self._events[self.now], 1 - self.now
+        event.record(self._streams[self.now])
+        self._streams[other].wait_event(event)
+        self.now, self.turn = other, 0
+
+
+class Turns:
+    """Enqueues copies; what is on a stream behind them waits for all of them, as if they were all on it.
+
+    Args:
+        torch: the module.
+        driver: takes the copies.
+        turn_bytes: of one turn at most.
+    """
+
+    def __init__(self, torch: Any, driver: Driver, turn_bytes: int = TURN_BYTES) -> None:
+        if turn_bytes < 1:
+            raise ValueError(f"turn_bytes must be at least 1, not {turn_bytes}")
+        self._torch, self._driver, self._most = torch, driver, turn_bytes
+        self._pairs: dict[int, _Pair] = {}
+
+    def copy(self, batch: CopyBatch, stream: Stream) -> None:
+        """Enqueue every entry on ``stream``, or on one that takes turns with it.
+
+        Args:
+            batch: addresses as the GPU sees them.
+
+        Raises:
+            CopyRefusedError, DriverError: see :meth:`~.driver.Driver.copy`. After the latter too, ``stream``
+                waits for what was enqueued.
+        """
+        driver, few = self._driver, len(batch) <= SHORT
+        # For a few, numpy's sum takes longer than all the rest of this method.
+        total = sum(batch.nbytes.tolist()) if few else batch.total_bytes
+        if not total:
+            return
+        driver.check(stream.cuda_stream)
+        pair = self._pairs.get(stream.cuda_stream)
+        if pair is None:
+            pair = self._pairs[stream.cuda_stream] = _Pair(self._torch, stream, self._new_stream())
+        if pair.turn + total <= self._most:
+            pair.turn += total
+            driver.enqueue(drop_empty(batch), stream.cuda_stream)
+            return
+        try:
+            if few:
+                self._few(batch, pair)
+            else:
+                self._many(split_long(drop_empty(batch), self._most), pair)
+        finally:
+            if pair.now:
+                pair.hand_over()
+
+    def _few(self, batch: CopyBatch, pair: _Pair) -> None:
+        """One call of the driver a piece: with numpy, a turn of one piece would cost four times as much."""
+        most, copy_one = self._most, self._driver.copy_one
+        for dst, src, left in zip(batch.dst.tolist(), batch.src.tolist(), batch.nbytes.tolist(), strict=True):
+            while left:
+                if pair.turn >= most:
+                    pair.hand_over()
+                nbytes = min(left, most - pair.turn)
+                copy_one(dst, src, nbytes, pair.handles[pair.now])
+                pair.turn += nbytes
+                dst, src, left = dst + nbytes, src + nbytes, left - nbytes
+
+    def _many(self, batch: CopyBatch, pair: _Pair) -> None:
+        """Whole entries, none longer than a turn."""
+        ends: npt.NDArray[np.int64] = np.cumsum(batch.nbytes.view(np.int64))
+        start = done = 0
+        while start < len(ends):
+            stop = int(ends.searchsorted(done + self._most - pair.turn, side="right"))
+            if stop == start:
+                pair.hand_over()
+                continue
+            part = slice(start, stop)
+            piece = CopyBatch(batch.dst[part], batch.src[part], batch.nbytes[part])
+            self._driver.enqueue(piece, pair.handles[pair.now], busy=start > 0)
+            start, last = stop, int(ends[stop - 1])
+            pair.turn, done = pair.turn + last - done, last
+
+    def _new_stream(self) -> Stream:
+        least, _ = self._torch.cuda.Stream.priority_range()
+        return self._torch.cuda.Stream(priority=least)
