@@ -21,16 +21,18 @@ _SOURCE = r"""
 static int succeed(void) { return 0; }
 static int version(int *v) { *v = 13000; return 0; }
 static int attribute(unsigned *value) { *value = 1; return 0; } /* pinned, and reached as it is */
-/* Indices must arrive: the plan is made of them. They have a stream of their own. Of rows there are only addresses. */
+/* Indices must arrive: the plan is made of them. They have a stream of their own. Rows are only addresses. */
 static int copy(void *to, void *from, size_t size, void *stream) {
     if (stream == (void *)3) memcpy(to, from, size);
     return 0;
 }
 static int capturing(void *stream, int *status) { *status = 0; return 0; }
+static int stream(long *handle, unsigned flags, int priority) { *handle = priority ? 3 : 2; return 0; }
 int cuGetProcAddress_v2(const char *name, void **function, int v, unsigned long long f, int *status) {
     *function = !strcmp(name, "cuDriverGetVersion") ? (void *)version
         : !strcmp(name, "cuPointerGetAttribute") || !strcmp(name, "cuDeviceGetAttribute") ? (void *)attribute
         : !strcmp(name, "cuStreamIsCapturing") ? (void *)capturing
+        : !strcmp(name, "cuStreamCreateWithPriority") ? (void *)stream
         : !strcmp(name, "cuMemcpyAsync") ? (void *)copy
         : !strcmp(name, "cuGetProcAddress") ? (void *)cuGetProcAddress_v2 : (void *)succeed;
     if (status) *status = 0;
@@ -43,14 +45,17 @@ int cuGetProcAddress(const char *name, void **function, int v, unsigned long lon
 
 
 class _Stream:
-    """Handle 3 where the host waits (:class:`~sglang_hicache.io_backends.device.cuda.IndexReader`), else 2."""
+    """Handle 3 for ``IndexReader``'s, the one whose copies must arrive, else 2."""
 
-    def __init__(self, priority: int = 0) -> None:
-        self.cuda_stream = 3 if priority else 2
+    def __init__(self, handle: int = 2) -> None:
+        self.cuda_stream = handle
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
         return 0, -5
+
+    def query(self) -> bool:
+        return True
 
     def wait_event(self, event: Any) -> None:
         pass
@@ -87,6 +92,7 @@ class _Torch(ModuleType):
         self.version = SimpleNamespace(cuda="13.0")
         self.cuda = SimpleNamespace(
             Stream=_Stream,
+            ExternalStream=_Stream,
             Event=_Event,
             is_available=lambda: True,
             current_device=lambda: 0,

@@ -44,13 +44,17 @@ class Bench(Device, Protocol):
         ...
 
 
-def open_bench(cpu: bool) -> Bench:
+def open_bench(cpu: bool, **options: Any) -> Bench:
     """The device to measure on.
+
+    Args:
+        cpu: the CPU in its place.
+        options: of :class:`~sglang_hicache.io_backends.device.cuda.CudaDevice`; a CPU has none.
 
     Raises:
         DeviceUnavailableError: no GPU that can be used, and ``cpu`` is not set.
     """
-    return TimedCpu() if cpu else timed_cuda()
+    return TimedCpu() if cpu else timed_cuda(**options)
 
 
 def gpu_missing() -> str | None:
@@ -104,8 +108,8 @@ class TimedCpu(CpuDevice):
         return torch.from_numpy(slots)
 
 
-def timed_cuda() -> Bench:
-    """The GPU.
+def timed_cuda(**options: Any) -> Bench:
+    """The GPU, with options of ``CudaDevice``.
 
     Raises:
         DeviceUnavailableError: there is none that can be used.
@@ -118,7 +122,7 @@ def timed_cuda() -> Bench:
         where = "cuda"
 
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__(**options)
             self._scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
         def record(self, stream: Any) -> Any:

@@ -3,6 +3,9 @@
 Forwards are enqueued ahead, back to back; writes follow each other on the transfer stream until they end. No
 forward waits for anything: this is the price of sharing the GPU, and :func:`~.one_write.fence` has that of
 waiting.
+
+Decode steps are launched as SGLang's overlap scheduler does: the ids of a step are copied to the host on a
+stream of their own, and the thread, which also submits the writes, waits for them while the next step runs.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 
 from sglang_hicache.bench.measure.cases import Case
 from sglang_hicache.bench.measure.contenders import Submit, Task, contenders, reason_of
+from sglang_hicache.bench.measure.devices import Bench
 from sglang_hicache.bench.measure.one_write import Setting, check, row_of
 from sglang_hicache.bench.measure.results import Row, Spread
 from sglang_hicache.bench.measure.stand_ins import StandIn, launches, stand_ins
@@ -23,6 +27,9 @@ LONG_MS = 100.0
 """All forwards of one repeat on a GPU: several writes run beside them (604 MB take 11 ms at 55 GB/s)."""
 
 ALONE = "alone"
+
+IDS = 128
+"""Requests that decode at once: an id of each is copied."""
 
 
 def interference(setting: Setting, case: Case, only: tuple[str, ...] | None = None) -> list[Row]:
@@ -89,26 +96,77 @@ def _beside(
 def _one(
     task: Task, stand_in: StandIn, submit: Submit | None, stream: Any, times: int
 ) -> Mapping[str, float]:
-    device, d2h = task.device, task.stream
+    device = task.device
     device.synchronize()
+    writes = _Writes(task, submit)
+    run = _steps if stand_in.ids else _ahead
+    begin, end = run(device, stand_in, stream, times, writes.keep_going)
+    device.synchronize()
+    return {"forward_ms": begin.elapsed_time(end) / times, **writes.rate()}
+
+
+class _Writes:
+    """Writes that follow each other."""
+
+    def __init__(self, task: Task, submit: Submit | None) -> None:
+        self._task, self._submit, self._sent = task, submit, 0
+        self._first = self._last = task.device.record(task.stream)
+
+    def keep_going(self) -> None:
+        """Submit one if the last is complete."""
+        device, stream = self._task.device, self._task.stream
+        if self._submit is None or (self._sent and not device.query(self._last)):
+            return
+        with device.use_stream(stream):
+            self._submit(lambda event: None)
+            self._last = device.record(stream)
+        self._sent += 1
+
+    def rate(self) -> Mapping[str, float]:
+        """``gb_per_s`` of all of them, which are complete."""
+        if not self._sent:
+            return {}
+        nbytes = self._sent * len(self._task.host) * self._task.geometry.bytes_per_token
+        return {"gb_per_s": nbytes / max(self._first.elapsed_time(self._last), 1e-6) / 1e6}
+
+
+def _ahead(
+    device: Bench, stand_in: StandIn, stream: Any, times: int, meanwhile: Callable[[], None]
+) -> tuple[Any, Any]:
+    """Launch all, then wait. Events before the first and after the last."""
     with device.use_stream(stream):
         begin = device.record(stream)
         for _ in range(times):
             stand_in.run()
         end = device.record(stream)
-    sent = 0
-    first = last = device.record(d2h)
-    if submit is not None:
-        with device.use_stream(d2h):
-            while not sent or not device.query(end):
-                submit(lambda event: None)
-                last = device.record(d2h)
-                sent += 1
-                while not device.query(last) and not device.query(end):
-                    time.sleep(0)
+    meanwhile()
+    while not device.query(end):
+        meanwhile()
+        time.sleep(0)
+    return begin, end
+
+
+def _steps(
+    device: Bench, stand_in: StandIn, stream: Any, times: int, meanwhile: Callable[[], None]
+) -> tuple[Any, Any]:
+    """Launch one, wait for the ids of the one before, and so on. Events before the first, after the last."""
+    import torch
+
+    copies = device.forward_stream()
+    ids = torch.zeros((2, IDS), dtype=torch.int64, device=device.where)
+    on_host = torch.empty((2, IDS), dtype=torch.int64, pin_memory=device.where == "cuda")
     device.synchronize()
-    numbers = {"forward_ms": begin.elapsed_time(end) / times}
-    if sent:
-        nbytes = sent * len(task.host) * task.geometry.bytes_per_token
-        numbers["gb_per_s"] = nbytes / max(first.elapsed_time(last), 1e-6) / 1e6
-    return numbers
+    begin = end = device.record(stream)
+    arrived = None
+    for step in range(times):
+        with device.use_stream(stream):
+            stand_in.run()
+            end = device.record(stream)
+        device.wait(copies, end)
+        with device.use_stream(copies):
+            on_host[step % 2].copy_(ids[step % 2], non_blocking=True)
+        before, arrived = arrived, device.record(copies)
+        meanwhile()
+        while before is not None and not device.query(before):
+            meanwhile()
+    return begin, end

@@ -12,6 +12,7 @@ write      one write of ``hybrid`` end to end: until the first gather is asked f
            how long it idles between copies
 small_copy how long a copy of 1 KiB to the host takes on another stream while one write goes on; SGLang copies
            the token ids of each step to the host
+turns      the same, and the write's own time, by the bytes of a turn (:mod:`~.io_backends.device.turns`)
 beside     how much a forward slows down beside ``hybrid``, by the gather's thread blocks
 
 Constants of the backends cite what this prints; the file has the spread of the repeats.
@@ -41,7 +42,7 @@ from sglang_hicache.bench.measure.interference import interference
 from sglang_hicache.bench.measure.memory import Memory
 from sglang_hicache.bench.measure.one_write import Setting
 from sglang_hicache.bench.measure.results import CPU_WATERMARK, Spread
-from sglang_hicache.bench.measure.timing import link_ceiling
+from sglang_hicache.bench.measure.timing import link_ceiling, one_write
 from sglang_hicache.io_backends.chunks import Chunk, staged
 from sglang_hicache.io_backends.plan import CopyBatch
 from sglang_hicache.io_backends.staged_plan import drain_copies
@@ -50,6 +51,7 @@ from sglang_hicache.policy.load import default_policy
 MODEL = "Qwen3-8B"
 CTAS = (8, 16, 32, 64, 132, 264)
 CTAS_BESIDE = (16, 32, 64, 132)
+NO_TURNS = 2**62
 GATHERED = (2**23, 2**27)
 """Bytes of the chunks that are gathered."""
 
@@ -65,6 +67,8 @@ class Size:
     beside: Case
     long: tuple[Case, ...]
     """Writes that small copies are made beside."""
+    turns: tuple[int, ...]
+    """Bytes of a turn."""
     ordered: tuple[tuple[str, int, int, int], ...]
     """(model, page size, tokens, slots of both pools)"""
     repeats: int
@@ -87,13 +91,15 @@ def on_gpu() -> Size:
     long = tuple(
         Case(MODEL, layout, page, 8192, True) for layout, page in (("page_first", 16), ("layer_first", 64))
     )
-    return Size(4096, 2**16, writes, Case(MODEL, "page_first", 16, 8192, True), long, ordered, 5)
+    beside = Case(MODEL, "page_first", 16, 8192, True)
+    turns = (*(mib * 2**20 for mib in (8, 16, 32, 64)), NO_TURNS)
+    return Size(4096, 2**16, writes, beside, long, turns, ordered, 5)
 
 
 def on_cpu() -> Size:
     """Enough to exercise the code."""
     case = Case(MODEL, "page_first", 1, 64, True)
-    return Size(64, 256, (case,), case, (case,), ((MODEL, 1, 64, 256),), 2)
+    return Size(64, 256, (case,), case, (case,), (NO_TURNS,), ((MODEL, 1, 64, 256),), 2)
 
 
 @dataclass(frozen=True)
@@ -101,11 +107,13 @@ class Part:
     """One part.
 
     Attributes:
-        part: ``gather``, ``sm_store``, ``order``, ``drain``, ``write``, ``small_copy`` or ``beside``.
+        part: ``gather``, ``sm_store``, ``order``, ``drain``, ``write``, ``small_copy``, ``turns`` or
+            ``beside``.
         what: what was varied, in words.
         metrics: ``ms``, ``gb_per_s`` (of bytes written), ``thread_us`` where it was asked for; of ``write``
-            those of :func:`_trace`; of ``small_copy`` ``alone_us``, ``first_us`` right after the submission,
-            ``most_us``; of ``beside`` ``slow_down`` and ``gb_per_s``.
+            those of :func:`_trace`; of ``small_copy`` and ``turns`` ``ms``, ``gb_per_s`` and ``thread_us`` of
+            the write without small copies, and of these ``alone_us``, ``first_us`` right after the
+            submission, ``median_us`` and ``most_us``; of ``beside`` ``slow_down`` and ``gb_per_s``.
     """
 
     part: str
@@ -126,6 +134,15 @@ def measure(device: Bench, size: Size) -> Iterator[Part]:
         yield _write(setting, case, size.repeats)
     for case in size.long:
         yield from _small_copies(replace(setting, wanted=None), case, size.repeats)
+    for turn_bytes in size.turns:
+        other = Setting(
+            open_bench(device.where == "cpu", turn_bytes=turn_bytes),
+            setting.policy,
+            size.repeats,
+            ("hybrid", "copy_engine"),
+        )
+        for case in size.long:
+            yield from _small_copies(other, case, size.repeats, turn_bytes)
     for ctas in CTAS_BESIDE:
         setting.options = {"hybrid": {"gather_ctas": ctas}}
         for row in interference(setting, size.beside):
@@ -285,7 +302,9 @@ def _write(setting: Setting, case: Case, repeats: int) -> Part:
     return Part("write", str(case), {name: Spread.of(values) for name, values in found.items()})
 
 
-def _small_copies(setting: Setting, case: Case, repeats: int) -> Iterator[Part]:
+def _small_copies(
+    setting: Setting, case: Case, repeats: int, turn_bytes: int | None = None
+) -> Iterator[Part]:
     import torch
 
     device = setting.device
@@ -304,26 +323,35 @@ def _small_copies(setting: Setting, case: Case, repeats: int) -> Iterator[Part]:
             pass
         return (time.perf_counter_ns() - began) / 1e3
 
-    for contender in contenders(task):
+    def beside(submit: Callable[[Any], Any]) -> Mapping[str, float]:
+        device.synchronize()
+        numbers = {"alone_us": copy_us()}
+        with device.use_stream(task.stream):
+            submit(lambda event: None)
+            end = device.record(task.stream)
+        took = [copy_us()]
+        while not device.query(end):
+            took.append(copy_us())
+        return numbers | {"first_us": took[0], "median_us": float(np.median(took)), "most_us": max(took)}
+
+    for contender in contenders(task, setting.wanted):
         if contender.submit is None:
             continue
         found: dict[str, list[float]] = {}
         with no_collection():
             for turn in range(repeats + 1):
-                device.synchronize()
-                alone = copy_us()
-                with device.use_stream(task.stream):
-                    contender.submit(lambda event: None)
-                    end = device.record(task.stream)
-                beside = [copy_us()]
-                while not device.query(end):
-                    beside.append(copy_us())
+                write, _ = one_write(task, contender.submit)
+                numbers = {"ms": write["ms"], "gb_per_s": write["gb_per_s"], "thread_us": write["submit_us"]}
+                numbers |= beside(contender.submit)
                 if turn:
-                    numbers = {"alone_us": alone, "first_us": beside[0], "most_us": max(beside)}
                     for name, value in numbers.items():
                         found.setdefault(name, []).append(value)
         spread = {name: Spread.of(values) for name, values in found.items()}
-        yield Part("small_copy", f"{contender.name}, {case}", spread)
+        if turn_bytes is None:
+            yield Part("small_copy", f"{contender.name}, {case}", spread)
+        else:
+            size = "no turns" if turn_bytes == NO_TURNS else f"turns of {turn_bytes >> 20} MiB"
+            yield Part("turns", f"{size}, {contender.name}, {case}", spread)
 
 
 def _trace(task: Any, traced: Traced, submit: Any) -> Mapping[str, float]:

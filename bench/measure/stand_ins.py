@@ -15,6 +15,9 @@ KERNELS = ("cudnn", "flash")
 """Attention kernels: cuDNN's is persistent and uses TMA on Hopper and later, as FA3, FA4 and TRT-LLM's do;
 torch's flash attention (FA2) stands for the others."""
 
+STEP_PASSES = 4
+"""Of the memory-bound kernel in a step. They move 17 GB, as a step of an 8B model in bfloat16 reads 16."""
+
 
 @dataclass(frozen=True)
 class StandIn:
@@ -24,15 +27,18 @@ class StandIn:
         name: what rows call it.
         full: whether it has thread blocks for every SM; else for about half of them.
         run: launches it once on the current stream.
+        ids: a launch is a step of a scheduler, which waits for the token ids of one while the next one runs.
     """
 
     name: str
     full: bool
     run: Callable[[], Any]
+    ids: bool = False
 
 
 def stand_ins(device: Bench) -> Iterator[StandIn]:
-    """Matrix product, attention and a memory-bound kernel, with all SMs busy and with half of them."""
+    """Matrix product, attention and a memory-bound kernel, with all SMs busy and with half of them; and steps
+    of decoding."""
     import torch
 
     def random(*shape: int, dtype: Any = torch.bfloat16) -> Any:
@@ -56,6 +62,12 @@ def stand_ins(device: Bench) -> Iterator[StandIn]:
     # torch's softmax takes one thread block a row.
     rows = big.view(-1)[: elements // 2 // half * half].view(half, -1)
     yield StandIn("memory, half", False, lambda: torch.softmax(rows, -1))
+
+    def step() -> None:
+        for _ in range(STEP_PASSES):
+            big.mul_(1.0000001)
+
+    yield StandIn("decode steps", True, step, ids=True)
 
 
 def launches(device: Bench, stand_in: StandIn, stream: Any, ms: float) -> int:

@@ -148,7 +148,7 @@ def _index_waits(setting: Setting, task: Task) -> list[Row]:
     runs: dict[str, Callable[[], Mapping[str, float]]] = {"idle": functools.partial(index_wait, task)}
     missing: dict[str, str] = {}
     for stand_in in stand_ins(device):
-        if not stand_in.full:
+        if not stand_in.full or stand_in.ids:
             continue
         rows.append(index_row(task, stand_in.name))
         try:

@@ -54,11 +54,8 @@ class IndexReader:
     Reused, because allocating pinned memory may wait for the whole device.
     """
 
-    def __init__(self, torch: Any, driver: Driver) -> None:
-        self._torch, self._driver = torch, driver
-        # The host waits for these copies, so nothing in the background should go first.
-        _, greatest = torch.cuda.Stream.priority_range()
-        self._stream: Stream = torch.cuda.Stream(priority=greatest)
+    def __init__(self, torch: Any, driver: Driver, stream: Stream) -> None:
+        self._torch, self._driver, self._stream = torch, driver, stream
         self._make_buffer(_INDEX_BYTES)
 
     def read(self, indices: Any, after: Event | None) -> npt.NDArray[np.int64]:
@@ -122,7 +119,7 @@ class CudaDevice:
                 "PyTorch finds no CUDA device: check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES"
             )
         self._driver = Driver(max_batch_entries)
-        self._turns = Turns(self._torch, self._driver, turn_bytes)
+        self._turns = Turns(self._torch.cuda.Event, self._driver, self.new_stream, turn_bytes)
         self._host = HostRanges()
         self._gather = Gather(warps=gather_warps, units_per_thread=gather_units_per_thread)
         self._indices: IndexReader | None = None
@@ -159,8 +156,7 @@ class CudaDevice:
                 f"{_extents_text(extents)} against registrations {_extents_text(registered)}"
             )
         self._host.add(ranges)
-        if self._indices is None:
-            self._indices = IndexReader(self._torch, self._driver)
+        self._index_reader()
 
     def prepare_gather(self, geometry: PoolGeometry) -> None:
         """Upload the pool's row addresses and compile its gather; waits for the upload.
@@ -171,8 +167,13 @@ class CudaDevice:
         self._gather.prepare(geometry, torch.device("cuda", torch.cuda.current_device()))
 
     def new_stream(self) -> Stream:
+        """One that nobody else has, as long as the process lives.
+
+        torch's own come from a pool of 32 that it hands out in turn, to SGLang too: where two meet, one waits
+        for the other's work.
+        """
         least, _ = self._torch.cuda.Stream.priority_range()
-        return self._torch.cuda.Stream(priority=least)
+        return self._own_stream(least)
 
     def current_stream(self) -> Stream:
         return self._torch.cuda.current_stream()
@@ -219,9 +220,7 @@ class CudaDevice:
         """
         if not indices.is_cuda:
             return np.asarray(indices.numpy(), dtype=np.int64)
-        if self._indices is None:
-            self._indices = IndexReader(self._torch, self._driver)
-        return self._indices.read(indices, after)
+        return self._index_reader().read(indices, after)
 
     def allocate_staging(self, nbytes: int) -> CudaStaging:
         return CudaStaging(self._torch, nbytes)
@@ -257,6 +256,18 @@ class CudaDevice:
             DriverError: the driver refused.
         """
         self._turns.copy(self._host.place(batch), stream)
+
+    def _index_reader(self) -> IndexReader:
+        if self._indices is None:
+            # The host waits for these copies, so nothing in the background should go first.
+            _, greatest = self._torch.cuda.Stream.priority_range()
+            self._indices = IndexReader(self._torch, self._driver, self._own_stream(greatest))
+        return self._indices
+
+    def _own_stream(self, priority: int) -> Stream:
+        # The driver makes it in the thread's current context, which the first question to the device sets.
+        self._torch.cuda.current_stream().query()
+        return self._torch.cuda.ExternalStream(self._driver.new_stream(priority))
 
 
 def _extents_text(extents: Sequence[tuple[int, int]]) -> str:

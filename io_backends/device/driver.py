@@ -39,6 +39,9 @@ BATCH_VERSION = 12_080
 _LEGACY_STREAMS = (0, 1)
 """The NULL stream and CU_STREAM_LEGACY, its explicit name."""
 
+_NON_BLOCKING = 1
+"""Of a stream: the NULL stream and it do not wait for each other."""
+
 _SOURCE_ORDER_STREAM = 1
 _MEMORY_TYPE = 2
 _MEMORY_TYPE_HOST = 1
@@ -60,6 +63,8 @@ _SIGNATURES: dict[str, tuple[int, tuple[Any, ...]]] = {
         (_pointer, _pointer, _pointer, _size_t, _pointer, _pointer, _size_t, _pointer, _pointer),
     ),
     "cuMemcpyAsync": (4_000, (_device_pointer, _device_pointer, _size_t, _pointer)),
+    # phStream, flags, priority
+    "cuStreamCreateWithPriority": (5_050, (_pointer, ctypes.c_uint, _int)),
     "cuStreamIsCapturing": (10_000, (_pointer, _pointer)),
     "cuPointerGetAttribute": (4_000, (_pointer, _int, _device_pointer)),
     "cuMemHostGetDevicePointer": (3_020, (_pointer, _pointer, ctypes.c_uint)),
@@ -155,6 +160,7 @@ class Driver:
         self.version = int(version)
         """As CUDA counts: 12080 is 12.8."""
         self._memcpy = self._function("cuMemcpyAsync")
+        self._create_stream = self._function("cuStreamCreateWithPriority")
         self._is_capturing = self._function("cuStreamIsCapturing")
         self._pointer_attribute = self._function("cuPointerGetAttribute")
         self._host_device_pointer = self._function("cuMemHostGetDevicePointer")
@@ -254,6 +260,19 @@ class Driver:
             raise CopyRefusedError(
                 "a CUDA graph is being captured on this stream: a write to host memory cannot be part of it"
             )
+
+    def new_stream(self, priority: int) -> int:
+        """A CUstream of the context that is current, which lives as long as the process.
+
+        Raises:
+            DriverError: there is no context, say.
+        """
+        stream = _pointer(0)
+        self._check(
+            "cuStreamCreateWithPriority", self._create_stream(ctypes.byref(stream), _NON_BLOCKING, priority)
+        )
+        assert stream.value
+        return stream.value
 
     def is_pinned(self, address: int) -> bool:
         """Whether ``address`` is host memory that CUDA allocated or registered."""

@@ -10,12 +10,12 @@ part `small_copy`.)
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-from sglang_hicache.io_backends.device.base import Stream
+from sglang_hicache.io_backends.device.base import Event, Stream
 from sglang_hicache.io_backends.device.driver import Driver
 from sglang_hicache.io_backends.device.host_ranges import SHORT, drop_empty
 from sglang_hicache.io_backends.plan import CopyBatch
@@ -25,7 +25,7 @@ TURN_BYTES = 32 * 2**20
 
 
 def split_long(batch: CopyBatch, most: int) -> CopyBatch:
-    """``batch`` with every entry cut into pieces of at most ``most`` bytes, in order; itself if none is longer.
+    """``batch`` with every entry cut into pieces of at most ``most`` bytes; itself if none is longer.
 
     Args:
         batch: entries without zero-byte ones.
@@ -55,9 +55,9 @@ class _Pair:
         turn: bytes of that turn so far.
     """
 
-    def __init__(self, torch: Any, stream: Stream, other: Stream) -> None:
+    def __init__(self, stream: Stream, other: Stream, new_event: Callable[[], Event]) -> None:
         self._streams = (stream, other)
-        self._events = (torch.cuda.Event(), torch.cuda.Event())
+        self._events = (new_event(), new_event())
         self.handles: tuple[int, int] = (stream.cuda_stream, other.cuda_stream)
         self.now = self.turn = 0
 
@@ -73,15 +73,23 @@ class Turns:
     """Enqueues copies; what is on a stream behind them waits for all of them, as if they were all on it.
 
     Args:
-        torch: the module.
+        new_event: makes an event, which can be recorded again and again.
         driver: takes the copies.
+        new_stream: makes a stream that nobody else has.
         turn_bytes: of one turn at most.
     """
 
-    def __init__(self, torch: Any, driver: Driver, turn_bytes: int = TURN_BYTES) -> None:
+    def __init__(
+        self,
+        new_event: Callable[[], Event],
+        driver: Driver,
+        new_stream: Callable[[], Stream],
+        turn_bytes: int = TURN_BYTES,
+    ) -> None:
         if turn_bytes < 1:
             raise ValueError(f"turn_bytes must be at least 1, not {turn_bytes}")
-        self._torch, self._driver, self._most = torch, driver, turn_bytes
+        self._new_event, self._new_stream = new_event, new_stream
+        self._driver, self._most = driver, turn_bytes
         self._pairs: dict[int, _Pair] = {}
 
     def copy(self, batch: CopyBatch, stream: Stream) -> None:
@@ -102,7 +110,7 @@ class Turns:
         driver.check(stream.cuda_stream)
         pair = self._pairs.get(stream.cuda_stream)
         if pair is None:
-            pair = self._pairs[stream.cuda_stream] = _Pair(self._torch, stream, self._new_stream())
+            pair = self._pairs[stream.cuda_stream] = _Pair(stream, self._new_stream(), self._new_event)
         if pair.turn + total <= self._most:
             pair.turn += total
             driver.enqueue(drop_empty(batch), stream.cuda_stream)
@@ -142,7 +150,3 @@ class Turns:
             self._driver.enqueue(piece, pair.handles[pair.now], busy=start > 0)
             start, last = stop, int(ends[stop - 1])
             pair.turn, done = pair.turn + last - done, last
-
-    def _new_stream(self) -> Stream:
-        least, _ = self._torch.cuda.Stream.priority_range()
-        return self._torch.cuda.Stream(priority=least)

@@ -24,6 +24,7 @@ from sglang_hicache.io_backends.virtual.order import Order
 
 __all__ = [
     "Event",
+    "ExternalStream",
     "Gpu",
     "Hang",
     "Stream",
@@ -193,6 +194,11 @@ class Stream:
         empty = Queued(self, self._operation, "record", "")
         empty.time = 0.0
         return empty
+
+
+def ExternalStream(handle: int, device: object = None) -> Stream:
+    """``torch.cuda.ExternalStream``: the stream that whoever made ``handle`` means by it."""
+    return gpu.streams.get(handle) or Stream(device, handle=handle)
 
 
 class Event:

@@ -284,7 +284,7 @@ def test_the_gpu_suite_on_a_cpu(
     profiled = json.loads((tmp_path / "profile.json").read_text(encoding="utf-8"))
     assert profiled["watermark"] == results.CPU_WATERMARK
     parts_found = {part["part"] for part in profiled["parts"]}
-    assert parts_found == {"gather", "sm_store", "drain", "write", "small_copy", "beside"}
+    assert parts_found == {"gather", "sm_store", "drain", "write", "small_copy", "turns", "beside"}
     assert all(part["metrics"] for part in profiled["parts"])
     assert parts["calibrate"]["status"] in ("good", "skipped")
     assert {"bench.json", "bench.csv", "tables.md", "report.html", "calibration.json"} <= {

@@ -6,6 +6,7 @@ Run by test_driver.py in a process that loads the stand-in as libcuda.so.1.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -35,7 +36,16 @@ STREAM_ORDER = 1
 class Call(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_uint64)
-        for name in ("kind", "stream", "count", "order", "attribute_count", "attribute_index", "flags", "nbytes")
+        for name in (
+            "kind",
+            "stream",
+            "count",
+            "order",
+            "attribute_count",
+            "attribute_index",
+            "flags",
+            "nbytes",
+        )
     )
 
 
@@ -50,6 +60,7 @@ class Fake:
 
     def reset(self) -> None:
         self._library.fake_reset()
+        self._streams = self._library.fake_stream_count()
 
     def set(self, **values: int) -> None:
         for key, value in values.items():
@@ -57,6 +68,14 @@ class Fake:
 
     def register(self, start: int, nbytes: int, shift: int = 0) -> None:
         self._library.fake_register(start, nbytes, shift)
+
+    @property
+    def priorities(self) -> list[int]:
+        """Of the streams made since the reset."""
+        library = self._library
+        return [
+            library.fake_stream_priority(nth) for nth in range(self._streams, library.fake_stream_count())
+        ]
 
     @property
     def calls(self) -> list[Call]:
@@ -255,14 +274,12 @@ class FakeTorch:
     """As much of torch as CudaDevice touches without a tensor; writes down what it is asked for.
 
     Attributes:
-        made: priorities of streams.
         waits: (who waits, for whom, driver calls that came before the wait, and before the event).
         here: the current stream.
     """
 
     def __init__(self, *, available: bool = True, cuda: str | None = "13.0") -> None:
         self.version = SimpleNamespace(cuda=cuda)
-        self.made: list[int] = []
         self.waits: list[tuple[int, int, int, int]] = []
         self.calls_so_far: Callable[[], int] = lambda: 0
         self.uint8 = np.uint8
@@ -274,27 +291,28 @@ class FakeTorch:
                 self.at = (stream.cuda_stream, torch.calls_so_far())
 
         class Stream:
-            def __init__(self, priority: int) -> None:
-                torch.made.append(priority)
-                self.cuda_stream = STREAM + len(torch.made)
+            def __init__(self, handle: int) -> None:
+                self.cuda_stream = handle
 
             @staticmethod
             def priority_range() -> tuple[int, int]:
                 return 0, -5
 
+            def query(self) -> bool:
+                return True
+
             def wait_event(self, event: Event) -> None:
                 recorded_on, before = event.at
                 torch.waits.append((self.cuda_stream, recorded_on, torch.calls_so_far(), before))
 
-        self.here = Stream(0)
-        self.here.cuda_stream = STREAM
-        self.made.clear()
+        self.here = Stream(STREAM)
         self.cuda = SimpleNamespace(
             is_available=lambda: available,
             current_device=lambda: 0,
             current_stream=lambda: self.here,
             stream=lambda stream: nullcontext(stream),
             Stream=Stream,
+            ExternalStream=Stream,
             Event=Event,
         )
 
@@ -317,6 +335,12 @@ def open_cuda() -> Any:
     return open_device("cuda")
 
 
+def turns_of(torch: FakeTorch, turn_bytes: int, **options: int) -> Turns:
+    numbers = itertools.count(STREAM + 1)
+    new_stream = lambda: torch.cuda.ExternalStream(next(numbers))  # noqa: E731
+    return Turns(torch.cuda.Event, Driver(**options), new_stream, turn_bytes)
+
+
 class TestTurns:
     """Copies of others to the host get the engine only where a stream waits for another's turn."""
 
@@ -328,9 +352,12 @@ class TestTurns:
 
     @staticmethod
     def bytes_in_a_row(fake: Fake, torch: FakeTorch) -> list[int]:
-        """Bytes of each turn; checks that turns follow each other, the first on STREAM, the last seen by it."""
+        """Bytes of each turn; checks that turns follow each other, from STREAM back to STREAM."""
         now, before, turns = STREAM, 0, []
-        for waiting, recorded_on, call, recorded in [*torch.waits, (0, STREAM, len(fake.calls), len(fake.calls))]:
+        for waiting, recorded_on, call, recorded in [
+            *torch.waits,
+            (0, STREAM, len(fake.calls), len(fake.calls)),
+        ]:
             assert recorded_on == now, "who goes on does not wait for whose turn it was"
             assert recorded == call, "the event misses copies of the turn"
             assert {each.stream for each in fake.calls[before:call]} <= {now}
@@ -352,7 +379,7 @@ class TestTurns:
         fake.set(version=version)
         torch = FakeTorch()
         torch.calls_so_far = lambda: len(fake.calls)
-        turns = Turns(torch, Driver(), most)
+        turns = turns_of(torch, most)
         for sizes in writes:
             nbytes = np.array(sizes, dtype=np.uint64)
             ends = np.cumsum(nbytes, dtype=np.uint64)
@@ -360,7 +387,9 @@ class TestTurns:
             target = np.zeros_like(source)
             begins = ends - nbytes
             turns.copy(
-                CopyBatch(np.uint64(target.ctypes.data) + begins, np.uint64(source.ctypes.data) + begins, nbytes),
+                CopyBatch(
+                    np.uint64(target.ctypes.data) + begins, np.uint64(source.ctypes.data) + begins, nbytes
+                ),
                 torch.here,
             )
             np.testing.assert_array_equal(target, source)
@@ -370,23 +399,25 @@ class TestTurns:
         assert sum(found) == sum(map(sum, writes))
 
     def test_a_write_within_one_turn_costs_nothing(self, fake: Fake, torch: FakeTorch) -> None:
-        turns = Turns(torch, Driver(), 800)
+        turns = turns_of(torch, 800)
         turns.copy(rows(100)[2], torch.here)
         assert torch.waits == []
         turns.copy(rows(1)[2], torch.here)
         assert [waiting for waiting, *_ in torch.waits] == [STREAM + 1, STREAM], "turns go on over writes"
 
     def test_each_stream_has_turns_of_its_own(self, fake: Fake, torch: FakeTorch) -> None:
-        turns = Turns(torch, Driver(), 400)
-        other = torch.cuda.Stream(priority=0)
+        turns = turns_of(torch, 400)
+        other = torch.cuda.ExternalStream(STREAM + 9)
         turns.copy(rows(40)[2], torch.here)
         turns.copy(rows(40)[2], other)
         assert torch.waits == []
 
     @pytest.mark.parametrize("entries", [12, 100])
-    def test_only_the_first_call_of_a_write_is_short(self, fake: Fake, torch: FakeTorch, entries: int) -> None:
+    def test_only_the_first_call_of_a_write_is_short(
+        self, fake: Fake, torch: FakeTorch, entries: int
+    ) -> None:
         """The engine is busy by the second turn."""
-        Turns(torch, Driver(), 8 * entries // 2).copy(rows(entries)[2], torch.here)
+        turns_of(torch, 8 * entries // 2).copy(rows(entries)[2], torch.here)
         assert [call.count for call in fake.calls] == ([1] * 12 if entries == 12 else [32, 18, 50])
 
     @pytest.mark.parametrize("entries", [12, 100])
@@ -394,7 +425,7 @@ class TestTurns:
     def test_after_an_error_the_stream_waits_for_what_was_enqueued(
         self, fake: Fake, torch: FakeTorch, entries: int, failing: int
     ) -> None:
-        turns = Turns(torch, Driver(max_entries=4), 8 * 4)
+        turns = turns_of(torch, 8 * 4, max_entries=4)
         fake.set(fail_call=failing, fail_code=700)
         with pytest.raises(DriverError):
             turns.copy(rows(entries)[2], torch.here)
@@ -402,18 +433,18 @@ class TestTurns:
         assert not torch.waits or torch.waits[-1][0] == STREAM
 
     def test_a_refused_stream_is_left_alone(self, fake: Fake, torch: FakeTorch) -> None:
-        turns = Turns(torch, Driver(), 8)
+        turns = turns_of(torch, 8)
         fake.set(capturing=1)
         with pytest.raises(CopyRefusedError, match="graph is being captured"):
             turns.copy(rows(10)[2], torch.here)
         torch.here.cuda_stream = 0
         with pytest.raises(CopyRefusedError, match="NULL stream"):
             turns.copy(rows(10)[2], torch.here)
-        assert (fake.calls, torch.waits, torch.made) == ([], [], [])
+        assert (fake.calls, torch.waits) == ([], [])
 
     def test_a_turn_below_one_byte(self, torch: FakeTorch) -> None:
         with pytest.raises(ValueError, match="turn_bytes must be at least 1, not 0"):
-            Turns(torch, Driver(), 0)
+            turns_of(torch, 0)
 
 
 def registrations(pool: MemoryPool, every: int) -> list[tuple[int, int]]:
@@ -439,14 +470,19 @@ class TestDevice:
 
     def test_background_streams_have_the_lowest_priority(self, fake: Fake, torch: FakeTorch) -> None:
         open_cuda().new_stream()
-        assert torch.made == [0]
+        assert fake.priorities == [0]
 
     def test_the_stream_that_the_host_waits_for_has_the_highest(self, fake: Fake, torch: FakeTorch) -> None:
         pool = make_pool("page_first", layers=2, page_size=4, row_bytes=(16,))
         for start, nbytes in registrations(pool, 2**30):
             fake.register(start, nbytes)
         open_cuda().prepare_copies(pool.geometry)
-        assert torch.made == [-5]
+        assert fake.priorities == [-5]
+
+    def test_streams_are_nobody_elses(self, fake: Fake, torch: FakeTorch) -> None:
+        """Not out of torch's pool, which hands out each of its streams again and again."""
+        device = open_cuda()
+        assert len({device.new_stream().cuda_stream for _ in range(100)}) == 100
 
     @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(st.data())

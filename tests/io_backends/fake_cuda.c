@@ -152,6 +152,18 @@ int cuMemcpyAsync(u64 dst, u64 src, size_t size, void *stream) {
     return enqueue(&dst, &src, &size, 1, stream);
 }
 
+/* Streams are numbers; their priorities are kept for a look at them. */
+static int priorities[MAX_CALLS], stream_count;
+int fake_stream_count(void) { return stream_count; }
+int fake_stream_priority(int nth) { return priorities[nth]; }
+
+int cuStreamCreateWithPriority(u64 *stream, unsigned flags, int priority) {
+    if (flags != 1) return INVALID_VALUE; /* the NULL stream would wait for it */
+    if (stream_count < MAX_CALLS) priorities[stream_count] = priority;
+    *stream = 0x900000000 + 16 * stream_count++;
+    return SUCCESS;
+}
+
 int cuStreamIsCapturing(void *stream, int *status) {
     *status = *setting("capturing");
     return *setting("status_code");
@@ -203,6 +215,7 @@ static const struct { const char *name; int from, below; void *function; } table
     {"cuMemcpyBatchAsync", 12080, 13000, cuMemcpyBatchAsync},
     {"cuMemcpyBatchAsync", 13000, 99999, cuMemcpyBatchAsync_v2},
     {"cuMemcpyAsync", 4000, 99999, cuMemcpyAsync},
+    {"cuStreamCreateWithPriority", 5050, 99999, cuStreamCreateWithPriority},
     {"cuStreamIsCapturing", 10000, 99999, cuStreamIsCapturing},
     {"cuPointerGetAttribute", 4000, 99999, cuPointerGetAttribute},
     {"cuMemHostGetDevicePointer", 3020, 99999, cuMemHostGetDevicePointer_v2},

@@ -50,20 +50,20 @@ TURN_BYTES = 20_000
 
 
 class NamedDevice(CudaDevice):
-    """Names its streams: those that ``hybrid`` makes by their order, the one that reads indices, and those that
-    take turns with others."""
+    """Names its streams: those that ``hybrid`` makes by their order, the one that reads indices, and those
+    that take turns with others."""
 
     def __init__(self) -> None:
         super().__init__(turn_bytes=TURN_BYTES)
         self._names = itertools.chain(("gather", "drain"), itertools.repeat("other"))
-        new_stream = self._turns._new_stream
+        new_stream = super().new_stream
 
         def named() -> Any:
             stream = new_stream()
             stream.name = "turns"
             return stream
 
-        self._turns._new_stream = named  # type: ignore[method-assign]
+        self._turns._new_stream = named
 
     def new_stream(self) -> Any:
         stream = super().new_stream()
