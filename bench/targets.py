@@ -19,6 +19,7 @@ from pathlib import Path
 
 from sglang_hicache.bench.measure.cases import Case
 from sglang_hicache.bench.measure.results import Row, Run, load
+from sglang_hicache.bench.measure.stand_ins import DECODE_STEPS
 from sglang_hicache.bench.measure.tables import markdown_row
 from sglang_hicache.io_backends.registry import AUTO
 
@@ -119,8 +120,9 @@ def _slow_down(run: Run) -> Iterator[Line]:
         if not measured:
             groups[f"`{name}`"] = []
         for row in measured:
-            busy = "half of the" if str(row.forward).endswith("half") else "all"
-            where = f"`{name}`, `{row.case.layout}`, {busy} SMs busy"
+            busy = "half of the SMs busy" if str(row.forward).endswith("half") else "all SMs busy"
+            what = DECODE_STEPS if row.forward == DECODE_STEPS else busy
+            where = f"`{name}`, `{row.case.layout}`, {what}"
             groups.setdefault(where, []).append(row.metrics["slow_down"].median)
     for where, values in groups.items():
         yield (f"forward slowed {SLOW_DOWN}x", where, values, lambda v: v < SLOW_DOWN + 0.005, "{:.2f}x")

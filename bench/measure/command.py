@@ -60,7 +60,7 @@ def _measurement(name: str, text: str) -> None:
             _many("NAME", "SGLang's attention backend, by which the policy sets fences."),
         ] = None,
         forward: Annotated[
-            list[str] | None, _many("NAME", "Stand-in of interference: gemm, attention, memory.")
+            list[str] | None, _many("NAME", "Stand-in of interference: gemm, attention, memory, decode.")
         ] = None,
         option: Annotated[
             list[str] | None, _many("BACKEND.NAME=N", "Option of a backend, such as hybrid.staging_mb=128.")
@@ -90,7 +90,7 @@ def _measurement(name: str, text: str) -> None:
             ("model", model, tuple(MODELS)),
             ("layout", layout, LAYOUTS),
             ("attention backend", attention, ATTENTION_BACKENDS),
-            ("stand-in", forward, ("gemm", "attention", "memory")),
+            ("stand-in", forward, ("gemm", "attention", "memory", "decode")),
         ):
             _check(what, given, known)
         _positive("--page-size", page_size)

@@ -15,6 +15,8 @@ KERNELS = ("cudnn", "flash")
 """Attention kernels: cuDNN's is persistent and uses TMA on Hopper and later, as FA3, FA4 and TRT-LLM's do;
 torch's flash attention (FA2) stands for the others."""
 
+DECODE_STEPS = "decode steps"
+
 STEP_PASSES = 4
 """Of the memory-bound kernel in a step. They move 17 GB, as a step of an 8B model in bfloat16 reads 16."""
 
@@ -67,7 +69,7 @@ def stand_ins(device: Bench) -> Iterator[StandIn]:
         for _ in range(STEP_PASSES):
             big.mul_(1.0000001)
 
-    yield StandIn("decode steps", True, step, ids=True)
+    yield StandIn(DECODE_STEPS, True, step, ids=True)
 
 
 def launches(device: Bench, stand_in: StandIn, stream: Any, ms: float) -> int:

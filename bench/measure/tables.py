@@ -100,7 +100,7 @@ _SHAPES = {
         _interference,
         (
             "No forward waits here: it is the price of sharing the GPU. half: thread blocks for half of the "
-            "SMs.",
+            "SMs; decode steps: the thread that submits the writes waits for the ids of each, a step behind.",
         ),
     ),
     "submit": _Shape(

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglang_hicache.bench.measure import contenders, suite
+from sglang_hicache.bench.measure import contenders, interference, suite
 from sglang_hicache.bench.measure.cases import Case
 from sglang_hicache.bench.measure.contenders import names
 from sglang_hicache.bench.measure.devices import TimedCpu
 from sglang_hicache.bench.measure.one_write import Setting, bandwidth
 from sglang_hicache.bench.measure.results import METRICS, WRONG, Row, Run
+from sglang_hicache.bench.measure.stand_ins import StandIn
 from sglang_hicache.bench.measure.suite import GRIDS, WEIGHTS, Ask, measure
 from sglang_hicache.bench.measure.timing import interleaved
 from sglang_hicache.io_backends import Submission, direct_copies, register_backend
@@ -123,7 +124,12 @@ def test_every_measurement_has_a_row_for_every_contender() -> None:
     assert auto.backend in OWN_NAMES
     assert auto.fastest_safe is not None
     assert "link_share" in auto.metrics
-    assert {row.forward for row in run.of("interference")} >= {"gemm", "memory", "memory, half"}
+    assert {row.forward for row in run.of("interference")} >= {
+        "gemm",
+        "memory",
+        "memory, half",
+        "decode steps",
+    }
     assert all("stall_ms" in row.metrics for row in run.of("fence") if row.metrics)
     assert all("ack_us" in row.metrics for row in run.of("latency") if row.metrics)
 
@@ -247,3 +253,32 @@ def test_auto_takes_the_route_of_the_write(tmp_path: Any, monkeypatch: pytest.Mo
     chosen = {row.case.fragmented: row.backend for row in rows}
     assert chosen == {True: "fenced_kernel", False: "copy_engine"}
     assert all(isinstance(row, Row) and row.fenced for row in rows)
+
+
+def test_decode_steps_run_one_ahead_of_their_ids() -> None:
+    """As SGLang's overlap scheduler; while the ids of the step before are not there, writes go on."""
+    launched: list[int] = []
+    arrived: list[int] = []
+    asked: list[tuple[int, int]] = []
+
+    class Device(TimedCpu):
+        """Ids arrive at the third look."""
+
+        def query(self, event: Any) -> bool:
+            event.looks = getattr(event, "looks", 0) + 1
+            if event.looks == 3:
+                arrived.append(len(launched))
+            return bool(event.looks >= 3)
+
+    def step() -> None:
+        assert len(launched) - len(arrived) < 2, "a step was launched before the ids of the last but one"
+        launched.append(len(arrived))
+
+    device = Device()
+    stand_in = StandIn("decode steps", True, step, ids=True)
+    begin, end = interference._steps(
+        device, stand_in, device.forward_stream(), 5, lambda: asked.append((len(launched), len(arrived)))
+    )
+    assert (len(launched), len(arrived)) == (5, 4)
+    assert {launches for launches, _ in asked} == {1, 2, 3, 4, 5}
+    assert begin.elapsed_time(end) >= 0

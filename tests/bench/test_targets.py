@@ -55,12 +55,14 @@ def test_forwards_and_stalls() -> None:
         row("interference", LONG, "hybrid", "gemm", slow_down=1.034),
         row("interference", LONG, "hybrid", "memory", slow_down=1.05),
         row("interference", LONG, "hybrid", "gemm, half", slow_down=1.2),
+        row("interference", LONG, "hybrid", "decode steps", slow_down=40.0),
         row("fence", LONG, "hybrid", stall_ms=0.1),
         row("fence", LONG, "fenced_kernel", stall_ms=2.0),
     ]
     run = Run({}, rows)
     assert line(run, "`hybrid`, `page_first`, all SMs") == ["2", "1", "1.03x", "1.04x", "1.05x"]
     assert line(run, "`hybrid`, `page_first`, half") == ["1", "0", "1.20x", "1.20x", "1.20x"]
+    assert line(run, "`hybrid`, `page_first`, decode steps") == ["1", "0", "40.00x", "40.00x", "40.00x"]
     assert line(run, "`copy_engine`")[:2] == ["0", "not measured"]
     assert line(run, "stall 10%") == ["1", "1", "5.0%", "5.0%", "5.0%"]
     # The forward's stream itself came late to its fence.
