@@ -1,17 +1,23 @@
 """Markdown tables of a saved GPU run, for the README.
 
-python -m sglang_hicache.bench.gpu_table bench/results/2026-11-23-h200/gpu.json
+    python -m sglang_hicache.bench.gpu_table bench/results/DATE-GPU/bench.json
+    python -m sglang_hicache.bench.gpu_table bench/results/DATE-GPU/profile.json
+
+Of a profile, how long small copies to the host wait beside one write.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sglang_hicache.bench.measure.cases import Case
 from sglang_hicache.bench.measure.results import Row, Run, load
 from sglang_hicache.bench.measure.tables import markdown_row
+from sglang_hicache.io_backends.registry import AUTO
 
 CONTENDERS = (
     "auto",
@@ -75,6 +81,30 @@ def fence_table(run: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
+def waits_table(profile: Mapping[str, Any]) -> str:
+    """How long a copy of 1 KiB to the host waits beside one write, by who writes and by the bytes of a turn.
+
+    Args:
+        profile: what :mod:`~.measure.profile` saved.
+    """
+    cells: dict[str, dict[str, str]] = {}
+    for part in profile["parts"]:
+        if part["part"] not in ("small_copy", "turns"):
+            continue
+        *size, name, case = part["what"].split(", ", 2)
+        found = {metric: each["median"] for metric, each in part["metrics"].items()}
+        # What the thread copies piece by piece is over when the first small copy can be asked for.
+        if name != AUTO and found["thread_us"] < found["ms"] * 1e3 / 2:
+            median, most = (found[metric] / 1e3 for metric in ("median_us", "most_us"))
+            cells.setdefault(", ".join([_title(name), *size]), {})[case] = (
+                f"{median:.2f} ms, at most {most:.2f} ({found['gb_per_s']:.1f} GB/s)"
+            )
+    cases = list(dict.fromkeys(case for row in cells.values() for case in row))
+    lines = [markdown_row(["small copies beside", *cases]), markdown_row(["---"] * (1 + len(cases)))]
+    lines += [markdown_row([by, *(row.get(case, "") for case in cases)]) for by, row in cells.items()]
+    return "\n".join(lines) + "\n"
+
+
 def _slow_down(rows: Sequence[Row]) -> list[str]:
     measured = [row for row in rows if "slow_down" in row.metrics]
     names = list(dict.fromkeys(row.contender for row in measured))
@@ -114,6 +144,13 @@ def _stall(row: Row | None) -> str:
     return f"{stall}{held:.2f} ms ({rate:.1f} GB/s)"
 
 
+def _of(path: Path) -> str:
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    if "parts" in whole:
+        return waits_table(whole)
+    saved = load(path)
+    return tables(saved) if saved.of("bandwidth") else fence_table(saved)
+
+
 if __name__ == "__main__":
-    saved = load(Path(sys.argv[1]))
-    print(tables(saved) if saved.of("bandwidth") else fence_table(saved), end="")
+    print(_of(Path(sys.argv[1])), end="")
