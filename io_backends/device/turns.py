@@ -10,10 +10,10 @@ part `small_copy`.)
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from sglang_hicache.io_backends.device.base import Event, Stream
 from sglang_hicache.io_backends.device.driver import Driver
@@ -138,16 +138,15 @@ class Turns:
 
     def _many(self, batch: CopyBatch, pair: _Pair) -> None:
         """Whole entries, none longer than a turn."""
-        # Plain numbers: a look-up with numpy would take longer than the rest of a turn.
-        ends: list[int] = np.cumsum(batch.nbytes.view(np.int64)).tolist()
+        ends: npt.NDArray[np.int64] = np.cumsum(batch.nbytes.view(np.int64))
         start = done = 0
         while start < len(ends):
-            stop = bisect_right(ends, done + self._most - pair.turn, start)
+            stop = int(ends.searchsorted(done + self._most - pair.turn, side="right"))
             if stop == start:
                 pair.hand_over()
                 continue
             part = slice(start, stop)
             piece = CopyBatch(batch.dst[part], batch.src[part], batch.nbytes[part])
             self._driver.enqueue(piece, pair.handles[pair.now], busy=start > 0)
-            start, last = stop, ends[stop - 1]
+            start, last = stop, int(ends[stop - 1])
             pair.turn, done = pair.turn + last - done, last

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-RESULTS = "bench/results/2026-11-25-h100"
+RESULTS = "bench/results/2026-11-26-h100"
 TOKENS = 4096
 BACKENDS = ("hybrid", "copy_engine", "fenced_kernel")
 
