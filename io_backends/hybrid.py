@@ -193,11 +193,14 @@ class HybridBackend:
             self._device.wait(write.stream, self._device.record(stream))
 
     def abandon(self) -> None:
-        """Forget what is not enqueued: its rows and slots are about to be given to others."""
-        for write in self._waiting:
-            write.drop()
+        """Forget what is not enqueued: its rows and slots are about to be given to others.
+
+        What is enqueued goes on; the writes are complete when it is done.
+        """
+        while self._waiting:
+            write = self._waiting[0]
+            self.abandon_write(write)
             write.finish()
-        self._waiting.clear()
 
     def _enqueue(self, *, wait: bool, until: _Write | None = None) -> Event | None:
         """Gathers and drains of waiting writes, oldest first, as far as memory allows."""

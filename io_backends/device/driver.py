@@ -84,7 +84,7 @@ class DriverError(RuntimeError):
         call: the function's name.
         code: its CUresult.
         name: the code's name, such as ``CUDA_ERROR_INVALID_VALUE``.
-        entry: index into the batch of the copy it blames, or None.
+        entry: index of the copy it blames among those enqueued together, or None.
     """
 
     def __init__(self, call: str, code: int, name: str, entry: int | None = None, detail: str = "") -> None:
@@ -241,7 +241,8 @@ class Driver:
         """
         code = self._memcpy(dst, src, nbytes, stream)
         if code:
-            self._check("cuMemcpyAsync", code)
+            detail = f": {nbytes} bytes from {src:#x} to {dst:#x}"
+            raise DriverError("cuMemcpyAsync", code, self._name(code), detail=detail)
 
     def refuse_capture(self, stream: int) -> None:
         """Raise if ``stream`` is under graph capture.

@@ -1,15 +1,16 @@
 """Copies in turns on two streams, so that copies of others get the engine in between.
 
 All copies to the host share one copy engine, and it stays with a stream for as long as that one has more: on
-an H100 a copy of 1 KiB on another stream waited for all that was left of a write of 4.2 GB, 72 ms, whatever
-the priorities and the number of hardware queues. SGLang copies the token ids of every step that way. The
-engine looks for others when the stream it serves must wait; a wait that is over in microseconds does not do
-(the engine waits too), one for another stream's turn does. (`python -m sglang_hicache.bench.measure.profile`,
-part `small_copy`.)
+an H100 a copy of 1 KiB on another stream waited for all that was left of a write of 1.2 GB, 20 ms (part
+``turns`` of bench/results/2026-11-26-h100/profile.json). SGLang copies the token ids of every step that way.
+The engine looks for others when the stream it serves must wait for another stream's turn. Tried by hand on
+that GPU, and no help: streams of the highest priority for the small copies, 32 hardware queues instead of 8,
+and a wait that is over within microseconds, which the engine waits for too.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -21,7 +22,8 @@ from sglang_hicache.io_backends.device.host_ranges import SHORT, drop_empty
 from sglang_hicache.io_backends.plan import CopyBatch
 
 TURN_BYTES = 32 * 2**20
-"""Bytes of a turn, which is what others wait at most: 0.6 ms at 55 GB/s. Handing over costs the link 5 us."""
+"""Bytes of a turn, which others wait for: 0.6 ms at 55 GB/s, twice that while two streams take turns with
+theirs (two backends of one policy). Half as much costs the link 1.7 instead of 0.8 % (the file above)."""
 
 
 def split_long(batch: CopyBatch, most: int) -> CopyBatch:
@@ -58,6 +60,8 @@ class _Pair:
     def __init__(self, stream: Stream, other: Stream, new_event: Callable[[], Event]) -> None:
         self._streams = (stream, other)
         self._events = (new_event(), new_event())
+        for event, on in zip(self._events, self._streams, strict=True):
+            event.record(on)  # torch makes the event now, so that it cannot fail to when a turn is over
         self.handles: tuple[int, int] = (stream.cuda_stream, other.cuda_stream)
         self.now = self.turn = 0
 
@@ -67,6 +71,18 @@ class _Pair:
         event.record(self._streams[self.now])
         self._streams[other].wait_event(event)
         self.now, self.turn = other, 0
+
+    def close(self) -> None:
+        """Back to the first stream, which then waits for all copies; if it cannot, the host does."""
+        if not self.now:
+            return
+        try:
+            self.hand_over()
+        except BaseException:
+            # Whoever waits for the first stream alone would reuse memory under the other's copies.
+            self._streams[1].synchronize()
+            self.now = self.turn = 0
+            raise
 
 
 class Turns:
@@ -91,6 +107,7 @@ class Turns:
         self._new_event, self._new_stream = new_event, new_stream
         self._driver, self._most = driver, turn_bytes
         self._pairs: dict[int, _Pair] = {}
+        self._lock = threading.Lock()
 
     def copy(self, batch: CopyBatch, stream: Stream) -> None:
         """Enqueue every entry on ``stream``, or on one that takes turns with it.
@@ -108,21 +125,23 @@ class Turns:
         if not total:
             return
         driver.check(stream.cuda_stream)
-        pair = self._pairs.get(stream.cuda_stream)
-        if pair is None:
-            pair = self._pairs[stream.cuda_stream] = _Pair(stream, self._new_stream(), self._new_event)
-        if pair.turn + total <= self._most:
-            pair.turn += total
-            driver.enqueue(drop_empty(batch), stream.cuda_stream)
-            return
-        try:
-            if few:
-                self._few(batch, pair)
-            else:
-                self._many(split_long(drop_empty(batch), self._most), pair)
-        finally:
-            if pair.now:
-                pair.hand_over()
+        # Another thread's copies, in the middle of this one's, would begin on a stream that waits for nothing
+        # of theirs.
+        with self._lock:
+            pair = self._pairs.get(stream.cuda_stream)
+            if pair is None:
+                pair = self._pairs[stream.cuda_stream] = _Pair(stream, self._new_stream(), self._new_event)
+            if pair.turn + total <= self._most:
+                pair.turn += total
+                driver.enqueue(drop_empty(batch), stream.cuda_stream)
+                return
+            try:
+                if few:
+                    self._few(batch, pair)
+                else:
+                    self._many(split_long(drop_empty(batch), self._most), pair)
+            finally:
+                pair.close()
 
     def _few(self, batch: CopyBatch, pair: _Pair) -> None:
         """One call of the driver a piece: with numpy, a turn of one piece would cost four times as much."""

@@ -274,6 +274,8 @@ class FakeTorch:
     """As much of torch as CudaDevice touches without a tensor; writes down what it is asked for.
 
     Attributes:
+        failing_waits: streams that cannot be made to wait.
+        synchronized: streams that the host waited for.
         waits: (who waits, for whom, driver calls that came before the wait, and before the event).
         here: the current stream.
     """
@@ -282,6 +284,8 @@ class FakeTorch:
         self.version = SimpleNamespace(cuda=cuda)
         self.waits: list[tuple[int, int, int, int]] = []
         self.calls_so_far: Callable[[], int] = lambda: 0
+        self.failing_waits: set[int] = set()
+        self.synchronized: list[int] = []
         self.uint8 = np.uint8
         self.empty = self._empty
         torch = self
@@ -301,7 +305,12 @@ class FakeTorch:
             def query(self) -> bool:
                 return True
 
+            def synchronize(self) -> None:
+                torch.synchronized.append(self.cuda_stream)
+
             def wait_event(self, event: Event) -> None:
+                if self.cuda_stream in torch.failing_waits:
+                    raise RuntimeError("no wait")
                 recorded_on, before = event.at
                 torch.waits.append((self.cuda_stream, recorded_on, torch.calls_so_far(), before))
 
@@ -421,16 +430,41 @@ class TestTurns:
         assert [call.count for call in fake.calls] == ([1] * 12 if entries == 12 else [32, 18, 50])
 
     @pytest.mark.parametrize("entries", [12, 100])
-    @pytest.mark.parametrize("failing", [1, 2, 3])
+    @pytest.mark.parametrize("failing", [1, 2, 3, 5, 6, 9])
     def test_after_an_error_the_stream_waits_for_what_was_enqueued(
         self, fake: Fake, torch: FakeTorch, entries: int, failing: int
     ) -> None:
         turns = turns_of(torch, 8 * 4, max_entries=4)
         fake.set(fail_call=failing, fail_code=700)
-        with pytest.raises(DriverError):
+        with pytest.raises(DriverError, match="8 bytes from 0x|one of"):
             turns.copy(rows(entries)[2], torch.here)
         self.bytes_in_a_row(fake, torch)
         assert not torch.waits or torch.waits[-1][0] == STREAM
+
+    @pytest.mark.parametrize(("entries", "a_turn"), [(8, 5), (18, 12)])
+    def test_where_the_stream_cannot_be_made_to_wait_the_host_does(
+        self, fake: Fake, torch: FakeTorch, entries: int, a_turn: int
+    ) -> None:
+        turns = turns_of(torch, 8 * a_turn)
+        torch.failing_waits = {STREAM}
+        with pytest.raises(RuntimeError, match="no wait"):
+            turns.copy(rows(entries)[2], torch.here)
+        assert torch.synchronized == [STREAM + 1]
+        torch.failing_waits, before = set(), len(torch.waits)
+        calls = len(fake.calls)
+        turns.copy(rows(entries)[2], torch.here)
+        assert fake.calls[calls].stream == STREAM, "begins on a stream that waits for nothing"
+        assert torch.waits[before:][-1][0] == STREAM
+
+    def test_threads_take_their_turns_one_after_the_other(self, fake: Fake, torch: FakeTorch) -> None:
+        """What one asks for is behind all that the stream was told before, whoever goes on when."""
+        turns = turns_of(torch, 8)
+        batches = [rows(count) for count in (60, 61, 62, 63)]
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda each: turns.copy(each[2], torch.here), batches))
+        self.bytes_in_a_row(fake, torch)
+        for source, target, _ in batches:
+            np.testing.assert_array_equal(target, source[::-1])
 
     def test_a_refused_stream_is_left_alone(self, fake: Fake, torch: FakeTorch) -> None:
         turns = turns_of(torch, 8)

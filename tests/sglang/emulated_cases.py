@@ -412,6 +412,20 @@ class TestCompletion:
         world.wait(world.write())
         world.assert_right()
 
+    def test_after_a_reset_it_is_complete_when_what_was_enqueued_is(self, driver: Any) -> None:
+        """SGLang gives the slots to others then."""
+        world = self.world()
+        world.named("drain").held = True
+        completion = world.write()
+        world.writeback.abandon()
+        world.forward.held = False
+        for _ in range(20):
+            world.run_other_forward().synchronize()
+        assert world.gpu.counts["copies"] > 0
+        assert not any(completion.finish_event.query() for _ in range(200))
+        world.named("drain").held = False
+        world.wait(completion)
+
 
 def test_forwards_that_wait_for_gathers_never_wait_for_the_link(driver: Any) -> None:
     for seed in SEEDS:
