@@ -28,6 +28,8 @@ LONG_MS = 100.0
 
 ALONE = "alone"
 
+Streams = tuple[Any, Any]
+
 IDS = 128
 """Requests that decode at once: an id of each is copied."""
 
@@ -48,11 +50,12 @@ def interference(setting: Setting, case: Case, only: tuple[str, ...] | None = No
             could_not[name] = wrong
         else:
             made[name] = contender.submit
-    forward_stream = setting.device.forward_stream()
+    # The forwards', and the one that their token ids are copied on.
+    streams = (setting.device.forward_stream(), setting.device.forward_stream())
     for stand_in in stand_ins(setting.device):
         if only is not None and stand_in.name.split()[0].rstrip(",") not in only:
             continue
-        found, failed = _beside(setting, task, stand_in, made, forward_stream)
+        found, failed = _beside(setting, task, stand_in, made, streams)
         for name, contender in templates.items():
             row = row_of("interference", task, contender)
             row.forward, row.checked = stand_in.name, name in made
@@ -64,18 +67,18 @@ def interference(setting: Setting, case: Case, only: tuple[str, ...] | None = No
 
 
 def _beside(
-    setting: Setting, task: Task, stand_in: StandIn, submits: Mapping[str, Submit], stream: Any
+    setting: Setting, task: Task, stand_in: StandIn, submits: Mapping[str, Submit], streams: Streams
 ) -> tuple[dict[str, dict[str, Spread]], dict[str, str]]:
     """Metrics of each contender, and why some have none."""
     try:
-        times = launches(task.device, stand_in, stream, LONG_MS)
+        times = launches(task.device, stand_in, streams[0], LONG_MS)
     except Exception as error:  # a stand-in that this GPU or torch does not have
         return {}, {ALONE: f"stand-in {stand_in.name}: {reason_of(error)}"}
     runs: dict[str, Callable[[], Mapping[str, float]]] = {
-        ALONE: functools.partial(_one, task, stand_in, None, stream, times)
+        ALONE: functools.partial(_one, task, stand_in, None, streams, times)
     }
     runs |= {
-        name: functools.partial(_one, task, stand_in, submit, stream, times)
+        name: functools.partial(_one, task, stand_in, submit, streams, times)
         for name, submit in submits.items()
     }
     found, failed = interleaved(runs, setting.repeats)
@@ -94,13 +97,13 @@ def _beside(
 
 
 def _one(
-    task: Task, stand_in: StandIn, submit: Submit | None, stream: Any, times: int
+    task: Task, stand_in: StandIn, submit: Submit | None, streams: Streams, times: int
 ) -> Mapping[str, float]:
     device = task.device
     device.synchronize()
     writes = _Writes(task, submit)
     run = _steps if stand_in.ids else _ahead
-    begin, end = run(device, stand_in, stream, times, writes.keep_going)
+    begin, end = run(device, stand_in, streams, times, writes.keep_going)
     device.synchronize()
     return {"forward_ms": begin.elapsed_time(end) / times, **writes.rate()}
 
@@ -131,9 +134,10 @@ class _Writes:
 
 
 def _ahead(
-    device: Bench, stand_in: StandIn, stream: Any, times: int, meanwhile: Callable[[], None]
+    device: Bench, stand_in: StandIn, streams: Streams, times: int, meanwhile: Callable[[], None]
 ) -> tuple[Any, Any]:
     """Launch all, then wait. Events before the first and after the last."""
+    stream, _ = streams
     with device.use_stream(stream):
         begin = device.record(stream)
         for _ in range(times):
@@ -147,12 +151,12 @@ def _ahead(
 
 
 def _steps(
-    device: Bench, stand_in: StandIn, stream: Any, times: int, meanwhile: Callable[[], None]
+    device: Bench, stand_in: StandIn, streams: Streams, times: int, meanwhile: Callable[[], None]
 ) -> tuple[Any, Any]:
     """Launch one, wait for the ids of the one before, and so on. Events before the first, after the last."""
     import torch
 
-    copies = device.forward_stream()
+    stream, copies = streams
     ids = torch.zeros((2, IDS), dtype=torch.int64, device=device.where)
     on_host = torch.empty((2, IDS), dtype=torch.int64, pin_memory=device.where == "cuda")
     device.synchronize()

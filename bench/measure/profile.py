@@ -12,7 +12,8 @@ write      one write of ``hybrid`` end to end: until the first gather is asked f
            how long it idles between copies
 small_copy how long a copy of 1 KiB to the host takes on another stream while one write goes on; SGLang copies
            the token ids of each step to the host
-turns      the same, and the write's own time, by the bytes of a turn (:mod:`~.io_backends.device.turns`)
+turns      the same, and the write's own time, by the bytes of a turn (:mod:`~.io_backends.device.turns`); and
+           how much decode steps slow down, which wait for their ids, beside writes that never stop
 beside     how much a forward slows down beside ``hybrid``, by the gather's thread blocks
 
 Constants of the backends cite what this prints; the file has the spread of the repeats.
@@ -113,7 +114,8 @@ class Part:
         metrics: ``ms``, ``gb_per_s`` (of bytes written), ``thread_us`` where it was asked for; of ``write``
             those of :func:`_trace`; of ``small_copy`` and ``turns`` ``ms``, ``gb_per_s`` and ``thread_us`` of
             the write without small copies, and of these ``alone_us``, ``first_us`` right after the
-            submission, ``median_us`` and ``most_us``; of ``beside`` ``slow_down`` and ``gb_per_s``.
+            submission, ``median_us`` and ``most_us``; of ``beside``, and of ``turns`` beside decode steps,
+            ``slow_down`` and ``gb_per_s``.
     """
 
     part: str
@@ -139,10 +141,16 @@ def measure(device: Bench, size: Size) -> Iterator[Part]:
             open_bench(device.where == "cpu", turn_bytes=turn_bytes),
             setting.policy,
             size.repeats,
-            ("hybrid", "copy_engine"),
         )
         for case in size.long:
+            # Who moves long copies there.
+            other.wanted = ("copy_engine",) if case.layout == "layer_first" else ("hybrid",)
             yield from _small_copies(other, case, size.repeats, turn_bytes)
+            for row in interference(other, case, ("decode",)):
+                metrics = {
+                    name: each for name, each in row.metrics.items() if name in ("slow_down", "gb_per_s")
+                }
+                yield Part("turns", f"{_turns(turn_bytes)}, {row.contender}, {case}, {row.forward}", metrics)
     for ctas in CTAS_BESIDE:
         setting.options = {"hybrid": {"gather_ctas": ctas}}
         for row in interference(setting, size.beside):
@@ -350,8 +358,11 @@ def _small_copies(
         if turn_bytes is None:
             yield Part("small_copy", f"{contender.name}, {case}", spread)
         else:
-            size = "no turns" if turn_bytes == NO_TURNS else f"turns of {turn_bytes >> 20} MiB"
-            yield Part("turns", f"{size}, {contender.name}, {case}", spread)
+            yield Part("turns", f"{_turns(turn_bytes)}, {contender.name}, {case}", spread)
+
+
+def _turns(turn_bytes: int) -> str:
+    return "no turns" if turn_bytes == NO_TURNS else f"turns of {turn_bytes >> 20} MiB"
 
 
 def _trace(task: Any, traced: Traced, submit: Any) -> Mapping[str, float]:

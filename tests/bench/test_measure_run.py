@@ -19,6 +19,7 @@ from sglang_hicache.bench.measure.stand_ins import StandIn
 from sglang_hicache.bench.measure.suite import GRIDS, WEIGHTS, Ask, measure
 from sglang_hicache.bench.measure.timing import interleaved
 from sglang_hicache.io_backends import Submission, direct_copies, register_backend
+from sglang_hicache.io_backends.device.cpu import CpuStream
 from sglang_hicache.io_backends.registry import OWN_NAMES, unregister_backend
 from sglang_hicache.policy.load import default_policy
 
@@ -277,7 +278,7 @@ def test_decode_steps_run_one_ahead_of_their_ids() -> None:
     device = Device()
     stand_in = StandIn("decode steps", True, step, ids=True)
     begin, end = interference._steps(
-        device, stand_in, device.forward_stream(), 5, lambda: asked.append((len(launched), len(arrived)))
+        device, stand_in, (CpuStream(), CpuStream()), 5, lambda: asked.append((len(launched), len(arrived)))
     )
     assert (len(launched), len(arrived)) == (5, 4)
     assert {launches for launches, _ in asked} == {1, 2, 3, 4, 5}

@@ -436,7 +436,7 @@ class TestTurns:
     ) -> None:
         turns = turns_of(torch, 8 * 4, max_entries=4)
         fake.set(fail_call=failing, fail_code=700)
-        with pytest.raises(DriverError, match="8 bytes from 0x|one of"):
+        with pytest.raises(DriverError, match=r"8 bytes from 0x|one of"):
             turns.copy(rows(entries)[2], torch.here)
         self.bytes_in_a_row(fake, torch)
         assert not torch.waits or torch.waits[-1][0] == STREAM

@@ -20,7 +20,7 @@ from sglang_hicache.io_backends.chunks import Chunk
 from sglang_hicache.io_backends.device.base import DeviceUnavailableError
 from sglang_hicache.io_backends.device.cuda import CudaDevice
 from sglang_hicache.io_backends.device.driver import CopyRefusedError, DriverError
-from sglang_hicache.io_backends.device.host_ranges import UnknownHostMemoryError
+from sglang_hicache.io_backends.device.host_ranges import HostRange, UnknownHostMemoryError
 from sglang_hicache.io_backends.device.turns import TURN_BYTES
 
 pytestmark = MARKS
@@ -205,6 +205,41 @@ class TestHostWaits:
         with device.use_stream(transfers):
             assert device.host_values(indices, made).tolist() == list(range(1000))
         assert not forward.query()
+
+
+class TestTurns:
+    """Copies on the stream's partner wait for the stream, and the stream for them."""
+
+    @pytest.mark.parametrize("entries", [12, 1024], ids=["few", "many"])
+    @pytest.mark.parametrize("dropped", [None, "partner", "stream"])
+    def test_each_wait_is_needed_and_there(self, dropped: str | None, entries: int) -> None:
+        device = CudaDevice(turn_bytes=300_000)
+        rows = torch.zeros((entries, 2**20 // entries), dtype=torch.uint8, device="cuda")
+        target = torch.full(rows.shape, POISON, dtype=torch.uint8, pin_memory=True)
+        step = np.arange(entries, dtype=np.uint64) * np.uint64(rows.shape[1])
+        batch = CopyBatch(
+            np.uint64(target.data_ptr()) + step,
+            np.uint64(rows.data_ptr()) + step,
+            np.full(entries, rows.shape[1], dtype=np.uint64),
+        )
+        device._host.add([HostRange(target.data_ptr(), target.numel())])
+        stream, partner = device.new_stream(), device.new_stream()
+        waits = {"partner": partner, "stream": stream}
+        if dropped is not None:
+            waits[dropped].wait_event = lambda event: None
+        device._turns._new_stream = lambda: partner
+        torch.cuda.synchronize()
+        with device.use_stream(stream):
+            torch.cuda._sleep(LONG)
+            rows.fill_(1)
+        if dropped == "stream":  # the partner's copies come late
+            device.wait(partner, device.record(stream))
+            with device.use_stream(partner):
+                torch.cuda._sleep(LONG)
+        device.copy(batch, stream)
+        stream.synchronize()
+        assert bool((target == 1).all()) == (dropped is None)
+        torch.cuda.synchronize()
 
 
 class TestOthersCopies:
