@@ -91,17 +91,34 @@ def waits_table(profile: Mapping[str, Any]) -> str:
     for part in profile["parts"]:
         if part["part"] not in ("small_copy", "turns"):
             continue
-        *size, name, case = part["what"].split(", ", 2)
         found = {metric: each["median"] for metric, each in part["metrics"].items()}
+        if "slow_down" in found:
+            continue
+        *size, name, case = part["what"].split(", ", 2)
         # What the thread copies piece by piece is over when the first small copy can be asked for.
         if name != AUTO and found["thread_us"] < found["ms"] * 1e3 / 2:
-            median, most = (found[metric] / 1e3 for metric in ("median_us", "most_us"))
+            median, most = found["median_us"] / 1e3, part["metrics"]["most_us"]["high"] / 1e3
             cells.setdefault(", ".join([_title(name), *size]), {})[case] = (
                 f"{median:.2f} ms, at most {most:.2f} ({found['gb_per_s']:.1f} GB/s)"
             )
     cases = list(dict.fromkeys(case for row in cells.values() for case in row))
     lines = [markdown_row(["small copies beside", *cases]), markdown_row(["---"] * (1 + len(cases)))]
     lines += [markdown_row([by, *(row.get(case, "") for case in cases)]) for by, row in cells.items()]
+    return "\n".join(lines) + "\n"
+
+
+def steps_table(profile: Mapping[str, Any]) -> str:
+    """How much decode steps, whose ids the host waits for, slow down by the bytes of a turn.
+
+    Args:
+        profile: what :mod:`~.measure.profile` saved.
+    """
+    lines = [markdown_row(["decode steps beside", "slow-down", "GB/s"]), markdown_row(["---"] * 3)]
+    for part in profile["parts"]:
+        if part["part"] == "turns" and "slow_down" in part["metrics"]:
+            size, name, case, _ = part["what"].split(", ")
+            slow, rate = (part["metrics"][each]["median"] for each in ("slow_down", "gb_per_s"))
+            lines.append(markdown_row([f"{_title(name)}, {size}, {case}", f"{slow:.2f}x", f"{rate:.1f}"]))
     return "\n".join(lines) + "\n"
 
 
@@ -147,7 +164,7 @@ def _stall(row: Row | None) -> str:
 def _of(path: Path) -> str:
     whole = json.loads(path.read_text(encoding="utf-8"))
     if "parts" in whole:
-        return waits_table(whole)
+        return waits_table(whole) + "\n" + steps_table(whole)
     saved = load(path)
     return tables(saved) if saved.of("bandwidth") else fence_table(saved)
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from sglang_hicache.bench import targets
-from sglang_hicache.bench.gpu_table import fence_table, tables, waits_table
+from sglang_hicache.bench.gpu_table import fence_table, steps_table, tables, waits_table
 from sglang_hicache.bench.measure import results
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,8 @@ def test_the_gpu_tables_are_made_from_the_saved_run() -> None:
     ]
     for path, fence, text in shown:
         if path.endswith("profile.json"):
-            made = waits_table(json.loads((ROOT / path).read_text(encoding="utf-8")))
+            whole = json.loads((ROOT / path).read_text(encoding="utf-8"))
+            made = waits_table(whole) + "\n" + steps_table(whole)
         else:
             made = (fence_table if fence else tables)(results.load(ROOT / path))
         assert text == made
