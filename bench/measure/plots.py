@@ -214,7 +214,12 @@ def _interference(run: Run, rows: Sequence[Row]) -> Any:
                 _with_bars(axis, name, moved, linestyle="none")
         axis.axhline(1, color="#444444", linewidth=0.8)
         axis.set_xticks(range(len(forwards)), forwards, fontsize=7)
-        axis.set(ylabel="times as long")
+        # One that is 50 times as long must not hide what is 1.05.
+        axis.set(yscale="log", ylabel="times as long")
+        low, high = axis.get_ylim()
+        ticks = [tick for tick in (0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100) if low <= tick <= high]
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
         axis.set_title(layout, fontsize=9)
         axis.grid(axis="y", alpha=0.25)
     _legend(figure, list(axes.flat))
