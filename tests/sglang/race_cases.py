@@ -218,6 +218,11 @@ REDUNDANT: dict[tuple[str, Fence], str] = {
         ("gather", "schedule", "advance"),
     ): "the gather waited for the indices when the write was submitted",
     (
+        "hybrid",
+        ("transfer", "drain", "abandon_write"),
+    ): "later writes of one backend drain behind; of another route not (emulated_cases.py)",
+    ("hybrid", ("transfer", "gather", "abandon_write")): "the drain waited for what it drains",
+    (
         "copy_engine",
         ("transfer", "schedule", "submit"),
     ): "the host has waited for the indices and planned with them",
