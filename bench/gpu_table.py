@@ -8,9 +8,9 @@ Of a profile, how long small copies to the host wait beside one write.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,12 @@ def _stall(row: Row | None) -> str:
     return f"{stall}{held:.2f} ms ({rate:.1f} GB/s)"
 
 
-def _of(path: Path) -> str:
+def of_file(path: Path) -> str:
+    """The tables of a saved run or profile.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is neither.
+    """
     whole = json.loads(path.read_text(encoding="utf-8"))
     if "parts" in whole:
         return waits_table(whole) + "\n" + steps_table(whole)
@@ -169,5 +174,16 @@ def _of(path: Path) -> str:
     return tables(saved) if saved.of("bandwidth") else fence_table(saved)
 
 
+def print_of_file(make: Callable[[Path], str], about: str | None) -> None:
+    """The command line of what makes text of a saved file: print it, or say in a line why not (status 2)."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    args = parser.parse_args()
+    try:
+        print(make(args.file), end="")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
 if __name__ == "__main__":
-    print(_of(Path(sys.argv[1])), end="")
+    print_of_file(of_file, __doc__)

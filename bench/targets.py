@@ -13,10 +13,9 @@ printed.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
+from sglang_hicache.bench.gpu_table import print_of_file
 from sglang_hicache.bench.measure.cases import Case
 from sglang_hicache.bench.measure.results import Row, Run, load
 from sglang_hicache.bench.measure.stand_ins import DECODE_STEPS
@@ -170,4 +169,4 @@ def _thread_us(row: Row) -> float:
 
 
 if __name__ == "__main__":
-    print(table(load(Path(sys.argv[1]))), end="")
+    print_of_file(lambda path: table(load(path)), __doc__)

@@ -261,6 +261,7 @@ def test_decode_steps_run_one_ahead_of_their_ids() -> None:
     launched: list[int] = []
     arrived: list[int] = []
     asked: list[tuple[int, int]] = []
+    waited: list[tuple[CpuStream, int]] = []
 
     class Device(TimedCpu):
         """Ids arrive at the third look."""
@@ -271,15 +272,19 @@ def test_decode_steps_run_one_ahead_of_their_ids() -> None:
                 arrived.append(len(launched))
             return bool(event.looks >= 3)
 
+        def wait(self, stream: CpuStream, event: Any) -> None:
+            waited.append((stream, len(launched)))
+
     def step() -> None:
         assert len(launched) - len(arrived) < 2, "a step was launched before the ids of the last but one"
         launched.append(len(arrived))
 
-    device = Device()
+    device, forwards, copies = Device(), CpuStream("forward"), CpuStream("copies")
     stand_in = StandIn("decode steps", True, step, ids=True)
     begin, end = interference._steps(
-        device, stand_in, (CpuStream(), CpuStream()), 5, lambda: asked.append((len(launched), len(arrived)))
+        device, stand_in, (forwards, copies), 5, lambda: asked.append((len(launched), len(arrived)))
     )
     assert (len(launched), len(arrived)) == (5, 4)
     assert {launches for launches, _ in asked} == {1, 2, 3, 4, 5}
+    assert waited == [(copies, launches) for launches in range(1, 6)], "ids are copied before they are there"
     assert begin.elapsed_time(end) >= 0
