@@ -6,7 +6,7 @@ are the backends; ``device`` is the only way to hardware; ``sglang`` is the only
 
 from sglang_hicache.io_backends.device.base import Device
 from sglang_hicache.io_backends.geometry import Component, HostStrides, PoolGeometry, host_strides
-from sglang_hicache.io_backends.interface import Backend, BackendFactory, Submission, Transfer
+from sglang_hicache.io_backends.interface import Backend, BackendFactory, OptionsError, Submission, Transfer
 from sglang_hicache.io_backends.plan import CopyBatch, direct_copies
 from sglang_hicache.io_backends.registry import (
     UnknownBackendError,
@@ -22,6 +22,7 @@ __all__ = [
     "CopyBatch",
     "Device",
     "HostStrides",
+    "OptionsError",
     "PoolGeometry",
     "Submission",
     "Transfer",

@@ -27,6 +27,7 @@ class FencedKernelBackend:
     def __init__(self, device: Device, options: Mapping[str, Any]) -> None:
         self._device = device
         self.upstream_indices = device.name != "cpu"
+        self._limits = {"block_quota": options["block_quota"]} if "block_quota" in options else {}
 
     def supports(self, geometry: PoolGeometry) -> str | None:
         if geometry.layout not in self.layouts:
@@ -43,7 +44,7 @@ class FencedKernelBackend:
             batch = direct_copies(transfer.geometry, transfer.host_slots, device_slots)
             self._device.copy(batch, stream)
         else:
-            transfer.upstream_copy()
+            transfer.upstream_copy(**self._limits)
         return Submission(
             copies=1,
             nbytes=transfer.tokens * transfer.geometry.bytes_per_token,

@@ -10,7 +10,7 @@ chunks. Where no forward waits for gathers, the chunks are a pipeline: a gather 
 drain of the memory it fills; two chunks fill the ring, so that one is gathered while another drains (see
 :func:`~.chunks.chunk_lengths`). Where forwards do wait, that would make them wait for the link; so there a
 chunk is enqueued only when its memory is free, the rest in later gaps between forwards
-(:meth:`HybridBackend.advance`).
+(:class:`~.interface.Pending`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from sglang_hicache.io_backends.chunks import ring_units
 from sglang_hicache.io_backends.device.base import Device, Event, Staging, Stream
 from sglang_hicache.io_backends.geometry import PoolGeometry
-from sglang_hicache.io_backends.interface import Submission, Transfer
+from sglang_hicache.io_backends.interface import OptionsError, Submission, Transfer
 from sglang_hicache.io_backends.staged_plan import PlannedChunk, WritePlan, plan_write
 from sglang_hicache.io_backends.staging import Ring
 
@@ -69,11 +69,16 @@ class _Write:
         """Forget all that is left."""
         self._next, self._left = None, self._left[:0]
 
-    def flush(self) -> Event | None:
-        return None if self.enqueued() else self._backend.flush(self)
+    def can_advance(self) -> bool:
+        return self._backend.can_advance(self)
+
+    def advance(self, ready: tuple[Event, ...], *, wait: bool = False) -> Event | None:
+        return None if self.enqueued() else self._backend.advance(self, ready, wait=wait)
 
     def abandon(self) -> None:
-        self._backend.abandon_write(self)
+        if self._left:
+            self._backend.abandon(self)
+            self.finish()
 
     def then(self, action: Callable[[], None]) -> None:
         if self.enqueued():
@@ -96,6 +101,7 @@ class HybridBackend:
     def __init__(self, device: Device, options: Mapping[str, Any]) -> None:
         self._device = device
         self._ring = Ring(int(options.get("staging_mb", DEFAULT_STAGING_MB)) * 2**20, device.query)
+        self._size_was_asked_for = "staging_mb" in options
         self._limit: int | None = options.get("max_copies_per_batch")
         self._ctas = int(options.get("gather_ctas", DEFAULT_GATHER_CTAS))
         self._staging: Staging | None = None
@@ -111,15 +117,22 @@ class HybridBackend:
     def supports(self, geometry: PoolGeometry) -> str | None:
         if geometry.layout not in self.layouts:
             return f"hybrid does not know layout {geometry.layout}"
-        if ring_units(geometry, self._ring.nbytes) < 2:
-            unit, count = ("page", geometry.page_size) if geometry.paged else ("token", 1)
-            return (
-                f"two {unit}s of {geometry.bytes_per_token * count} bytes do not fit the staging ring of "
-                f"{self._ring.nbytes} bytes; raise staging_mb"
-            )
-        return None
+        return None if self._size_was_asked_for else self._too_small(geometry)
+
+    def _too_small(self, geometry: PoolGeometry) -> str | None:
+        """Why no write of this pool can go through the ring; None if it can."""
+        if ring_units(geometry, self._ring.nbytes) >= 2:
+            return None
+        unit, count = ("page", geometry.page_size) if geometry.paged else ("token", 1)
+        return (
+            f"two {unit}s of {geometry.bytes_per_token * count} bytes do not fit the staging ring of "
+            f"{self._ring.nbytes} bytes; raise staging_mb"
+        )
 
     def prepare(self, geometry: PoolGeometry) -> None:
+        problem = self._too_small(geometry)
+        if problem is not None:
+            raise OptionsError(f"hybrid can never write pool {geometry.label}: {problem}")
         self._device.prepare_gather(geometry)
         if self._staging is None:
             self._staging = self._device.allocate_staging(self._ring.nbytes)
@@ -142,11 +155,11 @@ class HybridBackend:
         if tokens:
             self._waiting.append(write)
             try:
-                gathered = self._enqueue(wait=not transfer.forwards_wait)
+                gathered = self._enqueue(write, wait=not transfer.forwards_wait)
                 copies = plan.copies()  # looks at every host slot, if no drain has
             except BaseException:
                 # SGLang sees the error and frees the slots: nothing may be written to them later.
-                self.abandon_write(write)
+                self.abandon(write)
                 raise
         return Submission(
             copies=copies,
@@ -156,32 +169,22 @@ class HybridBackend:
             pending=None if write.enqueued() else write,
         )
 
-    def can_advance(self) -> bool:
-        """Whether a chunk is waiting and there is memory for it."""
-        planned = self._waiting[0].next() if self._waiting else None
+    def can_advance(self, write: _Write) -> bool:
+        """Whether ``write`` is the oldest that waits, and there is memory for its next chunk."""
+        if not self._waiting or self._waiting[0] is not write:
+            return False
+        planned = write.next()
         return planned is not None and self._ring.has_room(planned.room)
 
-    def advance(self, ready: tuple[Event, ...]) -> Event | None:
-        """Enqueue chunks whose memory has become free; they run after ``ready``, in a gap between forwards.
-
-        Returns:
-            The event after the last gather, if there was one: forwards that wait for gathers wait for it.
-        """
-        if not self.can_advance():
+    def advance(self, write: _Write, ready: tuple[Event, ...], *, wait: bool) -> Event | None:
+        """See :meth:`~.interface.Pending.advance`."""
+        if not wait and not self.can_advance(write):
             return None
         for event in ready:
             self._device.wait(self._gather_stream, event)
-        return self._enqueue(wait=False)
+        return self._enqueue(write, wait=wait)
 
-    def flush(self, until: _Write) -> Event | None:
-        """Enqueue all of ``until`` now, and what is before it, waiting on the GPU for memory.
-
-        Returns:
-            The event after the last gather, as :meth:`advance`.
-        """
-        return self._enqueue(wait=True, until=until)
-
-    def abandon_write(self, write: _Write) -> None:
+    def abandon(self, write: _Write) -> None:
         """Forget what of ``write`` is not enqueued, and let its stream wait for what is.
 
         Whoever gives its slots to others waits for that stream first.
@@ -192,28 +195,18 @@ class HybridBackend:
         for stream in (self._gather_stream, self._drain_stream):
             self._device.wait(write.stream, self._device.record(stream))
 
-    def abandon(self) -> None:
-        """Forget what is not enqueued: its rows and slots are about to be given to others.
-
-        What is enqueued goes on; the writes are complete when it is done.
-        """
-        while self._waiting:
-            write = self._waiting[0]
-            self.abandon_write(write)
-            write.finish()
-
-    def _enqueue(self, *, wait: bool, until: _Write | None = None) -> Event | None:
-        """Gathers and drains of waiting writes, oldest first, as far as memory allows."""
+    def _enqueue(self, until: _Write, *, wait: bool) -> Event | None:
+        """Gathers and drains of ``until`` and of writes before it, oldest first, as far as memory allows."""
         gathered: Event | None = None
-        while self._waiting:
+        while until in self._waiting:
             write = self._waiting[0]
             while (planned := write.next()) is not None:
                 try:
                     event = self._enqueue_chunk(write.transfer, planned, wait=wait)
                 except BaseException as error:
                     # The transfer fails as a whole: SGLang sees the error and acknowledges nothing.
+                    self.abandon(write)
                     write.error = error
-                    self.abandon_write(write)
                     raise
                 if event is None:
                     return gathered
@@ -222,8 +215,6 @@ class HybridBackend:
             self._device.wait(write.stream, self._device.record(self._drain_stream))
             self._waiting.popleft()
             write.finish()
-            if write is until:
-                break
         return gathered
 
     def _enqueue_chunk(self, transfer: Transfer, planned: PlannedChunk, *, wait: bool) -> Event | None:

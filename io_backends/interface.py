@@ -36,7 +36,8 @@ class Transfer:
             forward, so whoever must wait on the host for the indices waits for this one only.
         forwards_wait: whether forwards may wait for this transfer's SM work. Then that work must never wait
             for the link to the host.
-        upstream_copy: SGLang's own copy of the same rows, enqueued on the current stream.
+        upstream_copy: SGLang's own copy of the same rows, enqueued on the current stream; ``block_quota=``
+            limits the thread blocks of its JIT kernels.
     """
 
     geometry: PoolGeometry
@@ -45,7 +46,7 @@ class Transfer:
     ready: tuple[Event, ...]
     indices_ready: Event | None
     forwards_wait: bool
-    upstream_copy: Callable[[], None]
+    upstream_copy: Callable[..., None]
 
     @property
     def tokens(self) -> int:
@@ -54,28 +55,46 @@ class Transfer:
 
 
 class Pending(Protocol):
-    """The part of a transfer that is not enqueued yet."""
+    """The part of a transfer that is left for later gaps between forwards.
+
+    Parts of one backend go on in the order in which they were submitted.
+    """
 
     def enqueued(self) -> bool:
-        """Whether everything is enqueued by now.
+        """Whether everything is enqueued by now, or forgotten (:meth:`abandon`).
 
         Raises:
             RuntimeError: enqueueing failed half-way, and the transfer will never be whole.
         """
         ...
 
-    def flush(self) -> Event | None:
-        """Enqueue the rest at once. Returns the event after the last SM-side work enqueued by it, if any.
+    def can_advance(self) -> bool:
+        """Whether :meth:`advance` would enqueue something now without a wait. Asked at every poll."""
+        ...
+
+    def advance(self, ready: tuple[Event, ...], *, wait: bool = False) -> Event | None:
+        """Enqueue what can be enqueued now.
+
+        Args:
+            ready: as :attr:`Transfer.ready`, recorded for this call: forwards were launched since the transfer
+                was submitted, and SM work must not run beside them.
+            wait: enqueue all of it (and what is before it), and let it wait on the GPU for what it needs:
+                somebody waits for this transfer.
+
+        Returns:
+            The event after the last SM-side work enqueued by this call, if any.
 
         Raises:
             RuntimeError: as ``enqueued``.
+
+        After any error the stream given to ``submit`` waits for what was enqueued.
         """
         ...
 
     def abandon(self) -> None:
-        """Forget the rest: another part of the write failed, and its host slots will be given to others.
+        """Forget the rest: its host slots are about to be given to others. It counts as enqueued then.
 
-        The stream given to ``submit`` then waits for what was enqueued.
+        The stream given to ``submit`` waits for what was enqueued.
         """
         ...
 
@@ -94,7 +113,7 @@ class Submission:
         sm_done: event recorded after the last work that runs on the GPU's SMs, or None when there is none.
             Forwards that the decision lists wait for it, and for nothing later.
         keep: whatever must stay alive until the transfer is done.
-        pending: what is left to enqueue later, or None. Only a backend with ``advance`` may leave something.
+        pending: what is left to enqueue later, or None.
     """
 
     copies: int
@@ -102,6 +121,10 @@ class Submission:
     sm_done: Event | None = None
     keep: tuple[object, ...] = field(default=(), repr=False)
     pending: Pending | None = None
+
+
+class OptionsError(ValueError):
+    """Options of a backend that can never work; the message says which, and what would."""
 
 
 @runtime_checkable
@@ -120,7 +143,12 @@ class Backend(Protocol):
         ...
 
     def prepare(self, geometry: PoolGeometry) -> None:
-        """Allocate what transfers of this pool need (staging, tables). Called once, before serving."""
+        """Allocate what transfers of this pool need (staging, tables). Called once, before serving.
+
+        Raises:
+            OptionsError: with the options it was made with it can never serve this pool. The server does not
+                start.
+        """
         ...
 
     def submit(self, transfer: Transfer, stream: Stream) -> Submission:
@@ -134,24 +162,6 @@ class Backend(Protocol):
         After any error nothing is enqueued later, and what was enqueued is done when work recorded on
         ``stream`` after this call is.
         """
-        ...
-
-
-@runtime_checkable
-class Deferring(Protocol):
-    """What a backend has besides if it leaves parts of a transfer for later gaps between forwards."""
-
-    def can_advance(self) -> bool:
-        """Whether :meth:`advance` would enqueue something now. Asked at every poll."""
-        ...
-
-    def advance(self, ready: tuple[Event, ...]) -> Event | None:
-        """Enqueue what can be now, behind ``ready``. Called before each forward is launched and while the
-        scheduler polls. Returns the event after the last SM-side work it enqueued, if any."""
-        ...
-
-    def abandon(self) -> None:
-        """Forget what is not enqueued (the cache is being reset)."""
         ...
 
 

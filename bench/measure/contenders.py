@@ -89,7 +89,7 @@ class Task:
     decision: Decision
     forwards_wait: bool
     options: Mapping[str, Mapping[str, Any]]
-    upstream: Callable[[Task], Callable[[], None] | str]
+    upstream: Callable[[Task], Callable[..., None] | str]
 
     @property
     def facts(self) -> WriteFacts:
@@ -141,9 +141,6 @@ def _contender(name: str, task: Task) -> Contender:
 
 def _auto(task: Task) -> Contender:
     route = task.decision.routes[task.decision.route(task.facts)]
-    if "block_quota" in route.options:
-        reason = "its route limits SGLang's kernels for the whole process (block_quota), other contenders too"
-        return Contender(AUTO, reason=reason, backend=route.backend)
     return replace(ours(route.backend, task, route.options), name=AUTO)
 
 
@@ -174,7 +171,7 @@ def ours(name: str, task: Task, options: Mapping[str, Any]) -> Contender:
             return Submitted(done.copies)
 
         def more() -> bool:
-            event = backend.advance((ready,))
+            event = done.pending.advance((device.record(device.current_stream()),))
             if event is not None:
                 fence(event)
             return bool(done.pending.enqueued())
@@ -184,7 +181,7 @@ def ours(name: str, task: Task, options: Mapping[str, Any]) -> Contender:
     return Contender(name, submit, backend=name, sm_work=name != "copy_engine", ours=True)
 
 
-def _no_upstream() -> None:
+def _no_upstream(**_: Any) -> None:
     raise AssertionError("only a backend with upstream_indices calls SGLang's own copy")
 
 

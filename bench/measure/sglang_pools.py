@@ -141,7 +141,7 @@ def _missing(task: Task) -> str | None:
     return why_not()
 
 
-def upstream(task: Task) -> Callable[[], None] | str:
+def upstream(task: Task) -> Callable[..., None] | str:
     """What ``fenced_kernel`` calls: SGLang's SM kernel for the layout, ``direct`` in page_first_direct."""
     reason = _missing(task)
     if reason is not None:
@@ -155,8 +155,8 @@ def upstream(task: Task) -> Callable[[], None] | str:
     by_host = functools.partial(kernels.host_order_pays, task.geometry, task.host)
     write = _write(task, pool, io_backend, by_host if io_backend == "kernel" else None)
 
-    def copy() -> None:
-        with kernels.without_staging(pool):
+    def copy(*, block_quota: int | None = None) -> None:
+        with kernels.without_staging(pool), kernels.limited_to(block_quota):
             write()
 
     return copy

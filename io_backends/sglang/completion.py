@@ -67,14 +67,20 @@ def _deferred_type(native: Any) -> Any:
                 super().record(self._stream)
 
         def _flush(self) -> None:
+            self._raise_if_failed()
             if self._left:
                 self._flush_all()
 
+        def _raise_if_failed(self) -> None:
+            """A write that failed half-way must never read as done, whatever became of its other parts."""
+            for part in self._pending:
+                part.enqueued()
+
         def query(self) -> bool:
+            self._raise_if_failed()
             if self._left:
                 self._advance()
-                for part in self._pending:
-                    part.enqueued()  # raises if the write failed half-way: it must never read as done
+                self._raise_if_failed()
             return not self._left and bool(super().query())
 
         def synchronize(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -161,17 +161,40 @@ def build_limited(host_pool: Any, quota: int) -> bool:
     return bool(can_use_hicache_jit_kernel(**{name: shape[name] for name in shape if name in known}))
 
 
-def limit_blocks(quota: int) -> None:
-    """Let SGLang's JIT write-back kernels of this process take at most ``quota`` thread blocks.
+_quota: int | None = None
+
+
+@contextlib.contextmanager
+def limited_to(quota: int | None) -> Iterator[None]:
+    """Inside, SGLang's JIT write-back kernels take at most ``quota`` thread blocks; None: SGLang's number.
 
     The AOT kernels of sglang-kernel have no such parameter in their pools' calls and keep their grid.
     """
+    global _quota
+    if quota is not None:
+        _let_kernels_be_limited()
+    before, _quota = _quota, quota
+    try:
+        yield
+    finally:
+        _quota = before
+
+
+@functools.cache
+def _let_kernels_be_limited() -> None:
+    """Once: SGLang's modules call the kernels with the quota that is in force."""
     from sglang.srt.mem_cache.pool_host import mha, mla
 
     for module in (mha, mla):
         for name in _ALL_LAYER_KERNELS:
             kernel = getattr(module, name, None)
             if kernel is not None:
-                # Not a second layer when called again.
-                original = getattr(kernel, "func", kernel)
-                setattr(module, name, functools.partial(original, block_quota=quota))
+                setattr(module, name, _limited(kernel))
+
+
+def _limited(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(kernel)
+    def call(*args: Any, **named: Any) -> Any:
+        return kernel(*args, **named) if _quota is None else kernel(*args, **named, block_quota=_quota)
+
+    return call

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_hicache.io_backends.device.base import Device
@@ -26,12 +26,18 @@ class KnownPool:
     Attributes:
         fingerprint: of its memory when it was looked at.
         geometry: the pool, or None where all of its writes take SGLang's own path.
-        reasons: why that is so under ``""``, or else why single backends do not serve it, by their names.
+        reasons: why that is so, or why single backends do not serve it.
+        unserved: the last, by the instance: two of one name may differ in their options.
     """
 
     fingerprint: tuple[int, ...]
     geometry: PoolGeometry | None
-    reasons: Mapping[str, str]
+    reasons: tuple[str, ...]
+    unserved: Mapping[int, str] = field(default_factory=dict)
+
+    def reason(self, backend: Backend) -> str | None:
+        """Why ``backend`` does not serve it; None if it does."""
+        return self.unserved.get(id(backend))
 
 
 class KnownPools:
@@ -47,36 +53,48 @@ class KnownPools:
         fingerprint = _fingerprint(host_pool)
         if known is not None and known.fingerprint == fingerprint:
             return known
-        reasons: dict[str, str] = {}
         try:
-            geometry: PoolGeometry | None = describe(host_pool)
+            geometry = describe(host_pool)
         except UnsupportedPoolError as error:
-            geometry, reasons = None, {"": str(error)}
-        if geometry is not None:
-            found = {backend.name: backend.supports(geometry) for backend in self._backends}
-            reasons = {name: reason for name, reason in found.items() if reason is not None}
-            if len(reasons) == len(found):
-                geometry = None
-        label = label_of(host_pool)
-        for name, reason in reasons.items():
-            which = f"pool {label}" if geometry is None else f"what {name} was chosen for in pool {label}"
-            logger.warning("sglang-hicache-io: %s goes through SGLang's own path, fenced: %s", which, reason)
-        if geometry is not None:
-            self._prepare(host_pool, geometry, reasons)
-        pool = KnownPool(fingerprint, geometry, reasons)
+            pool = KnownPool(fingerprint, None, (str(error),))
+        else:
+            pool = self._served(host_pool, geometry, fingerprint)
         self._pools[id(host_pool)] = pool
+        if pool.geometry is None:
+            for reason in pool.reasons:
+                self._say(f"pool {label_of(host_pool)}", reason)
         return pool
 
-    def _prepare(self, host_pool: Any, geometry: PoolGeometry, unsupported: Iterable[str]) -> None:
+    def _served(self, host_pool: Any, geometry: PoolGeometry, fingerprint: tuple[int, ...]) -> KnownPool:
+        """A pool that is described: asks and prepares the backends."""
+        unserved: dict[int, str] = {}
+        for backend in self._backends:
+            reason = backend.supports(geometry)
+            if reason is not None:
+                unserved[id(backend)] = reason
+        reasons = tuple(dict.fromkeys(unserved.values()))
+        if len(unserved) == len(self._backends):
+            return KnownPool(fingerprint, None, reasons)
+        for backend in self._backends:
+            if id(backend) in unserved:
+                what = f"what {backend.name} was chosen for in pool {label_of(host_pool)}"
+                self._say(what, unserved[id(backend)])
+        self._prepare(host_pool, geometry, [each for each in self._backends if id(each) not in unserved])
+        return KnownPool(fingerprint, geometry, reasons, unserved)
+
+    @staticmethod
+    def _say(what: str, reason: str) -> None:
+        logger.warning("sglang-hicache-io: %s goes through SGLang's own path, fenced: %s", what, reason)
+
+    def _prepare(self, host_pool: Any, geometry: PoolGeometry, backends: Sequence[Backend]) -> None:
         registered = [
             extent for buffer in host_buffers(host_pool) for extent in getattr(buffer, _REGISTERED_RANGES, ())
         ]
         self._device.prepare_copies(geometry, registered)
-        for backend in self._backends:
-            if backend.name not in unsupported:
-                backend.prepare(geometry)
-                if getattr(backend, "upstream_indices", False):
-                    kernels.prepare_order(host_pool)
+        for backend in backends:
+            backend.prepare(geometry)
+            if getattr(backend, "upstream_indices", False):
+                kernels.prepare_order(host_pool)
 
     def serves(self, host_pool: Any) -> bool:
         """Whether some backend copies this pool."""
@@ -87,11 +105,11 @@ class KnownPools:
         if len({self.serves(pool) for pool in pools}) > 1:
             for pool in pools:
                 reason = "it shares its indices with a pool that takes SGLang's own path"
-                self._pools[id(pool)] = KnownPool(_fingerprint(pool), None, {"": reason})
+                self._pools[id(pool)] = KnownPool(_fingerprint(pool), None, (reason,))
 
     def fallbacks(self) -> list[str]:
         """Why pools seen so far take SGLang's own path, always or where a certain backend was chosen."""
-        return [reason for pool in self._pools.values() for reason in pool.reasons.values()]
+        return [reason for pool in self._pools.values() for reason in pool.reasons]
 
 
 def label_of(host_pool: Any) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from sglang_hicache.io_backends.device import open_device
-from sglang_hicache.io_backends.device.base import Device, Stream
+from sglang_hicache.io_backends.device.base import Device
 from sglang_hicache.io_backends.registry import get_backend
 from sglang_hicache.io_backends.sglang import cpu_engine, kernels, ranks, unsafe, versions
 from sglang_hicache.io_backends.sglang.carried import ATTRIBUTE
 from sglang_hicache.io_backends.sglang.errors import RefusedError, exit_with
+from sglang_hicache.io_backends.sglang.fences import Fences, forwards_of
 from sglang_hicache.io_backends.sglang.metrics import metrics_of
 from sglang_hicache.io_backends.sglang.options import is_ours
 from sglang_hicache.io_backends.sglang.routes import routes_of
@@ -38,22 +38,9 @@ class Active:
         """Before a forward is launched: wait for SM-side D2H work if the decision says so."""
         # The gap before this forward is where gathers of a long write may run.
         self.writeback.advance()
-        events = self.writeback.take_sm_done(forwards_of(batch.forward_mode, speculative=self.speculative))
-        if not events:
-            return
-        self.writeback.counters.forward_fences += 1
-        streams, metrics = self._launch_streams(), self.writeback.metrics
-        with nullcontext() if metrics is None else metrics.fence(self.device, streams[-1]):
-            for event in events:
-                for stream in streams:
-                    self.device.wait(stream, event)
-
-    def _launch_streams(self) -> tuple[Stream, ...]:
-        if self.scheduler.enable_overlap:
-            return (self.scheduler.forward_stream,)
-        # Without overlap SGLang launches on the stream that is current (0.5.18 to 0.5.23), which with
-        # pipeline parallelism is the forward stream.
-        return (self.device.current_stream(), self.scheduler.forward_stream)
+        forwards = forwards_of(batch.forward_mode, speculative=self.speculative)
+        waits = self.writeback.fences.before_forward(forwards, self.writeback.metrics)
+        self.writeback.counters.forward_fences += bool(waits)
 
     def summary(self) -> dict[str, Any]:
         """The decision in short, and the counters, for ``/server_info``."""
@@ -77,19 +64,6 @@ _active: Active | None = None
 def active() -> Active | None:
     """What runs in this process; None where none of this project's backends was asked for."""
     return _active
-
-
-def forwards_of(mode: Any, *, speculative: bool) -> frozenset[str]:
-    """Which of the policy's forwards, ``extend`` and ``decode``, a batch of this ``ForwardMode`` launches.
-
-    As in SGLang's ``HybridAttnBackend``: decode and idle batches use the decode backend, everything else
-    the prefill backend. A speculative step launches drafts, verification and draft extension, so both.
-    """
-    if mode.is_prebuilt():
-        return frozenset()
-    if speculative:
-        return frozenset({"extend", "decode"})
-    return frozenset({"decode"} if mode.is_decode_or_idle() else {"extend"})
 
 
 def register_scheduler_hook() -> None:
@@ -161,13 +135,10 @@ def _activate(scheduler: Any, decision: Decision, unsafe_fences: str | None) -> 
         raise RefusedError(problem)
     device = open_device(str(decision.facts["device"]["value"]))
     routes = routes_of(decision, lambda name, options: get_backend(name)(device, options))
-    writeback = unsafe.write_back_type(unsafe_fences)(device, routes, lambda: scheduler.forward_stream)
+    fences = Fences(device, scheduler, producer=unsafe.keeps_producer_fence(unsafe_fences))
+    writeback = WriteBack(device, routes, fences)
     if device.name == "cpu":
         cpu_engine.install()
-    else:
-        for route in decision.routes:
-            if "block_quota" in route.options:
-                kernels.limit_blocks(int(route.options["block_quota"]))
     _apply(
         {
             versions.SCHEDULER + ".run_batch": ("BEFORE", _before_run_batch),

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sglang_hicache.io_backends.device.base import Event
 from sglang_hicache.io_backends.sglang.errors import RefusedError
-from sglang_hicache.io_backends.sglang.writeback import WriteBack
 from sglang_hicache.policy.decide import Decision
 
 logger = logging.getLogger(__name__)
@@ -120,29 +118,14 @@ def carried(data: Mapping[str, Any]) -> str | None:
     return data.get(_KEY)
 
 
-def write_back_type(fences: str | None) -> type[WriteBack]:
-    """What routes the writes: `WriteBack` itself unless the producer fence is to be left out."""
-    return _WithoutProducerFence if fences == "none" else WriteBack
-
-
-class _WithoutProducerFence(WriteBack):
-    """Writes that wait for no forward on a stream of its own."""
-
-    def _ready(self) -> tuple[Event, Event]:
-        # The scheduler's stream makes the indices, and SGLang has always waited for it.
-        event = self._device.record(self._device.current_stream())
-        return event, event
-
-    def submit(self, original: Callable[..., Any], engine: Any, transfers: Any) -> Any:
-        completion = super().submit(original, engine, transfers)
-        # That wait is no fence.
-        self.counters.producer_fences = 0
-        return completion
+def keeps_producer_fence(fences: str | None) -> bool:
+    """Whether write-back still waits for forwards."""
+    return fences != "none"
 
 
 def leave_out_sglangs(controller: Any, fences: str | None) -> None:
     """Take SGLang 0.5.23's own producer fence away too: with it the experiment would show nothing."""
-    if fences == "none" and hasattr(controller, "write_fence_stream"):
+    if not keeps_producer_fence(fences) and hasattr(controller, "write_fence_stream"):
         controller.write_fence_stream = None
 
 

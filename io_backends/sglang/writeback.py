@@ -1,4 +1,5 @@
-"""Every write to host memory passes here: producer fence, a route for each pool, forward fence.
+"""Every write to host memory passes here: each of its pools takes a route, between the fences of
+:mod:`~.fences`.
 
 SGLang's ``L2TransferEngine.submit_device_to_host`` keeps its own body (streams, events, error path); it is
 handed pools whose copy method comes back here. A pool that no backend of ours supports takes SGLang's own
@@ -16,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from sglang_hicache.io_backends.copy_engine import BREAK_EVEN_ENTRY_BYTES
-from sglang_hicache.io_backends.device.base import Device, Event, Stream
+from sglang_hicache.io_backends.device.base import Device, Event
 from sglang_hicache.io_backends.geometry import PoolGeometry
-from sglang_hicache.io_backends.interface import Backend, Deferring, Pending, Transfer
+from sglang_hicache.io_backends.interface import Backend, Pending, Submission, Transfer
 from sglang_hicache.io_backends.sglang import kernels
 from sglang_hicache.io_backends.sglang.completion import deferred
+from sglang_hicache.io_backends.sglang.fences import Fences
 from sglang_hicache.io_backends.sglang.indices import PlainIndices, translated
 from sglang_hicache.io_backends.sglang.known_pools import KnownPools, label_of
 from sglang_hicache.io_backends.sglang.metrics import Metrics
@@ -56,36 +58,65 @@ class Counters:
         self.by_backend[name] = self.by_backend.get(name, 0) + 1
 
 
+@dataclass(slots=True, eq=False)
+class Write:
+    """One call of ``submit_device_to_host``.
+
+    Attributes:
+        engine: SGLang's ``L2TransferEngine``.
+        ready: events that its reads of device rows wait for.
+        keep: what must stay alive until it is done.
+        pending: what backends left of it for later gaps between forwards.
+    """
+
+    engine: Any
+    ready: tuple[Event, ...]
+    keep: list[object] = field(default_factory=list)
+    pending: list[tuple[Backend, Pending]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolWrite:
+    """One pool's part of a write.
+
+    Attributes:
+        write: which.
+        pool: the host pool.
+        route: the way it takes; None: SGLang's own path.
+        by_host: whether SGLang's kernel gets it by ascending host slot.
+    """
+
+    write: Write
+    pool: Any
+    route: Route | None
+    by_host: bool
+
+
 class WriteBack:
     """The D2H side of one scheduler.
 
     Args:
         device: the seam.
         routes: the decision's; the last one holds for every write.
-        forward_stream: gives the stream that forwards run on, once the scheduler has it.
+        fences: between these writes and the scheduler's forwards.
     """
 
-    def __init__(self, device: Device, routes: Sequence[Route], forward_stream: Callable[[], Stream]) -> None:
+    def __init__(self, device: Device, routes: Sequence[Route], fences: Fences) -> None:
         self._device = device
         self._routes = tuple(routes)
         self._backends = distinct(routes)
         if len({(id(route.backend), route.forwards) for route in routes}) > len(self._backends):
             raise ValueError("one backend instance serves routes with different fences")
-        self._forward_stream = forward_stream
+        self.fences = fences
         # Forwards that wait for SM work which no single route answers for: of SGLang's own path, and of what
         # a backend left for later.
         self._forwards = frozenset[str]().union(*(route.forwards for route in routes))
-        self._pending: list[tuple[Backend, Pending]] = []
-        self._earlier = 0
-        """How many of them are of writes before the present one."""
+        self._deferred: list[Write] = []
+        """Writes of which something is pending, oldest first."""
         self.pools = KnownPools(device, self._backends)
         self._indices = PlainIndices(self.pools.serves)
         self.move_write_operation = self._indices.move_write_operation
         self._in_flight: deque[tuple[Any, Sequence[str], tuple[object, ...]]] = deque()
-        # The last event of each backend (of SGLang's own path: None), set of forwards that wait, and transfer
-        # stream (None: the backend's own). They may be on streams of their own: none of them covers another.
-        # With the engine whose stream it is, which holds it: another one could get its id.
-        self._sm_done: dict[tuple[Backend | None, frozenset[str], int | None], tuple[Event, Any]] = {}
         self.counters = Counters()
         self.metrics: Metrics | None = None
 
@@ -94,81 +125,114 @@ class WriteBack:
         device = self._device
         chosen = [self._choose(transfer, engine.io_backend) for transfer in transfers]
         # After that: moving indices is work on the current stream.
-        ready = self._ready()
-        for event in ready:
+        write = Write(engine, self.fences.ready())
+        for event in write.ready:
             device.wait(engine.device_to_host_stream, event)
-        self.counters.producer_fences += 1
+        self.counters.producer_fences += self.fences.producer
         self.counters.writes += 1
-        kept: list[object] = []
-        self._forget_enqueued()
-        earlier = self._earlier = len(self._pending)
         # Kernels on the transfer stream first: behind another pool's drain, a forward that waits for them
         # would wait for the link.
         chosen.sort(key=lambda choice: choice[1] is not None and not choice[1].upstream_indices)
-        completion = original(
-            engine,
-            [
-                transfer._replace(
-                    host_pool=_RoutedPool(self, transfer.host_pool, route, by_host, engine, ready, kept)
-                )
-                for transfer, route, by_host in chosen
-            ],
-        )
-        pending = self._pending[earlier:]
-        if pending:
+        try:
+            completion = original(
+                engine,
+                [
+                    transfer._replace(
+                        host_pool=_RoutedPool(self, PoolWrite(write, transfer.host_pool, route, by_host))
+                    )
+                    for transfer, route, by_host in chosen
+                ],
+            )
+        except BaseException:
+            if write.pending:  # not a pool's copy failed, but what SGLang does besides
+                self.give_up(write)
+            raise
+        if write.pending:
+            self._forget_enqueued()
+            self._deferred.append(write)
             completion = completion._replace(
                 finish_event=deferred(
                     completion.finish_event,
                     completion.timing_enabled,
                     engine.device_to_host_stream,
-                    [part for _, part in pending],
+                    [part for _, part in write.pending],
                     self.advance,
-                    functools.partial(self._flush, pending),
+                    functools.partial(self._flush, write),
                 )
             )
         by = [UPSTREAM if route is None else route.backend.name for _, route, _ in chosen]
-        self._keep(completion, by, tuple(kept))
+        self._keep(completion, by, tuple(write.keep))
         return completion
 
     def advance(self) -> None:
         """Enqueue what earlier writes left for a gap between forwards, if there is anything."""
-        if not self._pending:
+        if not self._deferred:
             return
-        for backend in self._backends:
-            # Nothing is recorded or waited for at a poll that finds no memory free.
-            if isinstance(backend, Deferring) and backend.can_advance():
-                self._sm_work(backend, self._forwards, backend.advance(self._ready()))
+        ready: tuple[Event, ...] = ()
+        blocked: list[Backend] = []
+        for write in self._deferred:
+            for backend, part in write.pending:
+                if backend in blocked:
+                    continue
+                # Nothing is recorded or waited for at a poll that finds no memory free.
+                if part.can_advance():
+                    ready = ready or self.fences.ready()
+                    self._advance(write, backend, part, ready)
+                if not part.enqueued():
+                    blocked.append(backend)
+            if len(blocked) == len(self._backends):
+                break
         self._forget_enqueued()
 
-    def _flush(self, pending: Sequence[tuple[Backend, Pending]]) -> None:
-        """Enqueue the rest of these at once: somebody waits for them. Forwards wait for their SM work too."""
-        for backend, part in pending:
-            self._sm_work(backend, self._forwards, part.flush())
+    def _flush(self, write: Write) -> None:
+        """Enqueue the rest of this one at once: somebody waits for it. Forwards wait for its SM work too."""
+        ready = self.fences.ready()
+        for backend, part in write.pending:
+            self._advance(write, backend, part, ready, wait=True)
+
+    def _advance(
+        self,
+        write: Write,
+        backend: Backend,
+        part: Pending,
+        ready: tuple[Event, ...],
+        *,
+        wait: bool = False,
+    ) -> None:
+        try:
+            done = part.advance(ready, wait=wait)
+        except BaseException:
+            self.give_up(write)
+            raise
+        self.fences.sm_work(backend, self._forwards, done)
+
+    def give_up(self, write: Write) -> None:
+        """A part of this write failed: forget what is pending of all of it.
+
+        SGLang gives the slots of all its pools to others once the transfer stream is through. A write before
+        it that failed instead, where a backend went on with that first, goes the same way.
+        """
+        for each in dict.fromkeys((*self._deferred, write)):
+            if each is write or _failed(each):
+                for _, part in each.pending:
+                    part.abandon()
+                each.pending.clear()
+                # Its SM work is among what that stream waits for by now.
+                stream = each.engine.device_to_host_stream
+                self.fences.sm_work(None, self._forwards, self._device.record(stream), each.engine)
+        self._forget_enqueued()
 
     def _forget_enqueued(self) -> None:
-        self._pending = [each for each in self._pending if not each[1].enqueued()]
-
-    def _sm_work(
-        self, backend: Backend | None, forwards: frozenset[str], done: Event | None, engine: Any = None
-    ) -> None:
-        if done is not None and forwards:
-            self._sm_done[backend, forwards, None if engine is None else id(engine)] = done, engine
+        self._deferred = [
+            write for write in self._deferred if not all(part.enqueued() for _, part in write.pending)
+        ]
 
     def abandon(self) -> None:
         """The cache is being reset: nobody will ask for what is not enqueued."""
-        for backend in self._backends:
-            if isinstance(backend, Deferring):
-                backend.abandon()
-        self._pending.clear()
-
-    def _ready(self) -> tuple[Event, Event]:
-        """Events that a read of device rows must wait for: the producer fence.
-
-        Under overlap forwards run on the forward stream; without it they run on the stream that is current
-        here, as does the work that made the indices.
-        """
-        device = self._device
-        return device.record(self._forward_stream()), device.record(device.current_stream())
+        for write in self._deferred:
+            for _, part in write.pending:
+                part.abandon()
+        self._deferred.clear()
 
     def _choose(self, transfer: Any, io_backend: str) -> tuple[Any, Route | None, bool]:
         """The way a pool's rows take, with the indices where that wants them, and whether by host slot.
@@ -184,7 +248,7 @@ class WriteBack:
         if served.geometry is not None and plain:
             route = self._route(served.geometry, transfer.host_indices)
             # Without a move of ours SGLang has left them for its own copy, which may be the staged one.
-            if route.backend.name in served.reasons or (route.upstream_indices and move is None):
+            if served.reason(route.backend) is not None or (route.upstream_indices and move is None):
                 route = None
             elif route.upstream_indices and io_backend == "kernel":
                 # Asked while they are on the host. SGLang's direct copies have an order of their own.
@@ -200,83 +264,69 @@ class WriteBack:
         facts = write_facts(geometry, host_indices)
         return next(route for route in self._routes if route.holds(facts))
 
-    def take_sm_done(self, forwards: frozenset[str]) -> tuple[Event, ...]:
-        """Events after all SM-side D2H work that one of ``forwards`` must wait for and none has yet.
-
-        Forgotten then: what is launched later is behind them too.
-        """
-        taken = [key for key in self._sm_done if key[1] & forwards]
-        return tuple(self._sm_done.pop(key)[0] for key in taken)
-
     def copy(
-        self,
-        host_pool: Any,
-        upstream: Callable[..., None],
-        route: Route | None,
-        by_host: bool,
-        engine: Any,
-        ready: tuple[Event, ...],
-        kept: list[object],
-        device_pool: Any,
-        host_indices: Any,
-        device_indices: Any,
+        self, part: PoolWrite, upstream: Callable[..., None], device_pool: Any, host: Any, device: Any
     ) -> None:
-        """Copy one pool's rows; the transfer stream is current."""
+        """Copy one pool's rows; the transfer stream is current.
+
+        Args:
+            part: what is written.
+            upstream: SGLang's own copy of the pool.
+            device_pool, host, device: device pool, host and device indices, as SGLang gives them to it.
+        """
+        write, route = part.write, part.route
+        engine = write.engine
         stream = engine.device_to_host_stream
-        known = self.pools[host_pool]
+        known = self.pools[part.pool]
         geometry = known.geometry
         if geometry is None or route is None:
-            upstream(device_pool, host_indices, device_indices, engine.io_backend)
-            self._sm_work(None, self._forwards, self._device.record(stream), engine)
-            self.counters.fallback_writes += 1
-            self.counters.served_by(UPSTREAM)
-            self.counters.bytes += len(host_indices) * int(host_pool.size_per_token)
-            if self.metrics is not None:
-                reason = next(iter(known.reasons.values()), "SGLang translates or shards its indices")
-                self.metrics.fell_back(label_of(host_pool), reason)
+            upstream(device_pool, host, device, engine.io_backend)
+            self.fences.sm_work(None, self._forwards, self._device.record(stream), engine)
+            self._count_fallback(part, len(host))
             return
 
-        def upstream_copy() -> None:
+        def upstream_copy(*, block_quota: int | None = None) -> None:
             # Here, and not where indices are moved: sorting is SM work, and between this copy's fences.
-            pairs = host_indices, device_indices
-            if by_host:
-                pairs = kernels.in_host_order(*pairs)
-            with kernels.without_staging(host_pool):
+            pairs = kernels.in_host_order(host, device) if part.by_host else (host, device)
+            with kernels.without_staging(part.pool), kernels.limited_to(block_quota):
                 upstream(device_pool, *pairs, engine.io_backend)
 
         transfer = Transfer(
             geometry=geometry,
-            host_slots=_NO_SLOTS if route.upstream_indices else np.asarray(host_indices, dtype=np.int64),
-            device_slots=device_indices,
-            ready=ready,
-            indices_ready=ready[-1],
+            host_slots=_NO_SLOTS if route.upstream_indices else np.asarray(host, dtype=np.int64),
+            device_slots=device,
+            ready=write.ready,
+            indices_ready=write.ready[-1],
             forwards_wait=bool(route.forwards),
             upstream_copy=upstream_copy,
         )
         submission = route.backend.submit(transfer, stream)
-        self._sm_work(route.backend, route.forwards, submission.sm_done, engine)
+        self.fences.sm_work(route.backend, route.forwards, submission.sm_done, engine)
         if submission.pending is not None:
-            self._pending.append((route.backend, submission.pending))
-        kept.extend(submission.keep)
+            write.pending.append((route.backend, submission.pending))
+        write.keep.extend(submission.keep)
+        self._count(route.backend, geometry, submission, by_host=part.by_host)
+
+    def _count(
+        self, backend: Backend, geometry: PoolGeometry, submission: Submission, *, by_host: bool
+    ) -> None:
+        short = submission.nbytes < submission.copies * BREAK_EVEN_ENTRY_BYTES
         self.counters.copies += submission.copies
         self.counters.bytes += submission.nbytes
-        self.counters.served_by(route.backend.name)
-        short = submission.nbytes < submission.copies * BREAK_EVEN_ENTRY_BYTES
+        self.counters.served_by(backend.name)
         self.counters.short_entry_writes += short
         self.counters.ordered_writes += by_host
         if self.metrics is not None:
-            self.metrics.wrote(route.backend, geometry.label, submission, short=short)
+            self.metrics.wrote(backend, geometry.label, submission, short=short)
 
-    def failed(self, engine: Any) -> None:
-        """A pool of the present write was not copied: forget what the others left for later.
-
-        SGLang waits for the transfer stream next, and gives the slots of all of them to others.
-        """
-        for _, part in self._pending[self._earlier :]:
-            part.abandon()
-        del self._pending[self._earlier :]
-        # Its SM work is among what that stream waits for by now.
-        self._sm_work(None, self._forwards, self._device.record(engine.device_to_host_stream), engine)
+    def _count_fallback(self, part: PoolWrite, tokens: int) -> None:
+        self.counters.fallback_writes += 1
+        self.counters.served_by(UPSTREAM)
+        self.counters.bytes += tokens * int(part.pool.size_per_token)
+        if self.metrics is not None:
+            reasons = self.pools[part.pool].reasons
+            reason = reasons[0] if reasons else "SGLang translates or shards its indices"
+            self.metrics.fell_back(label_of(part.pool), reason)
 
     def _keep(self, completion: Any, backends: Sequence[str], objects: tuple[object, ...]) -> None:
         while self._in_flight and self._in_flight[0][0].finish_event.query():
@@ -292,49 +342,33 @@ class WriteBack:
         return {"counters": counters, "written_by": written_by, "fallbacks": self.pools.fallbacks()}
 
 
+def _failed(write: Write) -> bool:
+    """Whether a part of it failed half-way."""
+    try:
+        for _, part in write.pending:
+            part.enqueued()
+    except RuntimeError:
+        return True
+    return False
+
+
 class _RoutedPool:
     """A host pool, except that its copy to the host asks the router."""
 
-    def __init__(
-        self,
-        router: WriteBack,
-        pool: Any,
-        route: Route | None,
-        by_host: bool,
-        engine: Any,
-        ready: tuple[Event, ...],
-        kept: list[object],
-    ) -> None:
+    def __init__(self, router: WriteBack, part: PoolWrite) -> None:
         self._router = router
-        self._pool = pool
-        self._route = route
-        self._by_host = by_host
-        self._engine = engine
-        self._ready = ready
-        self._kept = kept
+        self._part = part
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._pool, name)
+        return getattr(self._part.pool, name)
 
-    def _copy(
-        self, method: str, device_pool: Any, host_indices: Any, device_indices: Any, io_backend: str
-    ) -> None:
-        upstream = getattr(self._pool, method)
+    def _copy(self, method: str, device_pool: Any, host: Any, device: Any, io_backend: str) -> None:
+        upstream = getattr(self._part.pool, method)
         try:
-            self._router.copy(
-                self._pool,
-                upstream,
-                self._route,
-                self._by_host,
-                self._engine,
-                self._ready,
-                self._kept,
-                device_pool,
-                host_indices,
-                device_indices,
-            )
+            self._router.copy(self._part, upstream, device_pool, host, device)
         except BaseException:
-            self._router.failed(self._engine)
+            # Before SGLang waits for the transfer stream.
+            self._router.give_up(self._part.write)
             raise
 
     def backup_from_device_all_layer(self, *args: Any) -> None:

@@ -15,6 +15,7 @@ from strategies import pools, writes
 from sglang_hicache.io_backends import Backend, Transfer, get_backend
 from sglang_hicache.io_backends.chunks import STAGING_ALIGNMENT
 from sglang_hicache.io_backends.device.cpu import CpuDevice
+from sglang_hicache.io_backends.interface import OptionsError
 from sglang_hicache.io_backends.registry import OWN_NAMES
 from sglang_hicache.io_backends.staging import Ring
 
@@ -155,6 +156,8 @@ def test_fenced_kernel_calls_sglangs_kernel_and_records_its_end_after_it() -> No
 
 
 FORWARD, SCHEDULE = NamedEvent("forward", -1), NamedEvent("schedule", -2)
+LATER = NamedEvent("forward", -3)
+"""Recorded when another forward has been launched."""
 GATHER, DRAIN = "background1", "background2"
 
 
@@ -288,27 +291,27 @@ class TestWriteLargerThanTheRing:
         done = hybrid.submit(64, wait=True)
         finished: list[int] = []
         done.pending.then(lambda: finished.append(hybrid.gathers()))
-        later = NamedEvent("forward", -3)
-        assert not hybrid.backend.can_advance()  # type: ignore[attr-defined]
-        assert hybrid.backend.advance((later,)) is None  # type: ignore[attr-defined]
+        later = LATER
+        assert not done.pending.can_advance()
+        assert done.pending.advance((later,)) is None
         assert hybrid.gathers() == 2
         # A poll that finds no memory leaves nothing on the streams: there may be thousands of them.
         assert ("wait", GATHER, later) not in hybrid.device.log
         hybrid.drain_all()
-        assert hybrid.backend.can_advance()  # type: ignore[attr-defined]
-        gathered = hybrid.backend.advance((later,))  # type: ignore[attr-defined]
+        assert done.pending.can_advance()
+        gathered = done.pending.advance((later,))
         assert hybrid.gathers() == 4
         assert gathered.stream == GATHER
         assert ("wait", GATHER, later) in hybrid.device.log
         assert finished == []
         hybrid.drain_all()
-        hybrid.backend.advance((later,))  # type: ignore[attr-defined]
+        done.pending.advance((later,))
         assert hybrid.gathers() == 5
         assert finished == [5]
         assert done.pending.enqueued()
         assert hybrid.device.log[-1][:2] == ("wait", "d2h")
-        assert not hybrid.backend.can_advance()  # type: ignore[attr-defined]
-        assert hybrid.backend.advance((later,)) is None  # type: ignore[attr-defined]
+        assert not done.pending.can_advance()
+        assert done.pending.advance((later,)) is None
         hybrid.assert_copied()
 
     def test_host_slots_are_the_callers_again_after_the_submission(self) -> None:
@@ -322,7 +325,7 @@ class TestWriteLargerThanTheRing:
             done = hybrid.backend.submit(transfer, "d2h")
             host[:] = 0
         assert hybrid.gathers() == 2, "the second write found the ring full"
-        done.pending.flush()
+        done.pending.advance((LATER,), wait=True)
         hybrid.assert_copied()
 
     def test_a_host_index_out_of_range_is_refused_at_once_also_when_the_ring_is_full(self) -> None:
@@ -331,9 +334,9 @@ class TestWriteLargerThanTheRing:
         transfer = transfer_of(hybrid.pool, np.array([3, 64]), np.arange(2), (FORWARD,), wait=True)
         with pytest.raises(ValueError, match=r"host index 64 .* outside 0\.\.63"):
             hybrid.backend.submit(transfer, "d2h")
-        first.pending.flush()
+        first.pending.advance((LATER,), wait=True)
         hybrid.assert_copied()
-        assert not hybrid.backend.can_advance()  # type: ignore[attr-defined]
+        assert first.pending.enqueued()
 
     def test_a_refused_write_gives_its_staging_back(self) -> None:
         hybrid = Hybrid()
@@ -345,13 +348,16 @@ class TestWriteLargerThanTheRing:
         assert hybrid.submit(31, wait=True).pending is None
         hybrid.assert_copied()
 
-    def test_flush_enqueues_the_rest_at_once(self) -> None:
+    def test_whoever_waits_has_the_rest_enqueued_at_once_behind_the_forward_of_now(self) -> None:
         hybrid = Hybrid()
         done = hybrid.submit(64, wait=True)
-        done.pending.flush()
+        before = len(hybrid.device.log)
+        done.pending.advance((LATER,), wait=True)
         assert done.pending.enqueued()
         assert hybrid.gathers() == 5
         hybrid.assert_copied()
+        later = [entry for entry in hybrid.device.log[before:] if entry[1] == GATHER]
+        assert later[0] == ("wait", GATHER, LATER)
 
     def test_a_second_write_queues_behind_the_first(self) -> None:
         hybrid = Hybrid()
@@ -359,19 +365,19 @@ class TestWriteLargerThanTheRing:
         second = hybrid.submit(7, wait=True)
         assert second.sm_done is None
         assert second.pending is not None
-        second.pending.flush()
+        second.pending.advance((LATER,), wait=True)
         assert first.pending.enqueued()
         assert hybrid.gathers() == 6
 
-    def test_flush_stops_behind_the_write_that_somebody_waits_for_and_gives_its_gather(self) -> None:
+    def test_it_stops_behind_the_write_that_somebody_waits_for_and_gives_its_gather(self) -> None:
         hybrid = Hybrid()
         first = hybrid.submit(64, wait=True)
         second = hybrid.submit(7, wait=True)
-        gathered = first.pending.flush()
+        gathered = first.pending.advance((LATER,), wait=True)
         assert first.pending.enqueued()
         assert not second.pending.enqueued()
         assert gathered.stream == GATHER
-        assert first.pending.flush() is None
+        assert first.pending.advance((LATER,), wait=True) is None
 
     def test_a_write_that_failed_half_way_never_reads_as_done(self, monkeypatch: pytest.MonkeyPatch) -> None:
         hybrid = Hybrid()
@@ -385,20 +391,29 @@ class TestWriteLargerThanTheRing:
             patch.setattr(hybrid.device, "copy", fail)
             with pytest.raises(RuntimeError, match="cuMemcpyBatchAsync"):
                 hybrid.submit(7, wait=True)
-        for ask in (first.pending.enqueued, first.pending.flush):
+        for ask in (
+            first.pending.enqueued,
+            lambda: first.pending.advance((LATER,)),
+            lambda: first.pending.advance((LATER,), wait=True),
+        ):
             with pytest.raises(RuntimeError, match="failed half-way"):
                 ask()
         # Nor is the write whose submission raised left to write into slots that were freed.
         hybrid.drain_all()
-        assert hybrid.backend.advance(()) is None  # type: ignore[attr-defined]
+        gathers = hybrid.gathers()
+        assert hybrid.submit(31, wait=True).pending is None
+        assert hybrid.gathers() == gathers + 2
 
     def test_abandon_leaves_nothing_behind(self) -> None:
         hybrid = Hybrid()
         done = hybrid.submit(64, wait=True)
-        hybrid.backend.abandon()  # type: ignore[attr-defined]
+        finished: list[bool] = []
+        done.pending.then(lambda: finished.append(done.pending.enqueued()))
+        done.pending.abandon()
+        assert finished == [True]
         hybrid.drain_all()
         assert done.pending.enqueued()
-        assert hybrid.backend.advance(()) is None  # type: ignore[attr-defined]
+        assert done.pending.advance((LATER,)) is None
         assert hybrid.gathers() == 2
         # And the ring is whole again: it takes a write of its size at once.
         assert hybrid.submit(31, wait=True).pending is None
@@ -428,7 +443,7 @@ class TestWriteLargerThanTheRing:
             waited = [e[2] for e in hybrid.device.on("d2h") if e[0] == "wait" and e[2].stream == stream]
             assert waited
             assert max(event.index for event in waited) > position
-        assert not hybrid.backend.can_advance()  # type: ignore[attr-defined]
+        assert not hybrid.backend._waiting  # type: ignore[attr-defined]
 
     def test_an_abandoned_write_is_waited_for_as_far_as_it_came(self) -> None:
         hybrid = Hybrid()
@@ -437,7 +452,7 @@ class TestWriteLargerThanTheRing:
         assert done.pending.enqueued()
         assert {entry[2].stream for entry in hybrid.device.on("d2h") if entry[0] == "wait"} == {GATHER, DRAIN}
         hybrid.drain_all()
-        assert not hybrid.backend.can_advance()  # type: ignore[attr-defined]
+        assert not done.pending.can_advance()
         assert hybrid.submit(31, wait=True).pending is None
 
     def test_the_next_write_is_gathered_while_the_last_half_of_one_drains(self) -> None:
@@ -445,11 +460,12 @@ class TestWriteLargerThanTheRing:
         hybrid = Hybrid()
         assert hybrid.submit(31, wait=True).pending is None
         first_half = next(entry[2] for entry in hybrid.device.on(DRAIN) if entry[0] == "record")
-        assert hybrid.submit(31, wait=True).pending is not None
+        pending = hybrid.submit(31, wait=True).pending
+        assert pending is not None
         assert hybrid.gathers() == 2
         assert hybrid.device.done is not None
         hybrid.device.done.add(first_half)
-        hybrid.backend.advance(())  # type: ignore[attr-defined]
+        pending.advance((LATER,))
         assert hybrid.gathers() == 3
 
     def test_after_a_failed_copy_the_ring_still_works(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,10 +492,18 @@ def test_page_head_is_refused_with_a_reason(name: str) -> None:
 
 
 def test_hybrid_says_when_a_page_does_not_fit_its_ring() -> None:
+    """By default such a pool is SGLang's to copy; a size that was asked for is refused at start."""
     pool = make_pool("page_first_direct", layers=4, page_size=64, row_bytes=(8192, 8192))
-    reason = make("hybrid", RecordingDevice(), staging_mb=1).supports(pool.geometry)
-    assert reason is not None
-    assert "raise staging_mb" in reason
+    row = 2**19
+    wide = tuple(replace(each, row_bytes=row, device_row_stride=row) for each in pool.geometry.components)
+    large = replace(pool.geometry, components=wide)
+    assert "raise staging_mb" in (make("hybrid", RecordingDevice()).supports(large) or "")
+    backend = make("hybrid", RecordingDevice(), staging_mb=1)
+    assert backend.supports(pool.geometry) is None
+    with pytest.raises(
+        OptionsError, match=r"pool kv: two pages of 4194304 bytes do not fit .* raise staging_mb"
+    ):
+        backend.prepare(pool.geometry)
 
 
 @settings(max_examples=300, deadline=None)

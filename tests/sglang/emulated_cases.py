@@ -17,6 +17,7 @@ from test_pools import CASES, Pools, host_buffers, random_slots
 
 from sglang_hicache.io_backends import get_backend
 from sglang_hicache.io_backends.device.cuda import CudaDevice
+from sglang_hicache.io_backends.sglang.fences import Fences
 from sglang_hicache.io_backends.sglang.routes import one_route
 from sglang_hicache.io_backends.sglang.runtime import Active
 from sglang_hicache.io_backends.sglang.writeback import WriteBack
@@ -120,19 +121,20 @@ class World:
         self.device = NamedDevice()
         self.forward = Stream()
         self.forward.name = "forward"
+        scheduler = SimpleNamespace(enable_overlap=True, forward_stream=self.forward)
         self.writeback = WriteBack(
             self.device,
             one_route(
                 get_backend(backend)(self.device, {"staging_mb": 1, **options}),
                 ("extend", "decode") if forwards_wait else (),
             ),
-            lambda: self.forward,
+            Fences(self.device, scheduler),
         )
         self.active = Active(
             SimpleNamespace(fence_forward=("extend", "decode") if forwards_wait else ()),  # type: ignore[arg-type]
             self.device,
             self.writeback,
-            SimpleNamespace(enable_overlap=True, forward_stream=self.forward),
+            scheduler,
             speculative=False,
         )
         paged_direct = pools[0].host.layout == "page_first_direct"
@@ -425,6 +427,60 @@ class TestCompletion:
         assert not any(completion.finish_event.query() for _ in range(200))
         world.named("drain").held = False
         world.wait(completion)
+
+
+def back_up(world: World) -> Any:
+    """SGLang's ``UnifiedRadixCache.backup_kv_cache`` (0.5.21 and later) on a world's pool.
+
+    It submits past ``start_writing`` and its fence, and waits. A server that has a host pool for retraction
+    only has no ``write_fence_stream`` at all.
+    """
+    from sglang.srt.managers.cache_controller import HiCacheController
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    (pools,), (transfer,) = world.pools, world.transfers
+    controller = SimpleNamespace(
+        mem_pool_host=pools.host,
+        mem_pool_device=pools.device,
+        io_backend=world.engine.io_backend,
+        device="cpu",
+        allocate_host_transfers=lambda *args, **named: (transfer.host_indices, None),
+        l2_transfer_engine=SimpleNamespace(submit_device_to_host=world.submit),
+    )
+    controller.move_indices = lambda host, device: (host, device)
+    controller._l2_transfers = lambda *moved: HiCacheController._l2_transfers(controller, *moved)
+    controller._move_write_operation = lambda operation: world.writeback.move_write_operation(
+        HiCacheController._move_write_operation, controller, operation
+    )
+    cache = SimpleNamespace(
+        cache_controller=controller,
+        _retraction_device_transfers=lambda request: (transfer.device_indices, []),
+        _reclaim_retraction_host=lambda tokens: 0,
+    )
+    return UnifiedRadixCache.backup_kv_cache(cache, SimpleNamespace(seqlen=2))
+
+
+RETRACTIONS = {
+    # The fence of a forward that makes the rows, by backend.
+    "hybrid": ("gather", "forward"),
+    "copy_engine": ("transfer", "forward"),
+    "fenced_kernel": ("transfer", "forward"),
+}
+
+
+@pytest.mark.parametrize("backend", RETRACTIONS)
+def test_a_backup_for_retraction_is_fenced_and_whole(driver: Any, backend: str) -> None:
+    pools = large("mha", "page_first")
+    upstream_stand_in(pools)
+
+    def right(seed: int, leave_out: tuple[str, str] | None) -> bool:
+        world = World(seed, backend, [pools], forwards_wait=True, leave_out=leave_out)
+        assert back_up(world) is not None
+        # SGLang frees the device rows now.
+        return world.is_right()
+
+    assert all(right(seed, None) for seed in MANY_SEEDS)
+    assert not all(right(seed, RETRACTIONS[backend]) for seed in MANY_SEEDS), "without the fence it is not"
 
 
 def test_forwards_that_wait_for_gathers_never_wait_for_the_link(driver: Any) -> None:

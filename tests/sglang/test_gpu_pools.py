@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stand_in_scheduler import fences
 
 from sglang_hicache.bench.measure import sglang_pools
 from sglang_hicache.io_backends import get_backend
@@ -172,7 +173,12 @@ class Scheduler:
     """What of SGLang's scheduler a write-back needs: a controller, an engine, a forward stream."""
 
     def __init__(
-        self, device: CudaDevice, name: str, pools: list[Pools], forwards: tuple[str, ...] = ()
+        self,
+        device: CudaDevice,
+        name: str,
+        pools: list[Pools],
+        forwards: tuple[str, ...] = (),
+        **options: Any,
     ) -> None:
         from sglang.srt.managers.cache_controller import HiCacheController
         from sglang.srt.mem_cache.l2_transfer import L2TransferEngine
@@ -181,8 +187,8 @@ class Scheduler:
         self.engine = L2TransferEngine(io_backend)
         self.forward = torch.cuda.Stream()
         # The least ring that hybrid takes is 1 MiB: larger writes go round it.
-        backend = get_backend(name)(device, {"staging_mb": 1})
-        self.writeback = WriteBack(device, one_route(backend, forwards), lambda: self.forward)
+        backend = get_backend(name)(device, {"staging_mb": 1, **options})
+        self.writeback = WriteBack(device, one_route(backend, forwards), fences(device, self.forward))
         self.controllers: list[Any] = []
         for each in pools:
             controller = object.__new__(HiCacheController)
@@ -195,7 +201,7 @@ class Scheduler:
     def use_routes(self, device: CudaDevice, first_holds: Any, names: tuple[str, str]) -> None:
         first, last = (get_backend(name)(device, {}) for name in names)
         routes = (Route(first, frozenset(), first_holds), *one_route(last))
-        self.writeback = WriteBack(device, routes, lambda: self.forward)
+        self.writeback = WriteBack(device, routes, fences(device, self.forward))
 
     def write(self, slots: list[tuple[Any, Any]]) -> Any:
         """One submission of all pools, indices moved as ``start_writing`` does. Returns its completion."""
@@ -321,7 +327,7 @@ def test_page_head(device: CudaDevice, made: Callable[..., Pools], name: str) ->
     pools.assert_copied(*slots)
     # The other two leave it to SGLang's AOT kernel, and fence behind that.
     assert scheduler.writeback.counters.fallback_writes == (0 if name == "hybrid" else 1)
-    assert scheduler.writeback.take_sm_done(frozenset(BOTH))
+    assert scheduler.writeback.fences.before_forward(frozenset(BOTH))
 
 
 @pytest.mark.parametrize("name", OWN_NAMES)
@@ -416,18 +422,12 @@ def test_each_write_takes_its_route(
 @pytest.mark.parametrize("layout", ["layer_first", "page_first"])
 @pytest.mark.parametrize("quota", [1, 3])
 def test_a_limit_on_thread_blocks(
-    device: CudaDevice, made: Callable[..., Pools], monkeypatch: pytest.MonkeyPatch, layout: str, quota: int
+    device: CudaDevice, made: Callable[..., Pools], layout: str, quota: int
 ) -> None:
-    from sglang.srt.mem_cache.pool_host import mha
-
-    for name in list(vars(mha)):
-        if name.startswith("jit_transfer_hicache_all"):
-            monkeypatch.setattr(mha, name, getattr(mha, name))  # as before, afterwards
     pools = made(QWEN3_8B, layout, 16)
     assert kernels.build_limited(pools.host, quota)
-    kernels.limit_blocks(quota)
     slots = pools.slots(512, seed=10)
-    scheduler = Scheduler(device, "fenced_kernel", [pools])
+    scheduler = Scheduler(device, "fenced_kernel", [pools], block_quota=quota)
     assert_event_works(scheduler.write([slots]))
     pools.assert_copied(*slots)
 

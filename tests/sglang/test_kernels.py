@@ -20,7 +20,6 @@ from sglang_hicache.io_backends.sglang.kernels import (
     host_order_pays,
     in_host_order,
     kernel_of,
-    limit_blocks,
 )
 
 pytestmark = pytest.mark.usefixtures("cpu_sglang")
@@ -90,16 +89,26 @@ def test_the_limit_reaches_the_write_back_kernels_and_not_the_loads(monkeypatch:
                 monkeypatch.setattr(
                     module, name, lambda name=name, **given: calls.append((name, given.get("block_quota")))
                 )
-    limit_blocks(7)
-    limit_blocks(3)
-    for module, wanted in names.items():
-        for name in wanted:
-            getattr(module, name)(page_size=1)
-    mha.jit_transfer_hicache_one_layer(page_size=1)
-    assert calls == [
-        *[(name, 3) for kernels in names.values() for name in kernels],
-        ("jit_transfer_hicache_one_layer", None),
-    ]
+    kernels._let_kernels_be_limited.cache_clear()
+
+    def write() -> list[Any]:
+        calls.clear()
+        for module, wanted in names.items():
+            for name in wanted:
+                getattr(module, name)(page_size=1)
+        mha.jit_transfer_hicache_one_layer(page_size=1)
+        assert calls[-1] == ("jit_transfer_hicache_one_layer", None)
+        return [quota for _, quota in calls[:-1]]
+
+    with kernels.limited_to(7):
+        assert write() == [7] * 4
+        with kernels.limited_to(None):
+            assert write() == [None] * 4
+    # Another write's, and a pool's that SGLang copies itself, are not limited by it.
+    assert write() == [None] * 4
+    with kernels.limited_to(3):
+        assert write() == [3] * 4
+    kernels._let_kernels_be_limited.cache_clear()
 
 
 def test_a_limited_kernel_is_built_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from stand_in_scheduler import fences
 
 from sglang_hicache.io_backends import Submission, Transfer, get_backend
 from sglang_hicache.io_backends.device.cpu import CpuDevice
@@ -123,7 +124,7 @@ def submit(writeback: WriteBack, pools: list[Pools], slots: list[tuple[Any, Any]
 def write_back(name: str, forwards: tuple[str, ...] = ()) -> WriteBack:
     device = CpuDevice()
     backend = get_backend(name)(device, {"staging_mb": 1})
-    return WriteBack(device, one_route(backend, forwards), device.current_stream)
+    return WriteBack(device, one_route(backend, forwards), fences(device))
 
 
 def random_slots(pools: Pools, pages: int, seed: int = 0) -> tuple[Any, Any]:
@@ -219,8 +220,8 @@ class TestFallback:
         assert pools.host.calls == ["kernel", "kernel"]
         assert writeback.counters.fallback_writes == 2
         # copy_engine itself has no SM work; SGLang's path has, here on two engines' transfer streams.
-        assert len(writeback.take_sm_done(frozenset({"decode"}))) == 2
-        assert writeback.take_sm_done(frozenset({"decode"})) == ()
+        assert writeback.fences.before_forward(frozenset({"decode"})) == 2
+        assert writeback.fences.before_forward(frozenset({"decode"})) == 0
         said = [r.message for r in caplog.records if "goes through SGLang's own path" in r.message]
         assert len(said) == 1
 
@@ -241,9 +242,7 @@ def test_an_error_in_a_backend_reaches_sglang_and_nothing_is_acknowledged() -> N
     pools = Pools("mha", "page_first", 16)
     device = CpuDevice()
     with pytest.raises(ValueError, match="no"):
-        submit(
-            WriteBack(device, one_route(Failing()), device.current_stream), [pools], [random_slots(pools, 2)]
-        )
+        submit(WriteBack(device, one_route(Failing()), fences(device)), [pools], [random_slots(pools, 2)])
 
 
 def test_indices_out_of_range_are_refused() -> None:

@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from stand_in_scheduler import fences
 
 from sglang_hicache.io_backends import Submission, Transfer
 from sglang_hicache.io_backends.copy_engine import BREAK_EVEN_ENTRY_BYTES
 from sglang_hicache.io_backends.device.cpu import CpuDevice, CpuStream
 from sglang_hicache.io_backends.geometry import Component, PoolGeometry, host_strides
+from sglang_hicache.io_backends.hybrid import HybridBackend
+from sglang_hicache.io_backends.interface import OptionsError
 from sglang_hicache.io_backends.sglang import kernels, known_pools
 from sglang_hicache.io_backends.sglang.indices import PlainIndices
 from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError
@@ -137,7 +140,7 @@ def test_a_pool_whose_indices_sglang_translates_gets_them_moved(operation: Simpl
 
 def test_a_draft_pool_goes_the_way_of_its_target() -> None:
     device = CpuDevice()
-    both = WriteBack(device, one_route(Named()), device.current_stream)
+    both = WriteBack(device, one_route(Named()), fences(device))
     # Neither is a kind of pool that is known, so neither is ours; nothing changes.
     pools = [SimpleNamespace(pool_label="kv"), SimpleNamespace(pool_label="draft")]
     both.pools.serve_alike(pools)
@@ -154,8 +157,9 @@ class HostPool:
     _strided_device_row_bytes = None
     token_stride_size = 256
 
-    def __init__(self, layout: str = "page_first") -> None:
+    def __init__(self, layout: str = "page_first", row_bytes: int = 256) -> None:
         self.layout = layout
+        self.row_bytes = row_bytes
         self.copied: list[tuple[Any, Any, bool, int | None]] = []
 
     def backup_from_device_all_layer_physical(self, _pool: Any, host: Any, device: Any, io: str) -> None:
@@ -170,12 +174,43 @@ def indices(*values: int) -> Any:
     return np.array(values, dtype=np.int64).view(Indices)
 
 
+class Noting(CpuDevice):
+    """Tells its events apart, and which were recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorded: list[Any] = []
+
+    def record(self, stream: Any) -> Any:
+        self.recorded.append(object())
+        return self.recorded[-1]
+
+
+class Finish:
+    """An event, as far as a completion uses it."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+
 class Write:
     """Several writes of one pool through routes, with a controller's move and an engine's submission."""
 
     def __init__(self, routes: Sequence[Route], host: HostPool, io_backend: str = "kernel") -> None:
-        device = CpuDevice()
-        self.writeback = WriteBack(device, routes, device.current_stream)
+        self.device = device = Noting()
+        self.writeback = WriteBack(device, routes, fences(device))
         self.controller = SimpleNamespace(
             mem_pool_host=host, mem_pool_device=None, io_backend=io_backend, move_indices=self._move
         )
@@ -187,7 +222,7 @@ class Write:
         self.moves += 1
         return f"moved {host.tolist()}", device
 
-    def __call__(self, host: Any, device: Any = None) -> None:
+    def __call__(self, host: Any, device: Any = None, pools: int = 1) -> Any:
         device = indices(*range(len(host))) if device is None else device
         operation = SimpleNamespace(host_indices=host, device_indices=device, pool_transfers=None)
         if self.as_sglang_moves:
@@ -195,16 +230,78 @@ class Write:
         else:
             host, device, _ = self.writeback.move_write_operation(sglangs_own, self.controller, operation)
         engine = SimpleNamespace(device_to_host_stream=CpuStream(), io_backend=self.controller.io_backend)
-        transfer = L2Transfer(self.host, None, host, device)
-        self.writeback.submit(self._submission, engine, [transfer])
+        transfers = [L2Transfer(self.host, None, host, device)] * pools
+        return self.writeback.submit(self.submission, engine, transfers)
 
     @staticmethod
-    def _submission(engine: Any, transfers: Any) -> Any:
+    def submission(engine: Any, transfers: Any) -> Any:
         for each in transfers:
             each.host_pool.backup_from_device_all_layer_physical(
                 each.device_pool, each.host_indices, each.device_indices, engine.io_backend
             )
-        return SimpleNamespace(finish_event=SimpleNamespace(query=lambda: True), timing_enabled=False)
+        return Completion(Finish(), timing_enabled=False)
+
+
+class Completion(NamedTuple):
+    """SGLang's, as far as it is used."""
+
+    finish_event: Any
+    timing_enabled: bool
+
+
+class Part:
+    """What a backend left for later."""
+
+    def __init__(self) -> None:
+        self.advanced: list[bool] = []
+        self.ready: Any = None
+        self.abandoned = self.fails = self.failed = self.finishes = self.done = False
+        self._then: list[Any] = []
+
+    def enqueued(self) -> bool:
+        if self.failed:
+            raise RuntimeError("a write to host memory failed half-way")
+        return self.done or self.abandoned
+
+    def can_advance(self) -> bool:
+        return not self.enqueued()
+
+    def advance(self, ready: tuple[Any, ...], *, wait: bool = False) -> str:
+        self.advanced.append(wait)
+        self.ready = ready
+        if self.fails:
+            self.failed = True
+            raise RuntimeError("cuMemcpyBatchAsync failed")
+        self.done = self.finishes
+        if self.done:
+            self._finish()
+        return "gathered"
+
+    def abandon(self) -> None:
+        self.abandoned = True
+        self._finish()
+
+    def _finish(self) -> None:
+        for action in self._then:
+            action()
+        self._then.clear()
+
+    def then(self, action: Any) -> None:
+        self._then.append(action)
+
+
+class Later(Named):
+    """Leaves all of a write for later, and fails when it is given three tokens."""
+
+    def __init__(self) -> None:
+        super().__init__("later")
+        self.left: list[Part] = []
+
+    def submit(self, transfer: Transfer, stream: Any) -> Submission:
+        if transfer.tokens == 3:
+            raise RuntimeError("cuMemcpyBatchAsync failed")
+        self.left.append(Part())
+        return Submission(1, 1024, pending=self.left[-1])
 
 
 @pytest.fixture(autouse=True)
@@ -214,8 +311,9 @@ def described(monkeypatch: pytest.MonkeyPatch) -> None:
     def describe(pool: HostPool) -> PoolGeometry:
         if not isinstance(pool, HostPool):
             raise UnsupportedPoolError("not a kind that is known")
-        host = host_strides(pool.layout, base=0, layers=4, page_size=2, slots=64, row_bytes=256, heads=1)
-        part = Component("kv", 256, (0, 1, 2, 3), 256, host)
+        row = pool.row_bytes
+        host = host_strides(pool.layout, base=0, layers=4, page_size=2, slots=64, row_bytes=row, heads=1)
+        part = Component("kv", row, (0, 1, 2, 3), row, host)
         return PoolGeometry("kv", "mla", pool.layout, "uint8", 1, 4, 2, 64, 64, (part,))
 
     monkeypatch.setattr(known_pools, "describe", describe)
@@ -314,7 +412,7 @@ class TestRoutes:
             "never does not know page_first"
         ]
         # SGLang's kernels may run beside whatever any route fences.
-        assert len(write.writeback.take_sm_done(frozenset({"decode"}))) == 1
+        assert write.writeback.fences.before_forward(frozenset({"decode"})) == 1
 
     def test_short_entries_are_counted(self) -> None:
         write = Write(one_route(Named()), HostPool())
@@ -367,11 +465,11 @@ class TestForwardFences:
             [Route(a, frozenset({"extend"}), long_entries), *one_route(b, ("extend", "decode"))], HostPool()
         )
         write(indices(8, 9, 10, 11))
-        assert write.writeback.take_sm_done(frozenset({"decode"})) == ()
+        assert write.writeback.fences.before_forward(frozenset({"decode"})) == 0
         write(indices(8, 10, 12, 14))
         # Events on two streams, of which neither covers the other.
-        assert len(write.writeback.take_sm_done(frozenset({"extend"}))) == 2
-        assert write.writeback.take_sm_done(frozenset({"extend", "decode"})) == ()
+        assert write.writeback.fences.before_forward(frozenset({"extend"})) == 2
+        assert write.writeback.fences.before_forward(frozenset({"extend", "decode"})) == 0
 
     def test_the_stream_of_an_engine_that_is_gone_is_waited_for_too(self) -> None:
         """Another engine may be made where the last one was, with its id."""
@@ -380,64 +478,134 @@ class TestForwardFences:
         for _ in range(20):
             write(indices(8, 9))
             backend.given.clear()  # what a real one is given goes with the write
-        assert len(write.writeback.take_sm_done(frozenset({"decode"}))) == 20
+        assert write.writeback.fences.before_forward(frozenset({"decode"})) == 20
 
     def test_nothing_is_kept_for_forwards_that_nobody_fences(self) -> None:
         write = Write(one_route(Named()), HostPool())
         write(indices(8, 9))
-        assert write.writeback.take_sm_done(frozenset({"extend", "decode"})) == ()
+        assert write.writeback.fences.before_forward(frozenset({"extend", "decode"})) == 0
 
     def test_a_flush_leaves_its_gather_for_the_next_forward(self) -> None:
-        class Part:
-            def flush(self) -> str:
-                return "gathered"
+        backend = Later()
+        write = Write(one_route(backend, ("decode",)), HostPool())
+        completion = write(indices(8, 9))
+        assert write.writeback.fences.before_forward(frozenset({"decode"})) == 0
+        completion.finish_event.synchronize()
+        assert backend.left[0].advanced == [True]
+        assert write.writeback.fences.before_forward(frozenset({"decode"})) == 1
 
-        backend = Named()
-        device = CpuDevice()
-        writeback = WriteBack(device, one_route(backend, ("decode",)), device.current_stream)
-        writeback._flush([(backend, Part())])  # type: ignore[list-item]
-        assert writeback.take_sm_done(frozenset({"decode"})) == ("gathered",)
+
+class TestWhatIsLeftForLater:
+    def test_every_entry_point_gives_events_of_its_own(self) -> None:
+        """An event from before a forward was launched lets SM work run beside it."""
+        backend = Later()
+        write = Write(one_route(backend, ("decode",)), HostPool())
+        first, second = write(indices(8, 9)), write(indices(10, 11))
+        device = write.device
+        for enter in (
+            write.writeback.advance,
+            first.finish_event.query,
+            first.finish_event.synchronize,
+            second.finish_event.wait,
+        ):
+            device.recorded.clear()
+            for part in backend.left:
+                part.ready = None
+            enter()
+            given = {event for part in backend.left for event in part.ready or ()}
+            assert given, enter
+            assert given <= set(device.recorded), enter
 
     def test_a_pool_that_fails_takes_the_rest_of_its_write_with_it(self) -> None:
         """SGLang gives the slots of all its pools to others then; an earlier write is not touched."""
-
-        class Part:
-            def __init__(self) -> None:
-                self.abandoned = False
-
-            def enqueued(self) -> bool:
-                return False
-
-            def then(self, action: Any) -> None:
-                pass
-
-            def abandon(self) -> None:
-                self.abandoned = True
-
-        class Later(Named):
-            """Leaves all of a write for later, and fails when it is given three tokens."""
-
-            left: list[Part] = []  # noqa: RUF012
-
-            def submit(self, transfer: Transfer, stream: Any) -> Submission:
-                if transfer.tokens == 3:
-                    raise RuntimeError("cuMemcpyBatchAsync failed")
-                self.left.append(Part())
-                return Submission(1, 1024, pending=self.left[-1])
-
         backend = Later()
         write = Write(one_route(backend, ("decode",)), HostPool())
-        writeback = write.writeback
+        write(indices(8, 9))
         engine = SimpleNamespace(device_to_host_stream=CpuStream(), io_backend="kernel")
         transfers = [
             L2Transfer(HostPool(), None, indices(*range(tokens)), indices(*range(tokens)))
             for tokens in (2, 3)
         ]
-
-        writeback._pending.append((backend, Part()))
         with pytest.raises(RuntimeError, match="cuMemcpyBatchAsync failed"):
-            writeback.submit(write._submission, engine, transfers)
-        assert [part.abandoned for part in backend.left] == [True]
-        assert [part.abandoned for _, part in writeback._pending] == [False]  # type: ignore[attr-defined]
+            write.writeback.submit(write.submission, engine, transfers)
+        assert [part.abandoned for part in backend.left] == [False, True]
         # What was enqueued of it may run on the SMs.
-        assert len(writeback.take_sm_done(frozenset({"decode"}))) == 1
+        assert write.writeback.fences.before_forward(frozenset({"decode"})) == 1
+        # The earlier one goes on.
+        write.writeback.advance()
+        assert [part.advanced for part in backend.left] == [[False], []]
+
+    @pytest.mark.parametrize("how", ["advance", "query", "synchronize"])
+    def test_a_part_that_fails_later_takes_the_rest_of_its_write_with_it(self, how: str) -> None:
+        backend = Later()
+        write = Write(one_route(backend, ("decode",)), HostPool())
+        completion = write(indices(8, 9), pools=3)
+        other = write(indices(10, 11))
+        backend.left[0].finishes = backend.left[1].fails = True
+        enter = write.writeback.advance if how == "advance" else getattr(completion.finish_event, how)
+        with pytest.raises(RuntimeError, match="cuMemcpyBatchAsync failed"):
+            enter()
+        assert [part.abandoned for part in backend.left[1:]] == [True, True, False]
+        tried = [len(part.advanced) for part in backend.left[:3]]
+        assert write.writeback.fences.before_forward(frozenset({"decode"})) >= 1
+        # It is never acknowledged, and is not tried again; the other write goes on.
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="half-way"):
+                completion.finish_event.query()
+        assert not other.finish_event.query()
+        write.writeback.advance()
+        assert [len(part.advanced) for part in backend.left[:3]] == tried
+        assert backend.left[3].advanced
+
+    def test_after_a_reset_nothing_is_left(self) -> None:
+        backend = Later()
+        write = Write(one_route(backend, ("decode",)), HostPool())
+        completion = write(indices(8, 9), pools=2)
+        write.writeback.abandon()
+        assert [part.abandoned for part in backend.left] == [True, True]
+        assert completion.finish_event.query()
+        write.writeback.advance()
+        assert [part.advanced for part in backend.left] == [[], []]
+
+
+class TestInstances:
+    """Two routes may name one backend, with other options."""
+
+    def test_a_pool_that_only_one_of_them_serves(self) -> None:
+        """Neither raises at every write nor sends the whole pool to SGLang's path."""
+        small, large = Named("hybrid", layouts=()), Named("hybrid")
+        host = HostPool()
+        write = Write([Route(small, frozenset(), long_entries), *one_route(large)], host)
+        write(indices(8, 9, 10, 11))
+        write(indices(8, 10, 12, 14))
+        assert small.prepared == small.given == []
+        assert [list(each.host_slots) for each in large.given] == [[8, 10, 12, 14]]
+        assert write.writeback.counters.by_backend == {"upstream": 1, "hybrid": 1}
+
+    @pytest.mark.parametrize("order", [(1, 64), (64, 1)])
+    def test_a_ring_that_can_never_hold_a_write_is_refused_at_start(self, order: tuple[int, int]) -> None:
+        device = CpuDevice()
+        backends = [HybridBackend(device, {"staging_mb": size}) for size in order]
+        routes = [Route(backends[0], frozenset(), long_entries), *one_route(backends[1])]
+        writeback = WriteBack(device, routes, fences(device))
+        with pytest.raises(OptionsError, match=r"two tokens of 2097152 bytes do not fit .* raise staging_mb"):
+            writeback.pools.serves(HostPool(row_bytes=2**19))
+
+    def test_the_default_ring_leaves_a_pool_of_larger_rows_to_sglang(self) -> None:
+        device = CpuDevice()
+        writeback = WriteBack(device, one_route(HybridBackend(device, {})), fences(device))
+        assert not writeback.pools.serves(HostPool(row_bytes=2**26))
+        assert "raise staging_mb" in writeback.pools.fallbacks()[0]
+
+
+@pytest.mark.parametrize("part", ["host", "device"])
+def test_a_pool_whose_memory_changed_is_looked_at_again(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its geometry holds raw addresses, of host memory and of device rows."""
+    monkeypatch.undo()
+    buffers = {"host": [SimpleNamespace(data_ptr=lambda: 1)], "device": [SimpleNamespace(data_ptr=lambda: 2)]}
+    monkeypatch.setattr(known_pools, "host_buffers", lambda pool: buffers["host"])
+    pool = SimpleNamespace(device_k_buffers=buffers["device"])
+    before = known_pools._fingerprint(pool)
+    assert known_pools._fingerprint(pool) == before
+    buffers[part][0].data_ptr = lambda: 3
+    assert known_pools._fingerprint(pool) != before

@@ -16,7 +16,6 @@ from sglang_hicache.io_backends.sglang import runtime, unsafe
 from sglang_hicache.io_backends.sglang.runtime import Active
 from sglang_hicache.io_backends.sglang.simulation import setups
 from sglang_hicache.io_backends.sglang.simulation.experiment import Experiment
-from sglang_hicache.io_backends.sglang.writeback import WriteBack
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.load import policy_in_force
 
@@ -29,16 +28,16 @@ def run(backend: str, fences: str | None) -> tuple[Result, list[Active]]:
     """As a server with the option does it: the decision is changed, then what routes the writes."""
     facts = facts_of(**FA3)
     decision = unsafe.applied(decide(policy_in_force(None), facts, backend=backend), fences)
-    made = Experiment(cache(setups.setup_of(facts, "kernel")), decision, setups.exclusive_forwards(facts))
+    made = Experiment(
+        cache(setups.setup_of(facts, "kernel")),
+        decision,
+        setups.exclusive_forwards(facts),
+        unsafe_fences=fences,
+    )
     seen: list[Active] = []
 
     def leave_out(active: Active) -> None:
-        safe = active.writeback
-        kind = unsafe.write_back_type(fences)
-        active.writeback = kind(active.device, safe._routes, safe._forward_stream)
-        controller: Any = made.cache.controller
-        runtime._prepare(controller, active)
-        unsafe.leave_out_sglangs(controller, fences)
+        unsafe.leave_out_sglangs(made.cache.controller, fences)
         seen.append(active)
 
     result = Result()
@@ -78,7 +77,7 @@ def test_without_the_option_all_is_as_it_was() -> None:
     assert unsafe.applied(decision, None) is decision
     assert unsafe.to_carry(decision, None) == decision.to_dict()
     assert unsafe.carried(decision.to_dict()) is None
-    assert unsafe.write_back_type(None) is WriteBack
+    assert unsafe.keeps_producer_fence(None)
     assert unsafe.summary(None) == {}
 
 

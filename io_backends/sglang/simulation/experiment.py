@@ -67,11 +67,20 @@ class Experiment:
         decision: this project's hooks do what it says; None: SGLang alone.
         exclusive: of ``extend`` and ``decode``, the forwards that must not share the SMs with write-back
         work.
+        unsafe_fences: ``--hicache-io-unsafe-fences``.
     """
 
-    def __init__(self, cache: Cache, decision: Decision | None, exclusive: Iterable[str]) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        decision: Decision | None,
+        exclusive: Iterable[str],
+        *,
+        unsafe_fences: str | None = None,
+    ) -> None:
         self.cache = cache
         self.decision = decision
+        self._unsafe_fences = unsafe_fences
         self._exclusive = frozenset(exclusive)
 
     def run(
@@ -101,7 +110,7 @@ class Experiment:
         )
         scheduler = Scheduler(self.cache, options or chosen, sample=lambda: rng.randrange(VOCABULARY))
         if self.decision is not None:
-            mutate(hooks.attach(scheduler, self.cache, self.decision))
+            mutate(hooks.attach(scheduler, self.cache, self.decision, self._unsafe_fences))
         scheduler.ledger.watch()
         device.leave_out = leave_out
         player = Player(scheduler, self.cache.setup.tokens * 3 // 4, count(1))

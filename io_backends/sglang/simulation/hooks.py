@@ -8,7 +8,8 @@ from typing import Any
 
 from sglang_hicache.io_backends import get_backend
 from sglang_hicache.io_backends.hybrid import HybridBackend
-from sglang_hicache.io_backends.sglang import runtime
+from sglang_hicache.io_backends.sglang import runtime, unsafe
+from sglang_hicache.io_backends.sglang.fences import Fences
 from sglang_hicache.io_backends.sglang.routes import routes_of
 from sglang_hicache.io_backends.sglang.runtime import Active
 from sglang_hicache.io_backends.sglang.simulation.cache import Cache
@@ -22,7 +23,9 @@ RING_PAGES = 4
 """Pages (of 4 tokens at least) in the staging ring: less than a long write, more than a short one."""
 
 
-def attach(scheduler: Scheduler, cache: Cache, decision: Decision) -> Active:
+def attach(
+    scheduler: Scheduler, cache: Cache, decision: Decision, unsafe_fences: str | None = None
+) -> Active:
     """What ``runtime`` does around ``Scheduler.__init__``; the hooks go when the cache is restarted."""
     device = VirtualDevice()
 
@@ -32,7 +35,8 @@ def attach(scheduler: Scheduler, cache: Cache, decision: Decision) -> Active:
             _shrink_ring(backend, device, cache)
         return backend
 
-    writeback = WriteBack(device, routes_of(decision, make), lambda: scheduler.forward_stream)
+    fences = Fences(device, scheduler, producer=unsafe.keeps_producer_fence(unsafe_fences))
+    writeback = WriteBack(device, routes_of(decision, make), fences)
     active = Active(decision, device, writeback, scheduler, speculative=False)
     runtime._active = active
     controller = cache.controller
