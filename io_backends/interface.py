@@ -76,8 +76,8 @@ class Pending(Protocol):
         """Enqueue what can be enqueued now.
 
         Args:
-            ready: as :attr:`Transfer.ready`, recorded for this call: forwards were launched since the transfer
-                was submitted, and SM work must not run beside them.
+            ready: as :attr:`Transfer.ready`, recorded for this call: forwards were launched since the
+                transfer was submitted, and SM work must not run beside them.
             wait: enqueue all of it (and what is before it), and let it wait on the GPU for what it needs:
                 somebody waits for this transfer.
 

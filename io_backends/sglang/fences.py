@@ -17,7 +17,6 @@ one begins. So the two never share the SMs, whoever asked for the work, and when
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -68,7 +67,7 @@ class Fences:
         self._launched_on: list[Stream] = []
         # By source, forwards that wait, and engine (None: the source's own streams): they may be on streams
         # of their own, so that none of them covers another.
-        self._sm_work: dict[tuple[Hashable, frozenset[str], int | None], _SmWork] = {}
+        self._sm_work: dict[tuple[object, frozenset[str], int | None], _SmWork] = {}
 
     def ready(self) -> tuple[Event, ...]:
         """Events that a read of device rows which is enqueued now must wait for.
@@ -86,7 +85,7 @@ class Fences:
         return tuple(device.record(stream) for stream in (*streams, current))
 
     def sm_work(
-        self, source: Hashable, forwards: frozenset[str], done: Event | None, engine: Any = None
+        self, source: object, forwards: frozenset[str], done: Event | None, engine: Any = None
     ) -> None:
         """Write-back enqueued work on the SMs.
 
@@ -100,7 +99,7 @@ class Fences:
             self._sm_work[source, forwards, None if engine is None else id(engine)] = _SmWork(done, engine)
 
     def before_forward(self, forwards: frozenset[str], metrics: Metrics | None = None) -> int:
-        """A batch is about to be launched: let it wait for the SM work that one of ``forwards`` must wait for.
+        """A batch is about to be launched: let it wait for SM work that one of ``forwards`` must wait for.
 
         Args:
             forwards: what the batch launches (:func:`forwards_of`).
