@@ -22,6 +22,7 @@ from sglang_hicache.bench.measure.cases import LAYOUTS, MODELS
 from sglang_hicache.bench.measure.contenders import names
 from sglang_hicache.bench.measure.devices import gpu_missing
 from sglang_hicache.bench.measure.results import Run
+from sglang_hicache.bench.serve.command import serve
 from sglang_hicache.policy.errors import PolicyError
 from sglang_hicache.policy.options import BACKEND_OPTIONS, check_option
 from sglang_hicache.policy.vocabulary import ATTENTION_BACKENDS, NameProblem, check_name
@@ -124,6 +125,9 @@ for _name, _text in {
     ALL: "All of them.",
 }.items():
     _measurement(_name, _text)
+
+
+bench.command("serve")(serve)
 
 
 @bench.command("compare")
