@@ -1,4 +1,4 @@
-"""A Llama with random weights on disk."""
+"""A model with random weights on disk."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from typing import Any
 _RECIPE = "recipe.json"
 
 
-def write_random_llama(folder: Path, config: Mapping[str, Any], *, seed: int = 0) -> Path:
+def write_random_model(
+    folder: Path, config: Mapping[str, Any], *, model_type: str = "llama", seed: int = 0
+) -> Path:
     """Write a model (bfloat16, no tokenizer) into `folder`, unless it is there already, and return that.
 
     Args:
         folder: of the model; its parents are made.
-        config: keywords of transformers' `LlamaConfig`.
+        config: keywords of transformers' configuration class.
+        model_type: which class, by transformers' name for it.
         seed: of the weights.
 
     Raises:
         ModuleNotFoundError: transformers or torch is not installed (SGLang brings both).
         OSError: `folder` cannot be written.
     """
-    recipe = json.dumps({"seed": seed, **config}, sort_keys=True)
+    recipe = json.dumps({"model_type": model_type, "seed": seed, **config}, sort_keys=True)
     marker = folder / _RECIPE
     if marker.exists() and marker.read_text(encoding="utf-8") == recipe:
         return folder
@@ -41,8 +44,8 @@ def write_random_llama(folder: Path, config: Mapping[str, Any], *, seed: int = 0
         # The caller's random stream stays as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            make: Any = transformers.LlamaForCausalLM  # its constructor has no types
-            model = make(transformers.LlamaConfig(**config))
+            made: Any = transformers.AutoConfig.for_model(model_type, **config)
+            model: Any = transformers.AutoModelForCausalLM.from_config(made)
         model.to(torch.bfloat16).save_pretrained(scratch)
         (scratch / _RECIPE).write_text(recipe, encoding="utf-8")
         if folder.exists():

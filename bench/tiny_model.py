@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sglang_hicache.bench.random_model import write_random_llama
+from sglang_hicache.bench.random_model import write_random_model
 
 VOCAB_SIZE = 512
 
@@ -39,7 +39,7 @@ def write(folder: Path, *, seed: int = 0) -> Path:
         ModuleNotFoundError: transformers or torch is not installed (SGLang brings both).
         OSError: `folder` cannot be written.
     """
-    return write_random_llama(folder, _CONFIG, seed=seed)
+    return write_random_model(folder, _CONFIG, seed=seed)
 
 
 def environment() -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_hicache.bench import tiny_model
-from sglang_hicache.bench.random_model import write_random_llama
+from sglang_hicache.bench.random_model import write_random_model
 from sglang_hicache.policy.vocabulary import check_name
 
 
@@ -34,7 +34,7 @@ class Model:
 
 KVHEAVY: dict[str, Any] = {
     "hidden_size": 1024,
-    "intermediate_size": 2048,
+    "intermediate_size": 2816,
     "num_hidden_layers": 36,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
@@ -44,8 +44,28 @@ KVHEAVY: dict[str, Any] = {
     "initializer_range": 0.1,
     "tie_word_embeddings": False,
 }
-"""The KV cache of Qwen3-8B (36 layers, 8 KV heads of 128) on some 0.4B parameters: write-back has the most
-work for the least computing."""
+"""The KV cache of Qwen3-8B (36 layers, 8 KV heads of 128) on 0.46B parameters: write-back has the most work
+for the least computing."""
+
+MLAHEAVY: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    # No layer has experts.
+    "first_k_dense_replace": 27,
+    "vocab_size": 512,
+    "max_position_embeddings": 40960,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+}
+"""The attention of DeepSeek-V2-Lite, and with it its KV cache, on 0.7B parameters: no experts."""
 
 _SHAPES: dict[str, dict[str, Any]] = {
     # https://huggingface.co/Qwen/Qwen3-8B/blob/main/config.json
@@ -108,8 +128,9 @@ _SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
-TINY, HEAVY = "tiny", "kvheavy"
-NAMES = (TINY, HEAVY, *_SHAPES)
+TINY, HEAVY, MLA = "tiny", "kvheavy", "mlaheavy"
+_RANDOM = {HEAVY: ("llama", KVHEAVY), MLA: ("deepseek_v2", MLAHEAVY)}
+NAMES = (TINY, *_RANDOM, *_SHAPES)
 """``tiny`` is the demo's model, for the CPU engine; the last two have dummy weights."""
 
 
@@ -129,8 +150,10 @@ def make(name: str, folder: Path) -> Model:
     path = (folder / name).resolve()
     if name == TINY:
         return Model(name, str(tiny_model.write(path)), tiny_model.VOCAB_SIZE)
-    if name == HEAVY:
-        return Model(name, str(write_random_llama(path, KVHEAVY)), int(KVHEAVY["vocab_size"]))
+    if name in _RANDOM:
+        model_type, config = _RANDOM[name]
+        written = write_random_model(path, config, model_type=model_type)
+        return Model(name, str(written), int(config["vocab_size"]))
     shape = _SHAPES[name]
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(shape, indent=1) + "\n", encoding="utf-8")
