@@ -13,6 +13,7 @@ This project is not in the bundle: ``--unpack`` links the checkout, so that it m
 from __future__ import annotations
 
 import argparse
+import compileall
 import hashlib
 import json
 import re
@@ -313,6 +314,8 @@ def main() -> None:
             _say(f"{len(manifest['parts'])} parts of {len(manifest['packages'])} packages in {args.out}")
         else:
             unpack(args.unpack, args.site.resolve())
+            # Servers that start together would each compile what they import, on the same cores.
+            compileall.compile_dir(args.site, quiet=2, workers=0)
             _say(f"unpacked into {args.site}; source {args.site}/env.sh")
     except BundleError as error:
         sys.exit(f"gpu_bundle: {error}")

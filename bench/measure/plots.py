@@ -40,7 +40,7 @@ def why_not() -> str | None:
         Figure()
     except ImportError:
         return "matplotlib is not installed (pip install 'sglang-hicache-io[plot]')"
-    except Exception as error:  # beside the bundle's stubs matplotlib imports, and fails later
+    except Exception as error:  # beside other versions of what it needs it imports, and fails later
         return f"matplotlib does not work here: {error}"
     return None
 

@@ -37,6 +37,7 @@ class Cell:
         ratio: tokens in the host pool for each in the device pool.
         tp: tensor parallel size.
         deterministic: ``--enable-deterministic-inference``; outputs are compared then.
+        tokenizer: whether servers have a tokenizer, which SGLang's own benchmark needs.
         cpu_engine: on SGLang's CPU engine.
         more: further options of every server.
     """
@@ -50,6 +51,7 @@ class Cell:
     ratio: float = 3.0
     tp: int = 1
     deterministic: bool = False
+    tokenizer: bool = False
     cpu_engine: bool = False
     more: tuple[str, ...] = ()
 
@@ -76,6 +78,8 @@ def server_args(cell: Cell, arm: str) -> list[str]:
         max_total_tokens=cell.pool_tokens,
         hicache=hicache,
     )
+    if cell.tokenizer:
+        options.remove("--skip-tokenizer-init")
     # Without incremental output each token repeats all before it, and the client parses for most of its time.
     options += ["--enable-metrics", "--incremental-streaming-output", *cell.model.args]
     if not cell.cpu_engine:

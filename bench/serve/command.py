@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from sglang_hicache.bench.measure.devices import gpu_missing
-from sglang_hicache.bench.serve import arms, models, tables, workloads
+from sglang_hicache.bench.serve import arms, models, public, tables, workloads
 from sglang_hicache.bench.serve.arms import Cell
 from sglang_hicache.policy.vocabulary import MEM_LAYOUTS, NameProblem, check_name
 
@@ -40,7 +40,8 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help=f"Of {', '.join(workloads.NAMES)}; all without it. May be repeated.",
+            help=f"Of {', '.join(workloads.NAMES)} (all without it), and SGLang's own benchmark: "
+            f"{', '.join(public.NAMES)}. May be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -179,7 +180,7 @@ def _check(chosen: list[str], asked: list[str], layout: str | None, cpu: bool) -
     try:
         arms.check_arms(chosen)
         for name in asked:
-            check_name("workload", name, workloads.NAMES)
+            check_name("workload", name, (*workloads.NAMES, *public.NAMES))
         if layout is not None:
             check_name("layout", layout, MEM_LAYOUTS)
     except NameProblem as problem:

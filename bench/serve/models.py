@@ -128,6 +128,30 @@ _SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+_CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Give a made model a tokenizer, whose tokens are words: SGLang's own benchmark sends text.
+
+    Raises:
+        ModuleNotFoundError: transformers or tokenizers is not installed (SGLang brings both).
+    """
+    if (folder / "tokenizer.json").exists():
+        return
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    made: Any = WordLevel({f"t{token}": token for token in range(vocab_size)}, unk_token="t0")
+    tokenizer = Tokenizer(made)
+    split: Any = WhitespaceSplit()
+    tokenizer.pre_tokenizer = split
+    fast: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=_CHAT_TEMPLATE)
+    fast.save_pretrained(folder)
+
+
 TINY, HEAVY, MLA = "tiny", "kvheavy", "mlaheavy"
 _RANDOM = {HEAVY: ("llama", KVHEAVY), MLA: ("deepseek_v2", MLAHEAVY)}
 NAMES = (TINY, *_RANDOM, *_SHAPES)
@@ -147,7 +171,12 @@ def make(name: str, folder: Path) -> Model:
         vocab = int(config.get("text_config", config)["vocab_size"])
         return Model(name, str(given.resolve()), vocab)
     check_name("model", name, NAMES)
-    path = (folder / name).resolve()
+    made = _make(name, (folder / name).resolve())
+    write_tokenizer(Path(made.path), made.vocab_size)
+    return made
+
+
+def _make(name: str, path: Path) -> Model:
     if name == TINY:
         return Model(name, str(tiny_model.write(path)), tiny_model.VOCAB_SIZE)
     if name in _RANDOM:

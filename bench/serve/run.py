@@ -9,14 +9,14 @@ import urllib.error
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from sglang_hicache.bench import serving, tiny_model
 from sglang_hicache.bench.identity import plugin_state
-from sglang_hicache.bench.serve import scrape, workloads
+from sglang_hicache.bench.serve import public, scrape, workloads
 from sglang_hicache.bench.serve.account import Turn, turn_of
 from sglang_hicache.bench.serve.arms import NONE, Cell, server_args, server_env
 from sglang_hicache.bench.serve.load import Loaded, ask
@@ -108,7 +108,17 @@ def run_cell(
         save: called after each turn, with what there is so far.
     """
     result = CellResult.of(cell)
-    makers = {name: workloads.maker(name) for name in given.workloads}
+    wanted = []
+    for name in given.workloads:
+        why = public.missing(cell.model.path, public.public(name).turns) if name in public.NAMES else None
+        if why is None:
+            wanted.append(name)
+        else:
+            result.skipped.append(f"{name}, all arms: SGLang's own benchmark cannot run: {why}")
+            say(f"{cell.name}: {result.skipped[-1]}")
+    given = replace(given, workloads=wanted)
+    cell = replace(cell, tokenizer=any(name in public.NAMES for name in wanted))
+    makers = {name: workloads.maker(name) for name in wanted if name not in public.NAMES}
     made = {
         (name, number): make(cell.pool_tokens, cell.model.vocab_size, number)
         for name, make in makers.items()
@@ -116,6 +126,10 @@ def run_cell(
     }
     for name in makers:
         result.workloads[name] = made[name, 0].shape()
+    for name in wanted:
+        if name in public.NAMES:
+            what = public.public(name)
+            result.workloads[name] = {"says": what.says, "args": what.args(cell.pool_tokens, 0)}
     references: dict[tuple[str, int], Answers] = {}
     for together in groups(given.arms, given.at_once):
         with ExitStack() as stack:
@@ -209,7 +223,6 @@ def _load_group(
     took: dict[tuple[str, str], float] = {}
     for number in range(given.rounds):
         for name in given.workloads:
-            workload = made[name, number]
             for arm in order(list(by_arm), number, exact):
                 left = clock.left_s()
                 if left < 1.2 * took.get((name, arm), 1.0):
@@ -218,15 +231,15 @@ def _load_group(
                     continue
                 server = by_arm[arm].server
                 try:
-                    turn, answers = _turn(
-                        workload, arm, number, server, given, left, references.get((name, number))
-                    )
+                    limit = max(1.0, min(given.turn_timeout_s, left))
+                    asking = _asking(cell, name, number, server, made, limit)
+                    turn, answers = _turn(name, arm, number, server, asking, references.get((name, number)))
                 except (OSError, HTTPException, serving.ServerError) as error:
                     result.skipped.append(f"{name}, {arm}, round {number}: {error}")
                     say(f"{cell.name}: {result.skipped[-1]}")
                     continue
                 took[name, arm] = turn.seconds + _SETTLE_S
-                if arm == exact and not turn.errors and not turn.cut:
+                if arm == exact and name not in public.NAMES and not turn.errors and not turn.cut:
                     references[name, number] = answers
                 result.turns.append(turn)
                 say(f"{cell.name}: {_line(turn)}")
@@ -239,6 +252,8 @@ async def _warm_up(cell: Cell, up: Sequence[_Up], given: Ask, clock: Clock) -> l
 
     async def one(each: _Up) -> str | None:
         for name in given.workloads:
+            if name in public.NAMES:
+                continue
             whole = workloads.maker(name)(cell.pool_tokens, cell.model.vocab_size, _WARM_UP_SEED)
             loaded = await ask(each.server.url, workloads.warm_up(whole), limit_s=limit)
             errors = [one.error for one in loaded.asked if one.error is not None]
@@ -249,23 +264,35 @@ async def _warm_up(cell: Cell, up: Sequence[_Up], given: Ask, clock: Clock) -> l
     return await asyncio.gather(*(one(each) for each in up))
 
 
+def _asking(
+    cell: Cell,
+    name: str,
+    number: int,
+    server: serving.Server,
+    made: Mapping[tuple[str, int], Workload],
+    limit_s: float,
+) -> Callable[[], Loaded]:
+    """What asks one turn of a workload."""
+    if name in public.NAMES:
+        what = public.public(name)
+        return lambda: public.run(server.url, cell.model.path, what, cell.pool_tokens, number, limit_s)
+    return lambda: asyncio.run(ask(server.url, made[name, number], limit_s=limit_s))
+
+
 def _turn(
-    workload: Workload,
+    name: str,
     arm: str,
     number: int,
     server: serving.Server,
-    given: Ask,
-    left_s: float,
+    asking: Callable[[], Loaded],
     reference: Answers | None,
 ) -> tuple[Turn, Answers]:
     flush(server)
     before = scrape.look(server.url)
-    loaded: Loaded = asyncio.run(
-        ask(server.url, workload, limit_s=max(1.0, min(given.turn_timeout_s, left_s)))
-    )
+    loaded = asking()
     time.sleep(_SETTLE_S)
     after = scrape.look(server.url)
-    turn = turn_of(workload.name, arm, number, loaded, scrape.between(before, after), reference)
+    turn = turn_of(name, arm, number, loaded, scrape.between(before, after), reference)
     return turn, {one.place: one.answer for one in loaded.asked if one.error is None}
 
 
