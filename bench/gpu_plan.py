@@ -28,8 +28,7 @@ from sglang_hicache.bench import damaged
 from sglang_hicache.bench.measure.devices import gpu_missing
 from sglang_hicache.bench.measure.environment import describe
 from sglang_hicache.bench.serve import models, report, result, run
-from sglang_hicache.bench.serve.arms import NONE, Cell
-from sglang_hicache.bench.serve.command import CPU_PAGE, CPU_POOL_TOKENS, unserved
+from sglang_hicache.bench.serve.arms import CPU_PAGE, CPU_POOL_TOKENS, NONE, Cell, unserved
 
 FA3 = ("--attention-backend", "fa3")
 GRAPHS = ("--cuda-graph-max-bs-decode", "32")

@@ -23,6 +23,11 @@ ARMS = (NONE, *SGLANGS, *OWN_NAMES, AUTO, NULL, damaged.NAME)
 TIMED = tuple(name for name in ARMS if name != damaged.NAME)
 
 
+CPU_POOL_TOKENS = 4096
+CPU_PAGE = 16
+"""Of servers on the CPU engine: small enough to overflow in seconds."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """What all servers of a comparison have in common.
@@ -64,6 +69,13 @@ def check_arms(names: Sequence[str]) -> None:
     """Raises NameProblem for an arm that there is none of."""
     for name in names:
         check_name("arm", name, ARMS)
+
+
+def unserved(arm: str, *, cpu: bool) -> str | None:
+    """Why an arm cannot be served here, or None."""
+    if cpu and arm in SGLANGS:
+        return f"arm {arm}: SGLang's own write-back needs CUDA, and this is its CPU engine"
+    return None
 
 
 def server_args(cell: Cell, arm: str) -> list[str]:

@@ -27,9 +27,6 @@ ON_GPU = ("none", "kernel", "direct", "auto")
 ON_CPU = ("none", "auto")
 """Arms without --arm."""
 
-CPU_POOL_TOKENS = 4096
-CPU_PAGE = 16
-
 
 def serve(
     arm: Annotated[
@@ -106,9 +103,9 @@ def serve(
         cell = Cell(
             "serve",
             made,
-            page_size=page_size or (CPU_PAGE if cpu else 64),
+            page_size=page_size or (arms.CPU_PAGE if cpu else 64),
             mem_layout=layout,
-            pool_tokens=pool_tokens or (CPU_POOL_TOKENS if cpu else Cell.pool_tokens),
+            pool_tokens=pool_tokens or (arms.CPU_POOL_TOKENS if cpu else Cell.pool_tokens),
             ratio=ratio,
             tp=tp,
             deterministic=deterministic,
@@ -169,13 +166,6 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def unserved(arm: str, *, cpu: bool) -> str | None:
-    """Why an arm cannot be served here, or None."""
-    if cpu and arm in arms.SGLANGS:
-        return f"arm {arm}: SGLang's own write-back needs CUDA, and this is its CPU engine"
-    return None
-
-
 def _check(chosen: list[str], asked: list[str], layout: str | None, cpu: bool) -> None:
     try:
         arms.check_arms(chosen)
@@ -189,7 +179,7 @@ def _check(chosen: list[str], asked: list[str], layout: str | None, cpu: bool) -
         if len(set(given)) < len(given):
             _refuse(f"an {what} was named twice" if what == "arm" else f"a {what} was named twice")
     for arm in chosen:
-        why = unserved(arm, cpu=cpu)
+        why = arms.unserved(arm, cpu=cpu)
         if why is not None:
             _refuse(why)
     for module, package in (("sglang", "sglang"), ("aiohttp", "stress")):

@@ -7,9 +7,12 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sglang_hicache.bench.serve.workloads import Lane, Workload
-from sglang_hicache.bench.stress.client import Client, ConnectionLost, RequestFailed
+
+if TYPE_CHECKING:
+    from sglang_hicache.bench.stress.client import Client
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ async def ask(
         limit_s: seconds after which no answer is waited for.
         progress: called after each answer with their number so far.
     """
+    # aiohttp is an extra, and saved results can be read without it.
+    from sglang_hicache.bench.stress.client import Client
+
     asked: list[Asked] = []
 
     def keep(one: Asked) -> None:
@@ -96,6 +102,8 @@ async def ask(
 
 
 async def _lane(client: Client, lane: Lane, keep: Callable[[Asked], None]) -> None:
+    from sglang_hicache.bench.stress.client import ConnectionLost, RequestFailed
+
     said: list[list[int]] = [[] for _ in lane.conversations]
     free = [asyncio.Lock() for _ in lane.conversations]
     broken: set[int] = set()

@@ -172,6 +172,15 @@ class Result:
         return cls(dict(data["environment"]), [CellResult.from_dict(cell) for cell in data["cells"]])
 
 
+def is_one(path: Path) -> bool:
+    """Whether a file says that it is a result of this kind."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("kind") == KIND
+
+
 def load(path: Path) -> Result:
     """A saved result.
 

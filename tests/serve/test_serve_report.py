@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-pytest.importorskip("aiohttp")
-
 from test_serve_account import turn
+from typer.testing import CliRunner
 
+from sglang_hicache.bench.cli import app
 from sglang_hicache.bench.measure.plots import why_not
 from sglang_hicache.bench.serve import arms, plots, report, result, tables
 from sglang_hicache.bench.serve.arms import Cell
@@ -100,6 +99,17 @@ def test_a_result_is_read_as_it_was_saved(tmp_path: Path) -> None:
     assert json.dumps(result.load(path).to_dict()) == json.dumps(found.to_dict())
     assert list(tmp_path.iterdir()) == [path]
     assert "/somewhere" not in path.read_text()
+
+
+def test_a_report_is_made_of_saved_results(tmp_path: Path) -> None:
+    first, second = a_result(), a_result()
+    second.cells[0].cell["name"] = "another"
+    paths = [result.save(each, tmp_path, stem) for each, stem in ((first, "one"), (second, "two"))]
+    done = CliRunner().invoke(app, ["bench", "report", *map(str, paths), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    whole = result.load(tmp_path / "out" / "serve.json")
+    assert [cell.name for cell in whole.cells] == ["a-cell-page64", "another"]
+    assert not result.is_one(tmp_path / "out" / "serve.csv")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": "hicache-io bench serve", "schema": 99}'])
