@@ -19,196 +19,17 @@ import sys
 import tarfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from sglang_hicache.bench import damaged
+from sglang_hicache.bench.gpu_plans import GIB, PLANS, Step, host_bytes, kv_bytes_per_token
 from sglang_hicache.bench.measure.devices import gpu_missing
 from sglang_hicache.bench.measure.environment import describe
-from sglang_hicache.bench.serve import models, report, result, run
-from sglang_hicache.bench.serve.arms import CPU_PAGE, CPU_POOL_TOKENS, NONE, Cell, unserved
+from sglang_hicache.bench.serve import report, result, run
 
-FA3 = ("--attention-backend", "fa3")
-GRAPHS = ("--cuda-graph-max-bs-decode", "32")
-"""No workload has more requests in flight; the start is shorter."""
-
-_GIB = 2**30
-_SGLANG_RESERVE = 10 * _GIB
-"""Host memory that SGLang leaves free (``HICACHE_HOST_MEMORY_RESERVE_BYTES`` of 0.5.23)."""
-_SERVER_BYTES = 5 * _GIB
-"""Host memory of a server without a host pool, about."""
-_MOST_TOUCHED = 100 * _GIB
+_MOST_TOUCHED = 100 * GIB
 """A machine with one GPU has 128 GiB; touching more than it has would end this process."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A cell of a plan.
-
-    Attributes:
-        name: of the cell.
-        arms, workloads, rounds, at_once: see `run.Ask`.
-        model: a name of `models.NAMES`.
-        page_size, layout, pool_tokens, ratio, tp, deterministic: see `Cell`.
-        options: of every server.
-    """
-
-    name: str
-    arms: Sequence[str]
-    workloads: Sequence[str] = ("chat", "prefill")
-    rounds: int = 2
-    at_once: int = 8
-    model: str = models.HEAVY
-    page_size: int = 64
-    layout: str = "page_first"
-    # Four host pools of a third of 128 GiB of host memory would not leave room for the servers themselves.
-    pool_tokens: int = 49_152
-    ratio: float = 3.0
-    tp: int = 1
-    deterministic: bool = False
-    options: tuple[str, ...] = field(default=FA3 + GRAPHS)
-
-    def cell(self, folder: Path) -> Cell:
-        """The cell, its model written below ``folder``."""
-        return Cell(
-            self.name,
-            models.make(self.model, folder),
-            page_size=self.page_size,
-            mem_layout=self.layout,
-            pool_tokens=self.pool_tokens,
-            ratio=self.ratio,
-            tp=self.tp,
-            deterministic=self.deterministic,
-            more=self.options,
-        )
-
-    def rehearsal(self) -> Step:
-        """The same step on the CPU engine: small, and without the arms that need CUDA."""
-        return replace(
-            self,
-            arms=[arm for arm in self.arms if unserved(arm, cpu=True) is None],
-            rounds=min(self.rounds, 2),
-            model=models.TINY,
-            page_size=self.page_size if self.page_size == 1 else CPU_PAGE,
-            pool_tokens=CPU_POOL_TOKENS,
-            tp=1,
-            options=(),
-        )
-
-
-LIMIT = ("none", "kernel", "direct", "auto", "null")
-OURS = ("fenced_kernel", "copy_engine", "hybrid")
-
-
-def _by_page(name: str, pages: Sequence[int], step: Step) -> list[Step]:
-    return [replace(step, name=f"{name}-page{page}", page_size=page) for page in pages]
-
-
-PLANS: dict[str, list[Step]] = {
-    "first": _by_page("kvheavy", (1, 64), Step("", LIMIT)),
-    # The pool and the load of shared/gpu_servers; host memory for three host pools at a time.
-    "as-by-hand": _by_page(
-        "kvheavy",
-        (1, 64),
-        Step(
-            "",
-            ("none", "kernel", "auto", "null", "direct"),
-            at_once=4,
-            pool_tokens=65_536,
-            workloads=("chat",),
-        ),
-    ),
-    "workloads": _by_page(
-        "kvheavy", (1, 64), Step("", ("none", "kernel", "auto", "null"), workloads=("shared", "decode"))
-    ),
-    "backends": _by_page("kvheavy", (1, 64), Step("", ("kernel", *OURS), workloads=("chat", "prefill"))),
-    "layouts": [
-        Step(f"kvheavy-{layout}-page{page}", arms, ("chat", "prefill"), page_size=page, layout=layout)
-        for layout, arms in (
-            ("layer_first", ("none", "kernel", "auto", "null")),
-            ("page_first_direct", ("none", "direct", "auto", "null")),
-        )
-        for page in (1, 64)
-    ],
-    "attention": [
-        Step(
-            f"kvheavy-{name}-page{page}",
-            ("none", "kernel", "auto", "null"),
-            page_size=page,
-            options=options + GRAPHS,
-        )
-        for name, options in (
-            ("triton", ("--attention-backend", "triton")),
-            ("flashinfer", ("--attention-backend", "flashinfer")),
-            (
-                "fa3-flashinfer",
-                ("--prefill-attention-backend", "fa3", "--decode-attention-backend", "flashinfer"),
-            ),
-        )
-        for page in (1, 64)
-    ],
-    # 17 GB of weights each: two at once beside their pools on 80 GB.
-    "qwen": _by_page(
-        "qwen3-8b",
-        (1, 64),
-        Step("", ("none", "kernel", "auto", "null"), at_once=2, model="qwen3-8b", workloads=("chat",)),
-    ),
-    "mla": [
-        *_by_page("mlaheavy", (1, 64), Step("", LIMIT, model=models.MLA)),
-        # Experts as the original has: 31 GB of weights each.
-        *_by_page(
-            "deepseek-v2-lite",
-            (1, 64),
-            Step("", ("none", "kernel", "auto", "null"), at_once=2, model="deepseek-v2-lite"),
-        ),
-    ],
-    "tp2": _by_page("kvheavy-tp2", (1, 64), Step("", LIMIT, tp=2)),
-    "bytes": [
-        Step(
-            f"bytes-{model}-{layout}-page{page}",
-            (NONE, "auto", *OURS, damaged.NAME),
-            ("chat",),
-            rounds=1,
-            model=model,
-            page_size=page,
-            layout=layout,
-            pool_tokens=16_384,
-            deterministic=True,
-        )
-        for model, layout in (
-            (models.HEAVY, "page_first"),
-            (models.MLA, "page_first"),
-            (models.HEAVY, "layer_first"),
-            (models.HEAVY, "page_first_direct"),
-            (models.MLA, "layer_first"),
-            (models.MLA, "page_first_direct"),
-        )
-        for page in (1, 64)
-    ],
-}
-"""By name. A step's servers start together; each is loaded alone."""
-
-
-def kv_bytes_per_token(config: Mapping[str, Any]) -> int:
-    """Bytes of bfloat16 KV cache of one token, from a model's config.json."""
-    layers = int(config["num_hidden_layers"])
-    if config.get("kv_lora_rank"):
-        return 2 * layers * (int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"]))
-    heads = int(config["num_attention_heads"])
-    width = int(config.get("head_dim") or config["hidden_size"] // heads)
-    return 2 * 2 * layers * int(config.get("num_key_value_heads") or heads) * width
-
-
-def host_bytes(step: Step, token_bytes: int) -> int:
-    """Host memory that the servers of a step need at most, together."""
-    most = 0
-    for together in run.groups(step.arms, step.at_once):
-        pools = sum(arm != NONE for arm in together)
-        pool = int(step.pool_tokens * step.ratio * token_bytes)
-        most = max(most, pools * pool + len(together) * _SERVER_BYTES)
-    return most + _SGLANG_RESERVE
 
 
 def make_room(wanted: int, say: run.Say) -> None:
@@ -222,7 +43,7 @@ def make_room(wanted: int, say: run.Say) -> None:
     have = psutil.virtual_memory().available
     if have >= wanted:
         return
-    say(f"touching {wanted / _GIB:.0f} GiB of host memory: {have / _GIB:.0f} GiB are available")
+    say(f"touching {wanted / GIB:.0f} GiB of host memory: {have / GIB:.0f} GiB are available")
     # All hold their share until the last one has it.
     code = (
         "import numpy, sys; held = numpy.zeros(int(sys.argv[1]), 'u1'); held[::4096] = 1; "
@@ -241,7 +62,7 @@ def make_room(wanted: int, say: run.Say) -> None:
     for each in fillers:
         each.communicate()
     have = psutil.virtual_memory().available
-    say(f"{have / _GIB:.0f} GiB are available after {time.monotonic() - began:.0f} s")
+    say(f"{have / GIB:.0f} GiB are available after {time.monotonic() - began:.0f} s")
 
 
 def run_plan(name: str, steps: Sequence[Step], out: Path, work: Path, budget_s: float, *, cpu: bool) -> bool:

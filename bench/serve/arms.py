@@ -37,21 +37,19 @@ class Cell:
         model: what is served.
         page_size: tokens a page.
         mem_layout: ``--hicache-mem-layout``; None leaves SGLang's default.
-        attention: ``--attention-backend`` and the like, as options; none leaves SGLang's default.
         pool_tokens: capacity of the device pool.
         ratio: tokens in the host pool for each in the device pool.
         tp: tensor parallel size.
         deterministic: ``--enable-deterministic-inference``; outputs are compared then.
         tokenizer: whether servers have a tokenizer, which SGLang's own benchmark needs.
         cpu_engine: on SGLang's CPU engine.
-        more: further options of every server.
+        more: further options of every server, ``--attention-backend`` and the like.
     """
 
     name: str
     model: Model
     page_size: int = 64
     mem_layout: str | None = None
-    attention: tuple[str, ...] = ()
     pool_tokens: int = 65_536
     ratio: float = 3.0
     tp: int = 1
@@ -94,8 +92,6 @@ def server_args(cell: Cell, arm: str) -> list[str]:
         options.remove("--skip-tokenizer-init")
     # Without incremental output each token repeats all before it, and the client parses for most of its time.
     options += ["--enable-metrics", "--incremental-streaming-output", *cell.model.args]
-    if not cell.cpu_engine:
-        options += cell.attention
     if cell.tp > 1:
         options += ["--tp", str(cell.tp)]
     if cell.deterministic and not cell.cpu_engine:

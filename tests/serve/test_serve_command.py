@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("aiohttp")
 
-from sglang_hicache.bench import damaged, gpu_plan, null_backend
+from sglang_hicache.bench import damaged, gpu_plan, gpu_plans, null_backend
 from sglang_hicache.bench.cli import app
 from sglang_hicache.bench.serve import arms, models, public, result, run, workloads
 from sglang_hicache.bench.serve.arms import Cell
@@ -51,7 +51,7 @@ def test_wrong_input_is_refused_with_a_line(words: list[str], said: str) -> None
 
 
 def test_each_arm_is_a_server_with_its_own_write_back() -> None:
-    cell = Cell("x", MODEL, page_size=1, mem_layout="page_first", attention=("--attention-backend", "fa3"))
+    cell = Cell("x", MODEL, page_size=1, mem_layout="page_first", more=("--attention-backend", "fa3"))
     found = {arm: arms.server_args(cell, arm) for arm in arms.ARMS}
     for arm, words in found.items():
         assert ("--enable-hierarchical-cache" in words) == (arm != arms.NONE)
@@ -132,7 +132,7 @@ def test_what_sgls_own_benchmark_lacks_is_said(tmp_path: Path, monkeypatch: pyte
 
 
 def test_every_plan_is_made_of_what_there_is() -> None:
-    for steps in gpu_plan.PLANS.values():
+    for steps in gpu_plans.PLANS.values():
         names = [step.name for step in steps]
         assert len(set(names)) == len(names)
         for step in steps:
@@ -142,7 +142,7 @@ def test_every_plan_is_made_of_what_there_is() -> None:
             small = step.rehearsal()
             assert small.arms
             assert not set(small.arms) & set(arms.SGLANGS)
-    for step in gpu_plan.PLANS["bytes"]:
+    for step in gpu_plans.PLANS["bytes"]:
         assert step.deterministic
         assert {arms.NONE, damaged.NAME} <= set(step.arms)
         assert step.model in (models.HEAVY, models.MLA)
@@ -150,19 +150,19 @@ def test_every_plan_is_made_of_what_there_is() -> None:
 
 def test_host_memory_of_a_step_is_that_of_the_servers_that_are_up_together() -> None:
     # 36 layers, K and V of 8 heads of 128, two bytes each; 27 layers of 512 + 64.
-    assert gpu_plan.kv_bytes_per_token(models.KVHEAVY) == 36 * 2 * 8 * 128 * 2
-    assert gpu_plan.kv_bytes_per_token(models.MLAHEAVY) == 27 * 576 * 2
-    step = gpu_plan.Step("x", ("none", "auto", "kernel"), pool_tokens=1000, ratio=2)
+    assert gpu_plans.kv_bytes_per_token(models.KVHEAVY) == 36 * 2 * 8 * 128 * 2
+    assert gpu_plans.kv_bytes_per_token(models.MLAHEAVY) == 27 * 576 * 2
+    step = gpu_plans.Step("x", ("none", "auto", "kernel"), pool_tokens=1000, ratio=2)
     all_at_once, alone = (
-        gpu_plan.host_bytes(step, 10),
-        gpu_plan.host_bytes(gpu_plan.Step("x", step.arms, pool_tokens=1000, ratio=2, at_once=1), 10),
+        gpu_plans.host_bytes(step, 10),
+        gpu_plans.host_bytes(gpu_plans.Step("x", step.arms, pool_tokens=1000, ratio=2, at_once=1), 10),
     )
-    assert all_at_once - alone == 20_000 + 2 * gpu_plan._SERVER_BYTES
-    for steps in gpu_plan.PLANS.values():
+    assert all_at_once - alone == 20_000 + 2 * gpu_plans.SERVER_BYTES
+    for steps in gpu_plans.PLANS.values():
         for step in steps:
             config = {models.HEAVY: models.KVHEAVY, models.MLA: models.MLAHEAVY}.get(step.model)
             if config is not None:
-                assert gpu_plan.host_bytes(step, gpu_plan.kv_bytes_per_token(config)) < 120 * 2**30
+                assert gpu_plans.host_bytes(step, gpu_plans.kv_bytes_per_token(config)) < 120 * 2**30
 
 
 def test_a_cell_that_fails_does_not_stop_a_plan(
@@ -176,7 +176,7 @@ def test_a_cell_that_fails_does_not_stop_a_plan(
         return CellResult.of(cell)
 
     monkeypatch.setattr(run, "run_cell", fake)
-    monkeypatch.setattr(models, "make", lambda name, folder: MODEL)
+    monkeypatch.setattr("sglang_hicache.bench.gpu_plans.models.make", lambda name, folder: MODEL)
     words = ["first", "--rehearse", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     assert gpu_plan.main(words) == 1
     saved = result.load(tmp_path / "out" / "first.json")
