@@ -92,7 +92,7 @@ def order(arms: Sequence[str], number: int, first: str | None = None) -> list[st
     """
     others = [arm for arm in arms if arm != first]
     turned = others if number % 2 == 0 else others[::-1]
-    return [*([first] if first in arms else []), *turned]
+    return [*(arm for arm in arms if arm == first), *turned]
 
 
 def run_cell(
