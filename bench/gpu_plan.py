@@ -26,7 +26,7 @@ from pathlib import Path
 from sglang_hicache.bench.gpu_plans import GIB, PLANS, Step, host_bytes, kv_bytes_per_token
 from sglang_hicache.bench.measure.devices import gpu_missing
 from sglang_hicache.bench.measure.environment import describe
-from sglang_hicache.bench.serve import report, result, run
+from sglang_hicache.bench.serve import report, result, run, tables
 
 _MOST_TOUCHED = 100 * GIB
 """A machine with one GPU has 128 GiB; touching more than it has would end this process."""
@@ -108,6 +108,9 @@ def run_plan(name: str, steps: Sequence[Step], out: Path, work: Path, budget_s: 
             report.write_all(found, out, name, single_pictures=False)
         except Exception:  # the JSON is there, and a report can be made of it later
             traceback.print_exc()
+    for table in tables.tables(found):
+        if table.title.endswith((tables.SPEED, tables.AGAINST)):
+            print(tables.as_text(table, found.watermark), flush=True)
     for problem in found.problems():
         say(f"PROBLEM: {problem}")
     for cell_result in found.cells:

@@ -27,7 +27,7 @@ Say = Callable[[str], None]
 _WARM_UP_SEED = 1_000_000
 _SETTLE_S = 0.5
 """After the last answer, for the scheduler to see its last writes done and count them."""
-_TELL_EVERY_S = 15
+_TELL_EVERY_S = 30
 _STOP_S = 5
 """Kept back from the budget, to stop servers and save."""
 

@@ -12,6 +12,8 @@ from sglang_hicache.bench.serve.result import CellResult, Result
 from sglang_hicache.io_backends.sglang.unsafe import NULL
 
 WIDTH = 80
+SPEED, AGAINST = "speed", "against"
+"""How the titles of two of the tables end."""
 DEFAULT = "kernel"
 """SGLang's own choice, which others are compared with."""
 
@@ -34,12 +36,12 @@ def tables(result: Result) -> list[Table]:
             by_workload.setdefault(each.workload, []).append(each)
         for workload, found in by_workload.items():
             title = f"{about(cell)}: {workload}"
-            made.append(_table(f"{title}, speed", "arm", _SPEED, found, _SPEED_NOTE))
+            made.append(_table(f"{title}, {SPEED}", "arm", _SPEED, found, _SPEED_NOTE))
             made.append(_table(f"{title}, cache", "arm", _CACHE, found, _CACHE_NOTE))
             against = _against(found)
             if against:
                 columns = ("arm", "by", "req/s", "TTFT p50", "TTFT p99", "ITL p99")
-                made.append(Table(f"{title}, against", columns, tuple(against), (_AGAINST_NOTE,)))
+                made.append(Table(f"{title}, {AGAINST}", columns, tuple(against), (_AGAINST_NOTE,)))
             if any(each.compared is not None for each in found):
                 made.append(_table(f"{title}, outputs", "arm", _OUTPUTS, found, _OUTPUTS_NOTE))
         if cell.arms:
