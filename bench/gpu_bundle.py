@@ -1,281 +1,324 @@
-"""Packs what SGLang's host pools and copy kernels need on a GPU machine that has torch 2.11 but no SGLang.
+"""Packs a whole SGLang server for a machine that has a GPU, CUDA and Python, but no SGLang and no network.
 
-    python -m sglang_hicache.bench.gpu_bundle          # where the pinned SGLang is installed
-    python3 bench/gpu_bundle.py --unpack DIR           # on the GPU machine; needs no packages
+    python3.12 bench/gpu_bundle.py                               # here; writes .gpu/parts, about 1.2 GB
+    python3 bench/gpu_bundle.py --unpack .gpu/parts --site DIR   # on the GPU machine
+    source DIR/env.sh
 
-The first form writes ``.gpu/site.tar.gz``: the installed SGLang's Python files and kernel sources, its small
-dependencies as wheels for Python 3.12 on x86-64, stubs for packages of which only names are imported, and,
-of sglang-kernel, the one library with its AOT copy kernels. The second form unpacks it; DIR then goes on
-``PYTHONPATH``.
-
-The AOT library is that of sglang-kernel 0.4.5, the last one built for torch 2.11 (CUDA 13). SGLang 0.5.23
-pins 0.4.10, built for torch 2.14. Its JIT kernels come from SGLang itself and are compiled on the GPU
-machine. :data:`MANIFEST` in the bundle says all this for the results.
+Both forms need nothing but Python: the one that packs must be the GPU machine's version (wheels are built
+for one), the one that unpacks brings its own decompressor. What is packed is ``constraints.txt`` without the
+libraries that the machine's own torch brought (:data:`LEFT_OUT`). Each part travels by itself and is checked.
+This project is not in the bundle: ``--unpack`` links the checkout, so that it may change afterwards.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
+import compileall
+import hashlib
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
+import sysconfig
 import tempfile
+import time
+import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-SGLANG = "0.5.23"
-AOT = "0.4.5"
-TORCH = "2.11"
-MANIFEST = "gpu_bundle.json"
-BUNDLE = Path(".gpu/site.tar.gz")
+PYTHON = (3, 12)
+"""Of the machines that the bundle is for."""
 
-_WHEELS = (
-    # What importing SGLang's memory pools takes and a machine with torch and transformers lacks.
-    "msgspec",
-    "orjson",
-    "pybase64",
-    "pydantic",
-    "pydantic-core",
-    "annotated-types",
-    "typing-inspection",
-    "pyzmq",
-    "apache-tvm-ffi",
-    "starlette",
-    "dill",
-    "gguf",
-    "compressed-tensors",
-    "loguru",
-    "zstandard",
-    # This project's policy files.
-    "ruamel.yaml",
+PART_BYTES = 54 * 2**20
+"""What travels at once is 64 MiB, with the checkout."""
+
+MANIFEST = "manifest.json"
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+LEFT_OUT = re.compile(
+    # CUDA's libraries: the machine's torch has them, of the same CUDA.
+    r"nvidia-(?!nccl-cu13|cutlass-dsl|ml-py)|cuda-toolkit|nvshmem|nccl(?!-cu13)|"
+    # No server here imports them, or the machine has them.
+    r"tilelang|z3-solver|torchcodec|Cython|lxml|pyarrow|pandas|scipy|numba|llvmlite|matplotlib==|contourpy|fonttools|"
+    r"kiwisolver|jedi|"
+    # Tools of development.
+    r"mypy|ruff|ast_serialize|librt"
 )
-"""In the versions installed here."""
+"""Names of pins that are not packed, as they begin."""
 
-_PLATFORMS = (
-    *(f"manylinux_2_{minor}_x86_64" for minor in (39, 36, 35, 34, 31, 28, 27, 26, 24, 17, 12, 5)),
-    "manylinux2014_x86_64",
-    "manylinux2010_x86_64",
-    "manylinux1_x86_64",
+PRUNED = (
+    *("torch/test", "torch/include", "torch/share", "torch/bin/protoc*"),
+    *("triton/backends/nvidia/bin", "triton/backends/nvidia/lib/cupti*", "triton/_C/libproton.so"),
+    "triton/instrumentation",
+    # Kernels of another GPU architecture, and of an attention that no model here has.
+    *("sgl_kernel/sm100", "sgl_kernel/infllm_ops*"),
+    # Scripts that name the interpreter they were installed with.
+    "bin",
 )
+"""Of what those install, not packed either."""
 
-_LEFT_OUT = ("multimodal_gen", "test", "rust_extensions", "__pycache__", "benchmark")
-
-_STUBS = ("IPython", "soundfile", "torch_memory_saver")
-"""Packages of which SGLang's modules import names that no copy of KV rows uses."""
-
-_STUB = '''\
-"""Stands in for a package that is not in the GPU bundle: its names import, using one of them raises."""
-
-import gpu_bundle_stub
-
-gpu_bundle_stub.stub(__name__)
-'''
-
-_STUB_MODULE = '''\
-"""Modules whose names can be imported but not used."""
-
-import importlib.abc
-import importlib.machinery
-import sys
+_LEVEL, _WINDOW_LOG = 10, 28
+_CHUNK = 2**22
 
 
-class NotInBundleError(RuntimeError):
-    """Something of a package that the GPU bundle replaces by a stub was used."""
+class BundleError(Exception):
+    """A bundle that cannot be made, or is not whole."""
 
 
-class _Meta(type):
-    def __getattr__(cls, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _missing(f"{cls.__qualname__}.{name}")
+def pins(constraints: str) -> list[str]:
+    """The pins of a constraints file that are packed, as ``name==version``."""
+    lines = (line.strip() for line in constraints.splitlines())
+    return [line for line in lines if line and line[0] != "#" and not LEFT_OUT.match(line)]
 
 
-def _missing(what):
-    def fail(*args, **kwargs):
-        raise NotInBundleError(f"{what} is not in the GPU bundle (see bench/gpu_bundle.py)")
-
-    # A class, because some are subclassed or named in annotations.
-    return _Meta(what.rpartition(".")[2], (), {"__init__": fail, "__qualname__": what})
-
-
-def stub(package):
-    """Let any name and any submodule of ``package`` be imported."""
-    _add(sys.modules[package], package)
-    _Finder.packages.add(package)
+def split(stream: Iterable[bytes], part_bytes: int = PART_BYTES) -> Iterator[bytes]:
+    """The bytes of ``stream`` in pieces of ``part_bytes``; the last one may be shorter, none is empty."""
+    held = bytearray()
+    for chunk in stream:
+        held += chunk
+        while len(held) >= part_bytes:
+            yield bytes(held[:part_bytes])
+            del held[:part_bytes]
+    if held:
+        yield bytes(held)
 
 
-def _add(module, name):
-    def __getattr__(attribute):
-        if attribute.startswith("__"):
-            raise AttributeError(attribute)
-        return _missing(f"{name}.{attribute}")
-
-    module.__getattr__ = __getattr__
+def missing_or_damaged(parts: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Names of parts that are not there, or are not what was packed."""
+    return [name for name, digest in manifest["parts"].items() if _digest(parts / name) != digest]
 
 
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    packages = set()
+def distribution(pyproject: Mapping[str, Any]) -> dict[str, str]:
+    """The files of this project's ``dist-info`` by name, as far as anything reads them."""
+    project = pyproject["project"]
+    groups = {"console_scripts": project["scripts"], **project["entry-points"]}
+    entry_points = "".join(
+        f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in names.items())
+        for group, names in groups.items()
+    )
+    metadata = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    return {"METADATA": metadata, "entry_points.txt": entry_points}
 
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname.partition(".")[0] in self.packages:
-            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+def environment(site: Path) -> str:
+    """A shell file to source: finds what was unpacked into ``site``, before what the machine has."""
+    paths = (site / "project", site, site / "nvidia_cutlass_dsl" / "dsl_packages")
+    values = {
+        "PYTHONPATH": ":".join(map(str, paths)),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONWARNINGS": "ignore",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "CUDA_HOME": "/usr/local/cuda",
+        "TRITON_PTXAS_PATH": "/usr/local/cuda/bin/ptxas",
+        # The machine's cuDNN is older than SGLang asks for; nothing but convolutions uses it.
+        "SGLANG_DISABLE_CUDNN_CHECK": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
+    }
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
+    return "\n".join([*lines, f"export PATH={shlex.quote(str(site / 'bin'))}:/usr/local/cuda/bin:$PATH", ""])
+
+
+def build(constraints: Path, work: Path, out: Path) -> dict[str, Any]:
+    """Write the parts into ``out``, downloading into ``work``, and return their manifest.
+
+    Raises:
+        BundleError: this Python is not the GPU machine's version.
+        subprocess.CalledProcessError: pip could not install something.
+    """
+    if sys.version_info[:2] != PYTHON:
+        raise BundleError(f"run this with Python {_dotted(PYTHON)}, not {_dotted(sys.version_info[:2])}")
+    wanted = pins(constraints.read_text(encoding="utf-8"))
+    site, wheels = work / "site", work / "wheels"
+    shutil.rmtree(site, ignore_errors=True)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    _say(f"installing {len(wanted)} packages into {site}")
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--no-compile", "--target", str(site)]
+    subprocess.run([*pip, "install", *options, *wanted], check=True)
+    for pattern in PRUNED:
+        for path in site.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    decompressor = next(pin for pin in wanted if pin.startswith("zstandard=="))
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "-d", str(wheels)]
+    subprocess.run([*pip, "download", *options, decompressor], check=True)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    shutil.copy(next(wheels.glob("zstandard-*.whl")), out / "zstandard.whl")
+    _say("compressing")
+    digests = {}
+    for number, part in enumerate(split(compressed(site, out / "zstandard.whl"))):
+        path = out / f"p{number:02}"
+        path.write_bytes(part)
+        digests[path.name] = hashlib.sha256(part).hexdigest()
+        _say(f"{path}: {len(part) / 2**20:.1f} MiB")
+    manifest = {"python": _dotted(PYTHON), "packages": wanted, "parts": digests}
+    (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+def unpack(parts: Path, site: Path, *, checkout: Path = CHECKOUT, link_machine: bool = True) -> None:
+    """Unpack ``parts`` into ``site`` and write ``site/env.sh``.
+
+    Args:
+        parts: folder with every part, the manifest and the decompressor.
+        site: a folder that is not there yet, or is replaced.
+        checkout: this project; linked, not copied.
+        link_machine: whether to link the CUDA libraries of the Python that runs this.
+
+    Raises:
+        BundleError: a part is missing or damaged.
+        subprocess.CalledProcessError: tar failed.
+    """
+    manifest = json.loads((parts / MANIFEST).read_text(encoding="utf-8"))
+    if bad := missing_or_damaged(parts, manifest):
+        raise BundleError(f"missing or damaged of {len(manifest['parts'])} parts: {', '.join(bad)}")
+    shutil.rmtree(site, ignore_errors=True)
+    site.mkdir(parents=True)
+    with _zstandard(parts / "zstandard.whl") as zstd:
+        tar = subprocess.Popen(["tar", "-x", "-C", str(site)], stdin=subprocess.PIPE)
+        assert tar.stdin is not None
+        source = zstd.decompressobj()
+        for name in manifest["parts"]:
+            with (parts / name).open("rb") as file:
+                while chunk := file.read(_CHUNK):
+                    tar.stdin.write(source.decompress(chunk))
+        tar.stdin.close()
+        if tar.wait():
+            raise subprocess.CalledProcessError(tar.returncode, "tar")
+    if link_machine:
+        link_machines_libraries(site, Path(sysconfig.get_paths()["purelib"]))
+    link_project(site, checkout)
+    (site / "env.sh").write_text(environment(site), encoding="utf-8")
+
+
+def link_machines_libraries(site: Path, installed: Path, cuda: Path = Path("/usr/local/cuda")) -> None:
+    """Link what was left out of ``site``: CUDA's libraries and tools, from the machine."""
+    # torch looks for CUDA's libraries beside itself. What the bundle brings stays: an older NCCL lacks
+    # symbols that its torch needs.
+    for folder in (installed / "nvidia").glob("*"):
+        target = site / "nvidia" / folder.name
+        if not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            target.symlink_to(folder)
+    backend = site / "triton" / "backends" / "nvidia"
+    for folder in (backend / "bin", backend / "lib" / "cupti"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, tool in {
+        **{name: name for name in ("ptxas", "cuobjdump", "nvdisasm")},
+        "ptxas-blackwell": "ptxas",
+    }.items():
+        (backend / "bin" / name).symlink_to(cuda / "bin" / tool)
+    for library in (installed / "nvidia" / "cu13" / "lib").glob("libcupti*"):
+        (backend / "lib" / "cupti" / library.name).symlink_to(library)
+
+
+def link_project(site: Path, checkout: Path) -> None:
+    """Make the checkout importable below ``site/project``, with its entry points and its command."""
+    pyproject = tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))
+    root = site / "project"
+    for name, folder in pyproject["tool"]["setuptools"]["package-dir"].items():
+        link = root.joinpath(*name.split("."))
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(checkout / folder)
+    project = pyproject["project"]
+    info = root / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir()
+    for name, text in distribution(pyproject).items():
+        (info / name).write_text(text, encoding="utf-8")
+    for name, target in project["scripts"].items():
+        module, _, function = target.partition(":")
+        script = site / "bin" / name
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(
+            f"#!/usr/bin/env python3\nfrom {module} import {function}\n\n{function}()\n", encoding="utf-8"
+        )
+        script.chmod(0o755)
+
+
+def compressed(site: Path, wheel: Path) -> Iterator[bytes]:
+    """Everything in ``site`` as a compressed archive, by the decompressor in ``wheel``."""
+    with _zstandard(wheel, compress=True) as compressor:
+        # Sorted, so that files alike are near each other.
+        names = sorted(path.name for path in site.iterdir())
+        tar = subprocess.Popen(["tar", "-C", str(site), "--sort=name", "-c", *names], stdout=subprocess.PIPE)
+        assert tar.stdout is not None
+        while chunk := tar.stdout.read(_CHUNK):
+            yield compressor.compress(chunk)
+        yield compressor.flush()
+        if tar.wait():
+            raise subprocess.CalledProcessError(tar.returncode, "tar")
+
+
+class _zstandard:
+    """The bundle's own copy of the library, imported from its wheel."""
+
+    def __init__(self, wheel: Path, *, compress: bool = False) -> None:
+        self._wheel, self._compress = wheel, compress
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> Any:
+        self._folder = tempfile.TemporaryDirectory()
+        with zipfile.ZipFile(self._wheel) as archive:
+            archive.extractall(self._folder.name)
+        sys.path.insert(0, self._folder.name)
+        import zstandard
+
+        if not self._compress:
+            return zstandard.ZstdDecompressor(max_window_size=2**_WINDOW_LOG)
+        parameters = zstandard.ZstdCompressionParameters.from_level(
+            _LEVEL, window_log=_WINDOW_LOG, enable_ldm=True, threads=2
+        )
+        return zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+
+    def __exit__(self, *_: object) -> None:
+        assert self._folder is not None
+        sys.path.remove(self._folder.name)
+        self._folder.cleanup()
+
+
+def _digest(path: Path) -> str | None:
+    if not path.exists():
         return None
-
-    def create_module(self, spec):
-        return None
-
-    def exec_module(self, module):
-        _add(module, module.__name__)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# Last, so that modules that do exist are found first.
-sys.meta_path.append(_Finder())
-'''
-
-_SGL_KERNEL = '''\
-"""sglang-kernel {aot} cut down to its common operators for sm90, the copy kernels of HiCache among them.
-
-Everything else raises when it is called.
-"""
-
-import ctypes
-import glob
-import os
-
-import gpu_bundle_stub
-import torch
-
-__version__ = "{aot}"
+def _dotted(version: Sequence[int]) -> str:
+    return ".".join(map(str, version))
 
 
-def _preload():
-    # torch loads NVRTC only when it needs it; the library below is linked against it.
-    for name in ("libnvrtc.so.13", "libcublasLt.so.13", "libcublas.so.13"):
-        try:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-        except OSError:
-            roots = {{os.path.dirname(os.path.dirname(torch.__file__))}}
-            found = [p for r in roots for p in glob.glob(os.path.join(r, "nvidia", "*", "lib", name))]
-            for path in found[:1]:
-                ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-
-
-_preload()
-torch.ops.load_library(os.path.join(os.path.dirname(__file__), "sm90", "common_ops.abi3.so"))
-gpu_bundle_stub.stub(__name__)
-'''
-
-
-def sglang_files(root: Path) -> Iterator[Path]:
-    """Paths below ``root``, the installed package: its Python files, and its JIT kernels' sources."""
-    kernels = root / "kernels" / "jit"
-    for path in sorted(root.rglob("*")):
-        parts = path.relative_to(root).parts
-        if not path.is_file() or any(part in _LEFT_OUT for part in parts):
-            continue
-        source = kernels in path.parents and parts[2] in ("csrc", "include")
-        # The sources of kernels that have nothing to do with HiCache are half of all.
-        if source and parts[2] == "csrc" and parts[3] not in ("kvcacheio", "occupancy"):
-            continue
-        if path.suffix == ".py" or source:
-            yield path
-
-
-def download(names: list[str], into: Path) -> None:
-    """Wheels for the GPU machine's Python, without their requirements."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--python-version", "3.12", "--implementation", "cp"]
-    for platform in _PLATFORMS:
-        command += ["--platform", platform]
-    subprocess.run([*command, "-d", str(into), *names], check=True)
-
-
-def _file_pattern(pin: str) -> str:
-    name, version = pin.split("==")
-    return f"{name.replace('-', '_').replace('.', '?')}-{version}-*.whl"
-
-
-def build(work: Path, bundle: Path) -> None:
-    """Write ``bundle``; downloads stay in ``work``."""
-    installed = importlib.metadata.version("sglang")
-    if installed != SGLANG:
-        raise SystemExit(f"sglang {installed} is installed here; the bundle is made of {SGLANG}")
-    spec = importlib.util.find_spec("sglang")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    root = Path(next(iter(spec.submodule_search_locations)))
-    wheels, aot = work / "wheels", work / "aot"
-    wheels.mkdir(parents=True, exist_ok=True)
-    aot.mkdir(parents=True, exist_ok=True)
-    pins = [f"{name}=={importlib.metadata.version(name)}" for name in _WHEELS]
-    missing = [pin for pin in pins if not list(wheels.glob(_file_pattern(pin)))]
-    if missing:
-        download(missing, wheels)
-    if not list(aot.glob(f"sglang_kernel-{AOT}-*.whl")):
-        download([f"sglang-kernel=={AOT}"], aot)
-    with tempfile.TemporaryDirectory(dir=work) as scratch:
-        site = Path(scratch)
-        for path in sglang_files(root):
-            target = site / "sglang" / path.relative_to(root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, target)
-        info = site / f"sglang-{SGLANG}.dist-info"
-        info.mkdir()
-        shutil.copy(root.parent / info.name / "METADATA", info)
-        for wheel in sorted(wheels.glob("*.whl")):
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(site)
-        _sgl_kernel(site / "sgl_kernel", next(aot.glob(f"sglang_kernel-{AOT}-*.whl")))
-        (site / "gpu_bundle_stub.py").write_text(_STUB_MODULE, encoding="utf-8")
-        for name in _STUBS:
-            (site / name).mkdir()
-            (site / name / "__init__.py").write_text(_STUB, encoding="utf-8")
-        manifest = {
-            "sglang": SGLANG,
-            "sglang_kernel_aot": f"{AOT} (SGLang {SGLANG} pins another, built for another torch)",
-            "for_torch": TORCH,
-            "wheels": sorted(pins),
-            "stubs": sorted((*_STUBS, "sgl_kernel (all but common_ops of sm90)")),
-        }
-        (site / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        bundle.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(bundle, "w:gz", compresslevel=9) as archive:
-            archive.add(site, arcname=".")
-    print(f"{bundle}: {bundle.stat().st_size / 2**20:.1f} MiB")
-
-
-def _sgl_kernel(package: Path, wheel: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        for name in ("kvcacheio.py", "sm90/common_ops.abi3.so"):
-            target = package / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(archive.read(f"sgl_kernel/{name}"))
-    (package / "__init__.py").write_text(_SGL_KERNEL.format(aot=AOT), encoding="utf-8")
-
-
-def unpack(bundle: Path, site: Path) -> None:
-    """Unpack ``bundle`` into ``site``."""
-    site.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(bundle) as archive:
-        archive.extractall(site, filter="data")
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    """Build the bundle, or unpack it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--bundle", type=Path, default=BUNDLE)
-    parser.add_argument("--work", type=Path, default=Path("build/gpu_bundle"), help="where downloads stay")
-    parser.add_argument("--unpack", type=Path, metavar="DIR")
+    """Pack, or unpack."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=CHECKOUT / ".gpu/parts", help="where the parts go")
+    parser.add_argument("--work", type=Path, default=CHECKOUT / "build/gpu_bundle", help="for downloads")
+    parser.add_argument("--unpack", type=Path, metavar="PARTS", help="unpack these instead, into --site")
+    parser.add_argument("--site", type=Path, metavar="DIR", help="where to unpack")
     args = parser.parse_args()
-    if args.unpack is None:
-        build(args.work, args.bundle)
-    else:
-        unpack(args.bundle, args.unpack)
+    if (args.unpack is None) != (args.site is None):
+        parser.error("--unpack PARTS and --site DIR go together")
+    try:
+        if args.unpack is None:
+            manifest = build(CHECKOUT / "constraints.txt", args.work, args.out)
+            _say(f"{len(manifest['parts'])} parts of {len(manifest['packages'])} packages in {args.out}")
+        else:
+            unpack(args.unpack, args.site.resolve())
+            # Servers that start together would each compile what they import, on the same cores.
+            compileall.compile_dir(args.site, quiet=2, workers=0)
+            _say(f"unpacked into {args.site}; source {args.site}/env.sh")
+    except BundleError as error:
+        sys.exit(f"gpu_bundle: {error}")
 
 
 if __name__ == "__main__":

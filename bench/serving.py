@@ -39,6 +39,7 @@ __all__ = [
     "free_port",
     "get_json",
     "log_tail",
+    "open_url",
     "server_info",
 ]
 
@@ -90,6 +91,15 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+def open_url(url: str, *, method: str = "GET", timeout_s: float = 60) -> Any:
+    """Send a request without a body and return the open answer, past any proxy.
+
+    Raises:
+        OSError: nothing answered within `timeout_s` seconds, or the answer was an HTTP error.
+    """
+    return _opener.open(urllib.request.Request(url, method=method), timeout=timeout_s)
 
 
 def get_json(url: str, body: object | None = None, *, timeout_s: float = 60) -> Any:

@@ -7,12 +7,11 @@ deviation 0.25 make the output turn on what attention reads, so that a damaged K
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from sglang_hicache.bench.random_model import write_random_model
 
 VOCAB_SIZE = 512
 
@@ -29,7 +28,6 @@ _CONFIG: dict[str, Any] = {
     "initializer_range": 0.25,
     "tie_word_embeddings": False,
 }
-_RECIPE = "recipe.json"
 
 
 def write(folder: Path, *, seed: int = 0) -> Path:
@@ -41,34 +39,7 @@ def write(folder: Path, *, seed: int = 0) -> Path:
         ModuleNotFoundError: transformers or torch is not installed (SGLang brings both).
         OSError: `folder` cannot be written.
     """
-    recipe = json.dumps({"seed": seed, **_CONFIG}, sort_keys=True)
-    marker = folder / _RECIPE
-    if marker.exists() and marker.read_text(encoding="utf-8") == recipe:
-        return folder
-
-    import torch
-    import transformers
-
-    log: Any = transformers.utils.logging  # has no types
-    log.disable_progress_bar()  # for half a megabyte
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name))
-    try:
-        # The caller's random stream stays as it was.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            make: Any = transformers.LlamaForCausalLM  # its constructor has no types
-            model = make(transformers.LlamaConfig(**_CONFIG))
-        model.to(torch.bfloat16).save_pretrained(scratch)
-        (scratch / _RECIPE).write_text(recipe, encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        # A rename, so that a run that was interrupted leaves no half-written model behind.
-        scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+    return write_random_model(folder, _CONFIG, seed=seed)
 
 
 def environment() -> dict[str, str]:

@@ -22,6 +22,9 @@ from sglang_hicache.bench.measure.cases import LAYOUTS, MODELS
 from sglang_hicache.bench.measure.contenders import names
 from sglang_hicache.bench.measure.devices import gpu_missing
 from sglang_hicache.bench.measure.results import Run
+from sglang_hicache.bench.serve import report as serve_report
+from sglang_hicache.bench.serve import result as serve_result
+from sglang_hicache.bench.serve.command import serve
 from sglang_hicache.policy.errors import PolicyError
 from sglang_hicache.policy.options import BACKEND_OPTIONS, check_option
 from sglang_hicache.policy.vocabulary import ATTENTION_BACKENDS, NameProblem, check_name
@@ -126,6 +129,9 @@ for _name, _text in {
     _measurement(_name, _text)
 
 
+bench.command("serve")(serve)
+
+
 @bench.command("compare")
 def compare(
     first: Saved,
@@ -166,8 +172,12 @@ def make_report(
     saved: Annotated[list[Path], typer.Argument(help="Saved runs of one machine; later ones replace rows.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write.")],
 ) -> None:
-    """Write JSON, CSV, tables, plots and the HTML report of saved runs."""
+    """Write JSON, CSV, tables, plots and the HTML report of saved runs, or of saved results of serve."""
     try:
+        if all(map(serve_result.is_one, saved)):
+            found = serve_result.merged([serve_result.load(path) for path in saved])
+            _say_written(serve_report.write_all(found, out))
+            return
         run = results.merged(_load(path) for path in saved)
     except ValueError as error:
         refuse(str(error))

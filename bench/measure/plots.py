@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sglang_hicache.bench.measure.results import Row, Run, Spread
 
@@ -23,6 +23,11 @@ _COLOURS = {
     "sglang_kernel_tma": "#F0E442",
     "sglang_aot": "#56B4E9",
     "sglang_direct": "#666666",
+    # Arms of whole servers.
+    "none": "#999999",
+    "kernel": "#E69F00",
+    "direct": "#CC79A7",
+    "null": "#56B4E9",
 }
 _MARKERS = {"auto": "x", "hybrid": "o", "copy_engine": "s", "fenced_kernel": "^"}
 
@@ -35,7 +40,7 @@ def why_not() -> str | None:
         Figure()
     except ImportError:
         return "matplotlib is not installed (pip install 'sglang-hicache-io[plot]')"
-    except Exception as error:  # beside the bundle's stubs matplotlib imports, and fails later
+    except Exception as error:  # beside other versions of what it needs it imports, and fails later
         return f"matplotlib does not work here: {error}"
     return None
 
@@ -74,7 +79,17 @@ def png(figure: Any) -> bytes:
     return out.getvalue()
 
 
-def _canvas(run: Run, title: str, rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+class Marked(Protocol):
+    """What a picture is of."""
+
+    environment: dict[str, Any]
+
+    @property
+    def watermark(self) -> str | None: ...
+
+
+def canvas(run: Marked, title: str, rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure with its axes, what it was measured on in its title, and the watermark where there is one."""
     # Not pyplot: it keeps figures alive and asks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -102,8 +117,13 @@ def _canvas(run: Run, title: str, rows: int, columns: int, size: tuple[float, fl
     return figure, axes
 
 
+def colour(name: str) -> str:
+    """The contender's colour."""
+    return _COLOURS.get(name, "#882255")
+
+
 def _style(name: str) -> dict[str, Any]:
-    return {"color": _COLOURS.get(name, "#882255"), "marker": _MARKERS.get(name, "."), "label": name}
+    return {"color": colour(name), "marker": _MARKERS.get(name, "."), "label": name}
 
 
 def _with_bars(axis: Any, name: str, points: Sequence[tuple[float, Spread]], **more: Any) -> None:
@@ -124,7 +144,7 @@ def _bandwidth(run: Run, rows: Sequence[Row]) -> Any:
     panels = list(dict.fromkeys((row.case.model, row.case.layout) for row in rows))
     columns = max(1, min(3, len(panels)))
     lines = -(-len(panels) // columns) or 1
-    figure, axes = _canvas(
+    figure, axes = canvas(
         run,
         f"Write-back of {tokens:,} tokens (hollow: contiguous slots)",
         lines,
@@ -162,14 +182,14 @@ def _bandwidth(run: Run, rows: Sequence[Row]) -> Any:
         axis.grid(alpha=0.25)
     for axis in flat[len(panels) :]:
         axis.set_axis_off()
-    _legend(figure, flat[: len(panels)])
+    legend(figure, flat[: len(panels)])
     return figure
 
 
 def _fence(run: Run, rows: Sequence[Row]) -> Any:
     titles = {"stall_ms": "fence reached to released", "held_ms": "from before the submission to released"}
     shown = [metric for metric in titles if any(metric in row.metrics for row in rows)]
-    figure, axes = _canvas(
+    figure, axes = canvas(
         run, "How long one forward waits for one write", 1, len(shown), (4.6 * len(shown) + 1.6, 4.6)
     )
     for axis, metric in zip(axes.flat, shown, strict=True):
@@ -185,7 +205,7 @@ def _fence(run: Run, rows: Sequence[Row]) -> Any:
         axis.set(xscale="log", yscale="log", xlabel="MB a write", ylabel="ms")
         axis.set_title(titles[metric], fontsize=9)
         axis.grid(alpha=0.25)
-    _legend(figure, list(axes.flat))
+    legend(figure, list(axes.flat))
     return figure
 
 
@@ -194,7 +214,7 @@ def _interference(run: Run, rows: Sequence[Row]) -> Any:
     layouts = list(dict.fromkeys(row.case.layout for row in rows))
     forwards = list(dict.fromkeys(row.forward or "" for row in rows))
     names = list(dict.fromkeys(row.contender for row in rows))
-    figure, axes = _canvas(
+    figure, axes = canvas(
         run,
         "Forward beside write-back, by its time alone",
         len(layouts),
@@ -222,11 +242,12 @@ def _interference(run: Run, rows: Sequence[Row]) -> Any:
         axis.minorticks_off()
         axis.set_title(layout, fontsize=9)
         axis.grid(axis="y", alpha=0.25)
-    _legend(figure, list(axes.flat))
+    legend(figure, list(axes.flat))
     return figure
 
 
-def _legend(figure: Any, axes: Sequence[Any]) -> None:
+def legend(figure: Any, axes: Sequence[Any]) -> None:
+    """One legend for all axes, beside them."""
     entries: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):

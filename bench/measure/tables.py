@@ -196,12 +196,17 @@ def _reasons(missing: Sequence[Row]) -> Table:
 
 
 def markdown(run: Run) -> str:
+    """Every table of a run, with the watermark above each."""
+    return markdown_of(tables(run), run.watermark)
+
+
+def markdown_of(shown: Sequence[Table], watermark: str | None) -> str:
     """Every table, with the watermark above each."""
     parts = []
-    for table in tables(run):
+    for table in shown:
         parts.append(f"### {table.title}\n")
-        if run.watermark:
-            parts.append(f"**{run.watermark}.**\n")
+        if watermark:
+            parts.append(f"**{watermark}.**\n")
         parts += [markdown_row(table.columns), markdown_row(["---"] * len(table.columns))]
         parts += [markdown_row(line) for line in table.lines]
         parts += ["", *table.notes, ""]

@@ -107,7 +107,9 @@ def _prepare(server_args: Any) -> bool:
 def _decide(server_args: Any, name: str) -> None:
     facts = resolved_facts(server_args)
     fences = asked(server_args).experiment.fences
-    decision = unsafe.applied(decide(policy_in_force(asked(server_args).policy), facts, backend=name), fences)
+    decided = decide(policy_in_force(asked(server_args).policy), facts, backend=name)
+    unsafe.check_decision(decided, name)
+    decision = unsafe.applied(decided, fences)
     # SGLang may have changed the layout (storage backends do).
     _refuse_layout(name, decision, str(facts.value("mem_layout")))
     problem = versions.check_points(

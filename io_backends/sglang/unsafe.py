@@ -27,6 +27,9 @@ OPTION = "--hicache-io-unsafe-fences"
 CONFIRM = "--i-know-this-corrupts"
 CHOICES = ("none", "producer", "both")
 
+NULL = "null"
+"""A third-party backend of benchmarks that copies nothing: refused without the same confirmation."""
+
 _KEY = "unsafe_fences"
 """In the dict of the decision that travels to the schedulers, and in ``/server_info``."""
 
@@ -62,8 +65,13 @@ class Request:
             backend: ``--hicache-io-backend``.
             served: whether this plug-in serves the write-back of the server.
         """
+        if backend == NULL and not self.confirmed:
+            raise RefusedError(
+                f"--hicache-io-backend {NULL} copies nothing, so that what comes back from the host is "
+                f"rubbish; say {CONFIRM} too if that is what you want, and never serve users with it"
+            )
         if self.fences is None:
-            if self.confirmed:
+            if self.confirmed and backend != NULL:
                 raise RefusedError(f"{CONFIRM} confirms {OPTION}, which is not given; leave it out")
             return
         if self.fences not in CHOICES:
@@ -91,6 +99,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{CONFIRM}.",
     )
     parser.add_argument(CONFIRM, action="store_true", help=f"Confirms {OPTION}.")
+
+
+def check_decision(decision: Decision, asked_for: str) -> None:
+    """Raises RefusedError if a policy chose what only a person may."""
+    if asked_for != NULL and NULL in {route.backend for route in decision.routes}:
+        raise RefusedError(f"rule {decision.rule!r} chooses backend {NULL}, which copies nothing")
 
 
 def applied(decision: Decision, fences: str | None) -> Decision:

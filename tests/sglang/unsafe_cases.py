@@ -5,6 +5,7 @@ Run by test_stress.py, in a process that SGLang is changed in for good (simulati
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from race_cases import FA3, cache, facts_of, keep_all
 
 from sglang_hicache.bench.race_result import Result
 from sglang_hicache.io_backends.sglang import runtime, unsafe
+from sglang_hicache.io_backends.sglang.errors import RefusedError
 from sglang_hicache.io_backends.sglang.runtime import Active
 from sglang_hicache.io_backends.sglang.simulation import setups
 from sglang_hicache.io_backends.sglang.simulation.experiment import Experiment
@@ -92,6 +94,25 @@ def test_it_travels_and_is_said(fences: str, caplog: pytest.LogCaptureFixture) -
     unsafe.warn(fences)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert f"{unsafe.OPTION} {fences}" in caplog.text
+
+
+def test_a_backend_that_copies_nothing_needs_the_same_confirmation() -> None:
+    with pytest.raises(RefusedError, match=r"null copies nothing.*say --i-know-this-corrupts too"):
+        unsafe.Request().check(unsafe.NULL, served=True)
+    unsafe.Request(confirmed=True).check(unsafe.NULL, served=True)
+    # The word alone confirms nothing for any other backend.
+    with pytest.raises(RefusedError, match="which is not given"):
+        unsafe.Request(confirmed=True).check("hybrid", served=True)
+
+
+def test_no_policy_chooses_a_backend_that_copies_nothing() -> None:
+    decision = decide(policy_in_force(None), facts_of(**FA3), backend="fenced_kernel")
+    unsafe.check_decision(decision, "auto")
+    routes = tuple(replace(route, backend=unsafe.NULL) for route in decision.routes)
+    chosen = replace(decision, routes=(*decision.routes, *routes))
+    with pytest.raises(RefusedError, match="chooses backend null, which copies nothing"):
+        unsafe.check_decision(chosen, "auto")
+    unsafe.check_decision(chosen, unsafe.NULL)
 
 
 @pytest.mark.parametrize("fences", [None, *unsafe.CHOICES])

@@ -36,6 +36,9 @@ class FakeServer:
         gap: nats between the two likeliest tokens.
         info: of ``/server_info``.
         most_at_once: requests that were in flight together, at most.
+        prompts: what was asked, in the order of arrival.
+        metrics: text of ``/metrics/``.
+        flushed: how often ``/flush_cache`` was asked for, which answers with ``flush_status``.
     """
 
     def __init__(self, model: Model = right, **info: Any) -> None:
@@ -45,7 +48,11 @@ class FakeServer:
         self.incremental = False
         self.most_at_once = 0
         self.requests = 0
+        self.prompts: list[list[int]] = []
         self.host_tokens = 5
+        self.flushed = 0
+        self.flush_status = 200
+        self.metrics: Callable[[], str] = lambda: ""
         self.parted: tuple[int, int] = (0, 1)
         self.info = {
             "version": "0.5.23",
@@ -88,6 +95,8 @@ class FakeServer:
         app.router.add_get("/server_info", self._server_info)
         app.router.add_get("/health", self._health)
         app.router.add_post("/generate", self._generate)
+        app.router.add_post("/flush_cache", self._flush_cache)
+        app.router.add_get("/metrics/", self._metrics)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", int(self.url.rpartition(":")[2])).start()
@@ -97,6 +106,13 @@ class FakeServer:
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=503 if self._hanging else 200)
+
+    async def _flush_cache(self, request: web.Request) -> web.Response:
+        self.flushed += 1
+        return web.Response(status=self.flush_status, text="requests are running")
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text=self.metrics())
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         self._at_once += 1
@@ -112,6 +128,7 @@ class FakeServer:
         if body.get("return_logprob"):
             best = [[-0.5, self.parted[0], None], [-0.5 - self.gap, self.parted[1], None]]
             return web.json_response({"meta_info": {"output_top_logprobs": [best]}})
+        self.prompts.append(prompt)
         failure = self.fail(self.requests)
         self.requests += 1
         if failure == "error":

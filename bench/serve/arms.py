@@ -1,0 +1,110 @@
+"""The ways of write-back that are compared: what each server is started with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_hicache.bench import damaged, null_backend
+from sglang_hicache.bench.serve.models import Model
+from sglang_hicache.bench.serving import HiCache, base_args
+from sglang_hicache.io_backends.registry import AUTO, OWN_NAMES
+from sglang_hicache.io_backends.sglang.unsafe import CONFIRM, NULL
+from sglang_hicache.policy.vocabulary import check_name
+
+NONE = "none"
+"""A server without HiCache."""
+
+SGLANGS = ("kernel", "direct")
+ARMS = (NONE, *SGLANGS, *OWN_NAMES, AUTO, NULL, damaged.NAME)
+"""``null`` copies nothing, ``damaged`` loses a layer: a limit for times, and a proof for outputs."""
+
+TIMED = tuple(name for name in ARMS if name != damaged.NAME)
+
+
+CPU_POOL_TOKENS = 4096
+CPU_PAGE = 16
+"""Of servers on the CPU engine: small enough to overflow in seconds."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What all servers of a comparison have in common.
+
+    Attributes:
+        name: of the cell.
+        model: what is served.
+        page_size: tokens a page.
+        mem_layout: ``--hicache-mem-layout``; None leaves SGLang's default.
+        pool_tokens: capacity of the device pool.
+        ratio: tokens in the host pool for each in the device pool.
+        tp: tensor parallel size.
+        deterministic: ``--enable-deterministic-inference``; outputs are compared then.
+        tokenizer: whether servers have a tokenizer, which SGLang's own benchmark needs.
+        cpu_engine: on SGLang's CPU engine.
+        more: further options of every server, ``--attention-backend`` and the like.
+    """
+
+    name: str
+    model: Model
+    page_size: int = 64
+    mem_layout: str | None = None
+    pool_tokens: int = 65_536
+    ratio: float = 3.0
+    tp: int = 1
+    deterministic: bool = False
+    tokenizer: bool = False
+    cpu_engine: bool = False
+    more: tuple[str, ...] = ()
+
+    def exact(self) -> bool:
+        """Whether the same prompt must get the same answer from every arm."""
+        return self.model.real_weights and (self.deterministic or self.cpu_engine)
+
+
+def check_arms(names: Sequence[str]) -> None:
+    """Raises NameProblem for an arm that there is none of."""
+    for name in names:
+        check_name("arm", name, ARMS)
+
+
+def unserved(arm: str, *, cpu: bool) -> str | None:
+    """Why an arm cannot be served here, or None."""
+    if cpu and arm in SGLANGS:
+        return f"arm {arm}: SGLang's own write-back needs CUDA, and this is its CPU engine"
+    return None
+
+
+def server_args(cell: Cell, arm: str) -> list[str]:
+    """Options of the arm's server."""
+    hicache = None
+    if arm != NONE:
+        hicache = HiCache(arm, cell.mem_layout, cell.ratio)
+    options = base_args(
+        cell.model.path,
+        cpu_engine=cell.cpu_engine,
+        page_size=cell.page_size,
+        max_total_tokens=cell.pool_tokens,
+        hicache=hicache,
+    )
+    if cell.tokenizer:
+        options.remove("--skip-tokenizer-init")
+    # Without incremental output each token repeats all before it, and the client parses for most of its time.
+    options += ["--enable-metrics", "--incremental-streaming-output", *cell.model.args]
+    if cell.tp > 1:
+        options += ["--tp", str(cell.tp)]
+    if cell.deterministic and not cell.cpu_engine:
+        options.append("--enable-deterministic-inference")
+    if arm == NULL:
+        options.append(CONFIRM)
+    return [*options, *cell.more]
+
+
+def server_env(arm: str, folder: Path) -> dict[str, str]:
+    """Variables that make an arm known to its server which is in no installation; written into ``folder``."""
+    if arm == NULL:
+        return null_backend.environment(folder.resolve())
+    if arm == damaged.NAME:
+        return damaged.environment(folder.resolve())
+    return {}

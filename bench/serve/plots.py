@@ -1,0 +1,65 @@
+"""Distributions of a result: seconds to the first token, and between tokens, for each arm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sglang_hicache.bench.measure.plots import FORMATS, canvas, colour, legend
+from sglang_hicache.bench.serve.account import SHARES, Distribution, Turn
+from sglang_hicache.bench.serve.result import CellResult, Result
+from sglang_hicache.bench.serve.tables import about
+
+_SHOWN = (("first_token_s", "ms to the first token"), ("between_tokens_s", "ms between tokens"))
+
+
+def figures(result: Result) -> dict[str, Any]:
+    """matplotlib figures by name, one for each cell and workload: a line for each arm and round."""
+    found = {}
+    for cell in result.cells:
+        for workload in dict.fromkeys(turn.workload for turn in cell.turns):
+            turns = [turn for turn in cell.turns if turn.workload == workload and not turn.cut]
+            if any(turn.first_token_s.count for turn in turns):
+                found[f"{cell.name}-{workload}"] = _figure(result, cell, workload, turns)
+    return found
+
+
+def save(result: Result, folder: Path) -> list[Path]:
+    """Each figure as PNG and SVG in ``folder``; returns their paths."""
+    paths = []
+    for name, figure in figures(result).items():
+        for kind in FORMATS:
+            path = folder / f"{name}.{kind}"
+            figure.savefig(path)
+            paths.append(path)
+    return paths
+
+
+def _figure(result: Result, cell: CellResult, workload: str, turns: Sequence[Turn]) -> Any:
+    shown = [each for each in _SHOWN if any(_of(turn, each[0]).count for turn in turns)]
+    title = f"{about(cell)}: {workload}; one line a round"
+    figure, axes = canvas(result, title, 1, len(shown), (5.2 * len(shown) + 1.2, 4.4))
+    for axis, (name, label) in zip(axes.flat, shown, strict=True):
+        for turn in turns:
+            values = _of(turn, name)
+            if values.count:
+                first = turn.round == min(each.round for each in turns if each.arm == turn.arm)
+                axis.plot(
+                    [1e3 * value for value in values.at],
+                    [1 - share / 100 for share in SHARES],
+                    color=colour(turn.arm),
+                    linewidth=1,
+                    label=turn.arm if first else None,
+                )
+        # Shares from 1 to 0.001: a tail of one in a hundred is as visible as the median.
+        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="share of them that took longer")
+        axis.set_ylim(8e-4, 1.1)
+        axis.grid(alpha=0.25)
+    legend(figure, list(axes.flat))
+    return figure
+
+
+def _of(turn: Turn, name: str) -> Distribution:
+    found: Distribution = getattr(turn, name)
+    return found

@@ -1,0 +1,263 @@
+"""What `hicache-io bench serve` found, as it is saved: cells, their servers and turns, and where they ran."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sglang_hicache.bench import damaged
+from sglang_hicache.bench.measure.results import Spread
+from sglang_hicache.bench.serve.account import Sum, Turn, sums
+from sglang_hicache.bench.serve.arms import NONE, Cell
+from sglang_hicache.bench.stress.server import ServerFacts
+from sglang_hicache.io_backends.sglang.unsafe import NULL
+
+SCHEMA = 1
+KIND = "hicache-io bench serve"
+CPU_WATERMARK = "served by SGLang's CPU engine: shows that it runs, says nothing about the speed of a GPU"
+
+
+@dataclass
+class ArmFacts:
+    """A server of an arm.
+
+    Attributes:
+        args: its options.
+        start_s: seconds until it was up; None if it was not.
+        server: its own account, after the load.
+        problem: why it did not start, or what it did not survive.
+    """
+
+    args: list[str] = field(default_factory=list)
+    start_s: float | None = None
+    server: dict[str, Any] | None = None
+    problem: str | None = None
+
+    def about(self, info: Mapping[str, Any], plugin: Mapping[str, Any] | None) -> None:
+        """Keep what ``/server_info`` says, and this plug-in in it."""
+        try:
+            self.server = ServerFacts.of(info).to_dict()
+        except ValueError as error:
+            self.problem = self.problem or str(error)
+            return
+        self.server["plugin"] = None if plugin is None else dict(plugin)
+
+
+@dataclass
+class CellResult:
+    """A cell.
+
+    Attributes:
+        cell: see `Cell`, in plain JSON types.
+        workloads: the shape of each, by name.
+        arms: by name.
+        turns: in the order in which they were run.
+        skipped: what was not run, and why.
+    """
+
+    cell: dict[str, Any]
+    workloads: dict[str, Any] = field(default_factory=dict)
+    arms: dict[str, ArmFacts] = field(default_factory=dict)
+    turns: list[Turn] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, cell: Cell) -> CellResult:
+        about = asdict(cell)
+        about["model"]["path"] = Path(cell.model.path).name
+        return cls({**about, "exact": cell.exact()})
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CellResult:
+        return cls(
+            dict(data["cell"]),
+            dict(data["workloads"]),
+            {name: ArmFacts(**arm) for name, arm in data["arms"].items()},
+            [Turn.from_dict(turn) for turn in data["turns"]],
+            list(data["skipped"]),
+        )
+
+    @property
+    def name(self) -> str:
+        return str(self.cell["name"])
+
+    def sums(self) -> list[Sum]:
+        return sums(self.turns)
+
+    def problems(self) -> list[str]:
+        """What must not be: servers that did not start, errors, and outputs that differ or do not differ."""
+        found = [f"{name}: {arm.problem.splitlines()[0]}" for name, arm in self.arms.items() if arm.problem]
+        for each in self.sums():
+            where = f"{each.arm}, {each.workload}"
+            if each.errors:
+                first = next(t.first_error for t in self.turns if t.arm == each.arm and t.first_error)
+                found.append(f"{where}: {each.errors} requests failed, the first: {first}")
+            if not each.rounds:
+                found.append(f"{where}: no round was finished")
+            found += [f"{where}: {why}" for why in _wrong_outputs(each)]
+        return found
+
+
+def _wrong_outputs(each: Sum) -> list[str]:
+    """Where outputs are compared with those of a server without HiCache."""
+    if each.compared is None or each.arm == NONE:
+        return []
+    same = each.same == each.compared
+    if each.hit_share is None:  # a workload that asks for nothing again
+        return [] if same else _differing(each)
+    if not each.host_tokens:
+        return ["no token came back from the host, so its outputs say nothing about the write-back"]
+    if each.arm in (damaged.NAME, NULL):
+        return ["a damaged write-back went unnoticed"] if same else []
+    return [] if same else _differing(each)
+
+
+def _differing(each: Sum) -> list[str]:
+    return [f"{(each.compared or 0) - (each.same or 0)} of {each.compared} outputs differ"]
+
+
+@dataclass
+class Result:
+    """All cells of one command.
+
+    Attributes:
+        environment: see `measure.environment.describe`; ``ran_on`` is ``GPU`` or ``CPU``.
+    """
+
+    environment: dict[str, Any]
+    cells: list[CellResult] = field(default_factory=list)
+
+    @property
+    def watermark(self) -> str | None:
+        """What must stand wherever these figures are shown."""
+        return None if self.environment.get("ran_on") == "GPU" else CPU_WATERMARK
+
+    def put(self, cell: CellResult) -> None:
+        """Add a cell, or replace the one of that name."""
+        for place, known in enumerate(self.cells):
+            if known.name == cell.name:
+                self.cells[place] = cell
+                return
+        self.cells.append(cell)
+
+    def problems(self) -> list[str]:
+        return [f"{cell.name}: {problem}" for cell in self.cells for problem in cell.problems()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; durations in seconds."""
+        return {
+            "schema": SCHEMA,
+            "kind": KIND,
+            "ran_on": self.environment.get("ran_on"),
+            "watermark": self.watermark,
+            "environment": self.environment,
+            "problems": self.problems(),
+            "cells": [asdict(cell) for cell in self.cells],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Result:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        if data.get("kind") != KIND or data.get("schema") != SCHEMA:
+            raise ValueError(f"no result of {KIND} of schema {SCHEMA}")
+        return cls(dict(data["environment"]), [CellResult.from_dict(cell) for cell in data["cells"]])
+
+
+def is_one(path: Path) -> bool:
+    """Whether a file says that it is a result of this kind."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("kind") == KIND
+
+
+def load(path: Path) -> Result:
+    """A saved result.
+
+    Raises:
+        ValueError: the file is not there, or holds something else; the message says which.
+    """
+    try:
+        return Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not a saved result of {KIND} ({error})") from error
+
+
+_SPREADS = ("requests_per_s", "ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s", "itl_max_s")
+_COUNTS = (
+    *("rounds", "requests", "errors", "prompt_tokens", "host_tokens", "device_tokens", "hit_share"),
+    *("write_mean_s", "write_p99_s", "rows_locked", "written_bytes", "dropped_tokens", "same", "compared"),
+    "client_share",
+)
+CSV_COLUMNS = (
+    *("ran_on", "cell", "model", "page_size", "mem_layout", "pool_tokens", "tp", "workload", "arm"),
+    *(f"{name}{part}" for name in _SPREADS for part in ("", "_low", "_high")),
+    *_COUNTS,
+)
+
+
+def to_csv(result: Result) -> str:
+    """One line for each cell, workload and arm, below lines with ``#`` that say what was measured on."""
+    out = io.StringIO()
+    if result.watermark:
+        out.write(f"# {result.watermark}\n")
+    for name, value in result.environment.items():
+        out.write(f"# {name}: {str(value).splitlines()[0] if str(value) else ''}\n")
+    writer = csv.DictWriter(out, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for cell in result.cells:
+        about = {name: cell.cell[name] for name in ("page_size", "mem_layout", "pool_tokens", "tp")}
+        about |= {
+            "ran_on": result.environment.get("ran_on"),
+            "cell": cell.name,
+            "model": cell.cell["model"]["name"],
+        }
+        for each in cell.sums():
+            line: dict[str, Any] = {**about, "workload": each.workload, "arm": each.arm}
+            for name in _SPREADS:
+                spread: Spread | None = getattr(each, name)
+                if spread is not None:
+                    line |= {name: spread.median, f"{name}_low": spread.low, f"{name}_high": spread.high}
+            line |= {name: getattr(each, name) for name in _COUNTS}
+            writer.writerow(line)
+    return out.getvalue()
+
+
+def save(result: Result, folder: Path, stem: str = "serve") -> Path:
+    """``stem.json`` in ``folder``; replaced as a whole, so that a reader never finds half of one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def merged(results: Sequence[Result]) -> Result:
+    """Results of one machine as one; a cell run again replaces the earlier one.
+
+    Raises:
+        ValueError: they ran on different hardware or versions.
+    """
+    first = results[0]
+    for other in results[1:]:
+        for name in ("ran_on", "gpu", "driver", "torch", "sglang"):
+            if other.environment.get(name) != first.environment.get(name):
+                raise ValueError(f"results of different machines cannot be one: {name} differs")
+    whole = Result(dict(first.environment))
+    for result in results:
+        for cell in result.cells:
+            whole.put(cell)
+    return whole

@@ -1,0 +1,203 @@
+"""`hicache-io bench serve`: what it refuses, how its servers are started, and the plans for a GPU machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("aiohttp")
+
+from sglang_hicache.bench import damaged, gpu_plan, gpu_plans, null_backend
+from sglang_hicache.bench.cli import app
+from sglang_hicache.bench.serve import arms, models, public, result, run, workloads
+from sglang_hicache.bench.serve.arms import Cell
+from sglang_hicache.bench.serve.models import Model
+from sglang_hicache.bench.serve.result import CellResult
+from sglang_hicache.io_backends.interface import Backend
+from sglang_hicache.io_backends.registry import available_backends
+from sglang_hicache.io_backends.sglang import unsafe
+
+MODEL = Model("kvheavy", "/models/kvheavy", 512)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("sglang_hicache.bench.serve.command", "sglang_hicache.bench.gpu_plan"):
+        monkeypatch.setattr(f"{module}.gpu_missing", lambda: "none here")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--arm", "hybird"], "did you mean 'hybrid'"),
+        (["--arm", "auto", "--arm", "auto"], "an arm was named twice"),
+        (["--arm", "kernel"], "SGLang's own write-back needs CUDA"),
+        (["--workload", "chatt"], "did you mean 'chat'"),
+        (["--layout", "page_frist"], "did you mean 'page_first'"),
+        (["--model", "kvheavi"], "did you mean 'kvheavy'"),
+        (["--rounds", "0"], "--rounds"),
+        (["--pool-tokens", "10"], "--pool-tokens"),
+    ],
+)
+def test_wrong_input_is_refused_with_a_line(words: list[str], said: str) -> None:
+    done = CliRunner().invoke(app, ["bench", "serve", *words])
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.split())
+    assert "Traceback" not in done.output
+
+
+def test_each_arm_is_a_server_with_its_own_write_back() -> None:
+    cell = Cell("x", MODEL, page_size=1, mem_layout="page_first", more=("--attention-backend", "fa3"))
+    found = {arm: arms.server_args(cell, arm) for arm in arms.ARMS}
+    for arm, words in found.items():
+        assert ("--enable-hierarchical-cache" in words) == (arm != arms.NONE)
+        if arm != arms.NONE:
+            assert words[words.index("--hicache-io-backend") + 1] == arm
+        # Only the one that copies nothing, and only with the confirmation.
+        assert (unsafe.CONFIRM in words) == (arm == unsafe.NULL)
+        assert unsafe.OPTION not in words
+        assert words[words.index("--attention-backend") + 1] == "fa3"
+    same = [words for arm, words in found.items() if arm in arms.SGLANGS]
+    assert [word for word in same[0] if word not in arms.SGLANGS] == [
+        word for word in same[1] if word not in arms.SGLANGS
+    ]
+
+
+def test_a_cell_says_when_outputs_can_be_compared() -> None:
+    assert not Cell("x", MODEL).exact()
+    assert Cell("x", MODEL, deterministic=True).exact()
+    dummy = Model("qwen3-8b", "/models/q", 512, ("--load-format", "dummy"), real_weights=False)
+    assert not Cell("x", dummy, deterministic=True).exact()
+    assert "--load-format" in arms.server_args(Cell("x", dummy), "auto")
+    assert "--skip-tokenizer-init" in arms.server_args(Cell("x", MODEL), "auto")
+    assert "--skip-tokenizer-init" not in arms.server_args(Cell("x", MODEL, tokenizer=True), "auto")
+
+
+def test_what_copies_nothing_is_in_no_installation(tmp_path: Path) -> None:
+    assert unsafe.NULL not in available_backends()
+    (variables,) = null_backend.environment(tmp_path).items()
+    assert variables[0] == "PYTHONPATH"
+    text = (tmp_path / "hicache_io_null-0.dist-info" / "entry_points.txt").read_text()
+    assert "null = sglang_hicache.bench.null_backend:NullBackend" in text
+    assert arms.server_env("auto", tmp_path) == {}
+    assert "damaged" in str(arms.server_env(damaged.NAME, tmp_path / "damaged"))
+    device: Any = None
+    backend = null_backend.NullBackend(device, {})
+    assert isinstance(backend, Backend)
+
+
+def test_a_model_is_taken_from_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 77}}))
+    found = models.make(str(tmp_path), tmp_path / "made")
+    assert (found.vocab_size, found.path) == (77, str(tmp_path.resolve()))
+
+
+def test_sgls_own_benchmark_is_read_as_the_others() -> None:
+    text = {
+        "duration": 2.5,
+        "input_lens": [100, 90],
+        "output_lens": [3, 0],
+        "ttfts": [0.5, 0.0],
+        "itls": [[0.1, 0.2], []],
+        "errors": ["", "HTTP 500"],
+        "cached_tokens_details": [{"device": 10, "host": 60}, None],
+    }
+    found = public.loaded("gsp", text)
+    first, second = found.asked
+    assert (first.host_tokens, first.device_tokens, first.output_tokens) == (60, 10, 3)
+    assert first.seconds == pytest.approx(0.8)
+    assert (first.error, second.error) == (None, "HTTP 500")
+    assert found.seconds == 2.5
+
+
+@pytest.mark.parametrize("name", public.NAMES)
+def test_sgls_own_benchmark_overflows_the_device_pool(name: str) -> None:
+    words = public.public(name).args(65_536, 3)
+    value = {word: words[words.index(word) + 1] for word in words if word.startswith("--")}
+    system, groups = int(value["--gsp-system-prompt-len"]), int(value["--gsp-num-groups"])
+    assert system * groups > 1.4 * 65_536
+    assert value["--seed"] == "3"
+    assert "sglang.benchmark.serving" in public.command(
+        "http://x", "m", public.public(name), 1024, 0, Path("o")
+    )
+
+
+def test_what_sgls_own_benchmark_lacks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(public, "find_spec", lambda name: None if name == "pandas" else object())
+    assert public.missing(str(tmp_path), 1) == "pandas is not installed"
+
+
+def test_every_plan_is_made_of_what_there_is() -> None:
+    for steps in gpu_plans.PLANS.values():
+        names = [step.name for step in steps]
+        assert len(set(names)) == len(names)
+        for step in steps:
+            arms.check_arms(step.arms)
+            assert set(step.workloads) <= {*workloads.NAMES, *public.NAMES}
+            assert step.model in models.NAMES
+            small = step.rehearsal()
+            assert small.arms
+            assert not set(small.arms) & set(arms.SGLANGS)
+    for step in gpu_plans.PLANS["bytes"]:
+        assert step.deterministic
+        assert {arms.NONE, damaged.NAME} <= set(step.arms)
+        assert step.model in (models.HEAVY, models.MLA)
+
+
+def test_host_memory_of_a_step_is_that_of_the_servers_that_are_up_together() -> None:
+    # 36 layers, K and V of 8 heads of 128, two bytes each; 27 layers of 512 + 64.
+    assert gpu_plans.kv_bytes_per_token(models.KVHEAVY) == 36 * 2 * 8 * 128 * 2
+    assert gpu_plans.kv_bytes_per_token(models.MLAHEAVY) == 27 * 576 * 2
+    step = gpu_plans.Step("x", ("none", "auto", "kernel"), pool_tokens=1000, ratio=2)
+    all_at_once, alone = (
+        gpu_plans.host_bytes(step, 10),
+        gpu_plans.host_bytes(gpu_plans.Step("x", step.arms, pool_tokens=1000, ratio=2, at_once=1), 10),
+    )
+    assert all_at_once - alone == 20_000 + 2 * gpu_plans.SERVER_BYTES
+    for steps in gpu_plans.PLANS.values():
+        for step in steps:
+            config = {models.HEAVY: models.KVHEAVY, models.MLA: models.MLAHEAVY}.get(step.model)
+            if config is not None:
+                assert gpu_plans.host_bytes(step, gpu_plans.kv_bytes_per_token(config)) < 120 * 2**30
+
+
+def test_a_cell_that_fails_does_not_stop_a_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fake(cell: Cell, given: run.Ask, clock: run.Clock, say: run.Say, save: Any) -> CellResult:
+        if cell.page_size == 1:
+            raise RuntimeError("out of something")
+        given.logs.mkdir(parents=True, exist_ok=True)
+        (given.logs / "a.log").write_text("hello")
+        return CellResult.of(cell)
+
+    monkeypatch.setattr(run, "run_cell", fake)
+    monkeypatch.setattr("sglang_hicache.bench.gpu_plans.models.make", lambda name, folder: MODEL)
+    words = ["first", "--rehearse", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    assert gpu_plan.main(words) == 1
+    saved = result.load(tmp_path / "out" / "first.json")
+    assert [cell.name for cell in saved.cells] == ["kvheavy-page64"]
+    assert "out of something" in capsys.readouterr().err
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["first-logs.tar.gz", "first.csv", "first.html", "first.json", "first.md"]
+
+
+def test_a_plan_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_plan.main(["first"])
+    assert "no GPU: none here" in capsys.readouterr().err
+    assert gpu_plan.main(["--list"]) == 0
+    assert "kvheavy-page64: none kernel direct auto null" in capsys.readouterr().out
+
+
+def test_a_plan_whose_time_is_up_says_what_was_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["first", "--rehearse", "--budget", "6", "--out", str(tmp_path), "--work", str(tmp_path / "w")]
+    assert gpu_plan.main(words) == 1
+    assert capsys.readouterr().out.count("not run, no time left") == 2
+    assert result.load(tmp_path / "first.json").cells == []

@@ -1,0 +1,181 @@
+"""What `bench serve` saves and prints."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_serve_account import turn
+from typer.testing import CliRunner
+
+from sglang_hicache.bench.cli import app
+from sglang_hicache.bench.measure.plots import why_not
+from sglang_hicache.bench.serve import arms, plots, report, result, tables
+from sglang_hicache.bench.serve.arms import Cell
+from sglang_hicache.bench.serve.models import Model
+from sglang_hicache.bench.serve.result import CPU_WATERMARK, ArmFacts, CellResult, Result
+from sglang_hicache.bench.serve.scrape import Written
+
+MODEL = Model("deepseek-v2-lite", "/somewhere/of/this/machine/deepseek-v2-lite", 512)
+
+
+def a_result(ran_on: str = "GPU", **more: Any) -> Result:
+    cell = CellResult.of(Cell("a-cell-page64", MODEL, mem_layout="page_first_direct", tp=2, **more))
+    wide = {
+        "prompt_tokens": 123_456_789,
+        "host_tokens": 87_654_321,
+        "device_tokens": 12_345_678,
+        "seconds": 0.01,
+    }
+    written = Written(90_000, 12.3456, 30.0, 9.9e12, 123_456_789, 1, 2, 3)
+    for number in range(2):
+        for arm in arms.ARMS:
+            kept = Written() if arm == "none" else written
+            cell.turns.append(turn(arm, number, written=kept, seen_tokens=123_000_000, errors=0, **wide))
+    for arm in arms.ARMS:
+        plugin = {"backend": arm, "counters": {"forward_fences": 123_456}}
+        server = {
+            "enable_hierarchical_cache": True,
+            "hicache_mem_layout": "page_first_direct",
+            "plugin": plugin,
+        }
+        cell.arms[arm] = ArmFacts(["--x"], 123.4, {**server, "pool_tokens": 65_536})
+    return Result({"ran_on": ran_on, "gpu": "NVIDIA H100 80GB HBM3", "date": "2026-11-26"}, [cell])
+
+
+def test_no_line_of_a_table_is_longer_than_80_columns() -> None:
+    for ran_on in ("GPU", "CPU"):
+        found = a_result(ran_on)
+        texts = [tables.as_text(each, found.watermark) for each in tables.tables(found)]
+        assert len(texts) == 4
+        assert max(len(line) for text in texts for line in text.splitlines()) <= tables.WIDTH
+
+
+def test_a_table_says_what_was_measured() -> None:
+    found = a_result()
+    speed, cache, against, servers = (tables.as_text(each, None) for each in tables.tables(found))
+    line = next(line for line in speed.splitlines() if line.startswith("auto"))
+    assert line.split() == ["auto", "200.00", "±0.00", "500", "500", "100.0", "200.0", "200", "0"]
+    line = next(line for line in cache.splitlines() if line.startswith("none"))
+    # A server without HiCache writes nothing, and has no count of it.
+    assert line.split()[-4:] == ["-", "-", "-", "-"]
+    by = [line.split()[:3] for line in against.splitlines() if line.startswith("auto")]
+    assert by == [["auto", "kernel", "1.00x"], ["auto", "null", "1.00x"], ["auto", "none", "1.00x"]]
+    assert "123456" in servers
+
+
+@given(st.floats(0, 9e11))
+def test_a_count_is_short(value: float) -> None:
+    text = tables._short(value)
+    assert len(text) <= 6
+    unit = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1], 1)
+    shown = float(text.rstrip("kMG").replace(",", "")) * unit
+    assert shown == pytest.approx(value, rel=0.006, abs=0.51)
+
+
+def test_figures_of_a_cpu_are_marked_wherever_they_stand(tmp_path: Path) -> None:
+    found = a_result("CPU")
+    written = report.write_all(found, tmp_path)
+    for path in written:
+        if path.suffix in (".json", ".csv", ".md", ".html"):
+            assert CPU_WATERMARK in html.unescape(path.read_text())
+        if path.suffix == ".svg":
+            assert "CPU, NOT GPU SPEED" in path.read_text() or "<use" in path.read_text()
+    for each in tables.tables(found):
+        assert CPU_WATERMARK in " ".join(tables.as_text(each, found.watermark).split())
+    if why_not() is None:
+        assert {path.suffix for path in written} == {".json", ".csv", ".md", ".html", ".png", ".svg"}
+    assert CPU_WATERMARK not in (report.write_all(a_result(), tmp_path)[0]).read_text()
+
+
+def test_a_result_is_read_as_it_was_saved(tmp_path: Path) -> None:
+    found = a_result()
+    path = result.save(found, tmp_path)
+    assert json.dumps(result.load(path).to_dict()) == json.dumps(found.to_dict())
+    assert list(tmp_path.iterdir()) == [path]
+    assert "/somewhere" not in path.read_text()
+
+
+def test_a_report_is_made_of_saved_results(tmp_path: Path) -> None:
+    first, second = a_result(), a_result()
+    second.cells[0].cell["name"] = "another"
+    paths = [result.save(each, tmp_path, stem) for each, stem in ((first, "one"), (second, "two"))]
+    done = CliRunner().invoke(app, ["bench", "report", *map(str, paths), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    whole = result.load(tmp_path / "out" / "serve.json")
+    assert [cell.name for cell in whole.cells] == ["a-cell-page64", "another"]
+    assert not result.is_one(tmp_path / "out" / "serve.csv")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": "hicache-io bench serve", "schema": 99}'])
+def test_something_else_is_no_result(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "serve.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"serve\.json: not a saved result"):
+        result.load(path)
+    with pytest.raises(ValueError, match=r"none\.json: No such file"):
+        result.load(tmp_path / "none.json")
+
+
+def test_results_of_one_machine_become_one() -> None:
+    first, second = a_result(), a_result()
+    second.cells[0].turns = second.cells[0].turns[:1]
+    whole = result.merged([first, second])
+    assert [len(cell.turns) for cell in whole.cells] == [1]
+    with pytest.raises(ValueError, match="ran_on"):
+        result.merged([first, a_result("CPU")])
+
+
+def test_problems_are_found() -> None:
+    found = a_result()
+    (cell,) = found.cells
+    assert found.problems() == []
+    cell.arms["hybrid"].problem = "it died\nat line 3"
+    cell.turns.append(turn("kernel", 2, errors=1, first_error="HTTP 500"))
+    cell.turns.append(turn("direct", 2, workload="prefill", cut=True))
+    assert [text.removeprefix("a-cell-page64: ") for text in found.problems()] == [
+        "hybrid: it died",
+        "kernel, chat: 1 requests failed, the first: HTTP 500",
+        "direct, prefill: no round was finished",
+    ]
+
+
+def test_outputs_must_be_right_and_a_damaged_one_must_differ() -> None:
+    found = a_result()
+    (cell,) = found.cells
+    cell.turns = [
+        turn("none", compared=2, same=2),
+        turn("auto", compared=2, same=1),
+        turn("hybrid", compared=2, same=2),
+        turn("damaged", compared=2, same=2),
+        turn("null", compared=2, same=0),
+    ]
+    assert [text.removeprefix("a-cell-page64: ") for text in found.problems()] == [
+        "auto, chat: 1 of 2 outputs differ",
+        "damaged, chat: a damaged write-back went unnoticed",
+    ]
+    assert any(each.title.endswith("outputs") for each in tables.tables(found))
+    # Nothing came from the host: being right says nothing about the write-back.
+    cell.turns = [turn("auto", compared=2, same=2, host_tokens=0)]
+    assert ["no token came back from the host" in text for text in found.problems()] == [True]
+
+
+def test_pictures_show_every_arm() -> None:
+    if why_not() is not None:
+        pytest.skip(str(why_not()))
+    (figure,) = plots.figures(a_result()).values()
+    labels = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert labels == set(arms.ARMS)
+    assert len(figure.axes) == 2
+
+
+def test_a_csv_has_a_line_for_each_arm() -> None:
+    lines = [line for line in result.to_csv(a_result()).splitlines() if not line.startswith("#")]
+    assert len(lines) == 1 + len(arms.ARMS)
+    assert lines[0].split(",")[:4] == ["ran_on", "cell", "model", "page_size"]
+    assert json.dumps(a_result().to_dict())
