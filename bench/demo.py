@@ -23,6 +23,7 @@ from sglang_hicache.bench.identity import Run, Setup
 from sglang_hicache.bench.workload import Workload
 from sglang_hicache.io_backends.registry import AUTO, OWN_NAMES, available_backends, unknown_backend
 from sglang_hicache.io_backends.sglang.fake_libcuda import NoCompilerError
+from sglang_hicache.policy.terminal import styled
 from sglang_hicache.policy.vocabulary import MEM_LAYOUTS, NameProblem, check_name
 
 
@@ -61,7 +62,7 @@ def demo(
         logs = keep_logs or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="hicache-demo-")))
         began = time.monotonic()
         about = _about(model is None)
-        console.print(f"[bold]hicache-io demo[/bold]: {_sentence(about)}")
+        console.print(styled(("hicache-io demo", "bold"), f": {_sentence(about)}"))
         setup = _prepare(model, layout, page_size, cache or _default_cache(), logs)
         runs, failures = _run_all(setup, backends)
         reference = runs.get("reference")
@@ -70,8 +71,7 @@ def demo(
             if len(runs) > 1:
                 console.print(table(runs, reference))
         for name, why in failures.items():
-            console.print(f"[bold red]{name} failed[/bold red]: ", end="")
-            console.print(why, markup=False, soft_wrap=True)
+            console.print(styled((f"{name} failed", "bold red"), f": {why}"), soft_wrap=True)
         seconds = time.monotonic() - began
         console.print(verdict(setup, failures, seconds))
         if json_:
@@ -91,7 +91,7 @@ def demo(
 
 
 def _refuse(why: str) -> NoReturn:
-    console.print(f"hicache-io demo: {why}", style="red", markup=False, soft_wrap=True)
+    console.print(f"hicache-io demo: {why}", style="red", soft_wrap=True)
     raise typer.Exit(2)
 
 

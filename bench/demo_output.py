@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from sglang_hicache.bench.identity import Run, Setup, Status
+from sglang_hicache.policy.terminal import console as console_of
+from sglang_hicache.policy.terminal import printable, styled
 
 # What is said goes to standard error, so that --json has standard output for itself.
-# Without a terminal rich would assume 80 columns.
-console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 110)
+console = console_of(stderr=True, columns=110)
 
 
 class RunProgress:
@@ -23,10 +23,10 @@ class RunProgress:
 
     def __init__(self, names: list[str], requests: int) -> None:
         self._bars = Progress(
-            TextColumn("{task.description:<13}"),
+            TextColumn("{task.description:<13}", markup=False),
             BarColumn(bar_width=20),
-            TextColumn("{task.completed:>3.0f}/{task.total:.0f} requests"),
-            TextColumn("{task.fields[seconds]:>4.0f} s  {task.fields[what]}"),
+            TextColumn("{task.completed:>3.0f}/{task.total:.0f} requests", markup=False),
+            TextColumn("{task.fields[seconds]:>4.0f} s  {task.fields[what]}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )
@@ -46,10 +46,10 @@ class RunProgress:
         """Where run `name` reports to."""
 
         def report(what: str, done: int, seconds: float) -> None:
-            self._bars.update(self._tasks[name], completed=done, seconds=seconds, what=what)
+            self._bars.update(self._tasks[name], completed=done, seconds=seconds, what=printable(what))
             if not console.is_terminal and self._said.get(name) != what:
                 self._said[name] = what
-                console.print(f"{name}: {seconds:.0f} s: {what}", markup=False)
+                console.print(f"{name}: {seconds:.0f} s: {what}")
 
         return report
 
@@ -80,22 +80,23 @@ def table(runs: Mapping[str, Run], reference: Run) -> Table:
             *(f"{run.count(counter):,}" for counter in ("bytes", "writes", "copies")),
             f"{run.host_tokens:,}",
             f"{run.count('producer_fences')} + {run.count('forward_fences')}",
-            f"[{colour}]{run.identical(reference)}/{len(reference.answers)}[/{colour}]",
+            Text(f"{run.identical(reference)}/{len(reference.answers)}", colour),
         )
     return shown
 
 
-def verdict(setup: Setup, failures: Mapping[str, str], seconds: float) -> str:
+def verdict(setup: Setup, failures: Mapping[str, str], seconds: float) -> Text:
     """The last lines: good or not, and what that shows."""
-    text = "[bold green]Good: every output is the reference's, and the damage shows.[/bold green]"
+    found = ("Good: every output is the reference's, and the damage shows.", "bold green")
     if failures:
-        text = f"[bold red]Failed: {', '.join(failures)}.[/bold red]"
+        found = (f"Failed: {', '.join(failures)}.", "bold red")
+    about = ""
     if setup.cpu_engine:
-        text += (
+        about = (
             "\nThis ran on SGLang's CPU engine: it shows that the right bytes go out and come back. It says "
             "nothing about speed on a GPU, nor about the order of work on one."
         )
-    return f"{text} ({seconds:.0f} s)"
+    return styled(found, f"{about} ({seconds:.0f} s)")
 
 
 def as_json(run: Run, reference: Run) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.progress import track
 
 from sglang_hicache.io_backends.registry import AUTO, UPSTREAM_NAMES
@@ -28,10 +27,11 @@ from sglang_hicache.policy.decide import Decision, check_backend, decide
 from sglang_hicache.policy.facts import Facts, detect
 from sglang_hicache.policy.load import PolicyError, policy_in_force
 from sglang_hicache.policy.serving import refusal
+from sglang_hicache.policy.terminal import console as console_of
 from sglang_hicache.policy.vocabulary import NameProblem, check_fact
 
 # What is said goes to standard error, so that --json has standard output for itself.
-console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 160)
+console = console_of(stderr=True, columns=160)
 
 
 _SGLANG_PATH = "HICACHE_IO_RACE_SGLANG_PATH"
@@ -148,7 +148,7 @@ def race(
         console.print(race_result.table(result))
     console.print(race_result.verdict(result, what))
     if replay is not None and seed is None:
-        console.print(f"Replay: {shlex.join(replay)}", markup=False, soft_wrap=True)
+        console.print(f"Replay: {shlex.join(replay)}", soft_wrap=True)
     if trace is not None or plot is not None:
         _draw(facts, trace, plot)
     if json_:
@@ -167,7 +167,7 @@ def race(
 
 
 def _refuse(why: str) -> NoReturn:
-    console.print(f"hicache-io race: {why}", style="red", markup=False, soft_wrap=True)
+    console.print(f"hicache-io race: {why}", style="red", soft_wrap=True)
     raise typer.Exit(2)
 
 

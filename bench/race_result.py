@@ -9,9 +9,11 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from sglang_hicache.io_backends.sglang.simulation.experiment import Run
 from sglang_hicache.io_backends.virtual.races import Race, Side
+from sglang_hicache.policy.terminal import styled
 
 
 @dataclass(slots=True)
@@ -110,7 +112,7 @@ def _side(side: Side) -> str:
     return f"{side.operation}\n{side.mode} on {side.stream}\n{where}"
 
 
-def verdict(result: Result, what: str) -> str:
+def verdict(result: Result, what: str) -> Text:
     """One line, and how to look closer at one seed."""
     seeds = f"{len(result.runs)} seeds" if len(result.runs) != 1 else f"seed {result.runs[0].seed}"
     writes = sum(run.writes for run in result.runs)
@@ -118,7 +120,7 @@ def verdict(result: Result, what: str) -> str:
         f"{seeds}, {writes:,} writes, {sum(run.loads for run in result.runs):,} loads, {result.seconds:.0f} s"
     )
     if result.good:
-        return f"[green]Good[/green]: {what}: no race, and every row right ({scope})."
+        return styled(("Good", "green"), f": {what}: no race, and every row right ({scope}).")
     kinds = ", ".join(result.kinds) or "no race"
     wrong = result.corrupted
     rows = sum(each["host_rows"] + each["rows_read_by_forwards"] for each in wrong)
@@ -127,7 +129,7 @@ def verdict(result: Result, what: str) -> str:
         if wrong
         else "; every row came out right in these orders"
     )
-    return f"[bold red]Races[/bold red]: {what}: {kinds}{bytes_} ({scope})."
+    return styled(("Races", "bold red"), f": {what}: {kinds}{bytes_} ({scope}).")
 
 
 def first_bad_seed(result: Result) -> int | None:

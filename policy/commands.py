@@ -27,6 +27,7 @@ from sglang_hicache.policy.layers import DEFAULT_RULE, Policy
 from sglang_hicache.policy.lint import warnings
 from sglang_hicache.policy.load import load_policy, policy_in_force
 from sglang_hicache.policy.schema import Default, Rule
+from sglang_hicache.policy.terminal import console
 from sglang_hicache.policy.vocabulary import NameProblem, check_fact
 from sglang_hicache.policy.what_if import changed, difference, parse_facts
 from sglang_hicache.policy.words import option_of
@@ -171,7 +172,7 @@ def explain(
             }
         _print_json(answer)
         return
-    out = render.console()
+    out = console()
     render.show_explanation(out, explanation)
     if then is not None and other is not None:
         render.show_what_if(out, explanation, then, other)
@@ -198,11 +199,11 @@ def show(
         if as_json:
             _print_json({"source": in_force.source, "unmeasured": found})
         else:
-            render.show_unmeasured(render.console(), in_force, found)
+            render.show_unmeasured(console(), in_force, found)
     elif as_json:
         _print_json(_policy_dict(in_force))
     else:
-        render.show_policy(render.console(), in_force)
+        render.show_policy(console(), in_force)
 
 
 @policy_app.command("validate")
@@ -275,7 +276,7 @@ def _show_matrix(entries: list[dict[str, Any]], markdown: bool, as_json: bool) -
     elif markdown:
         typer.echo(table.markdown(entries), nl=False)
     else:
-        render.show_matrix(render.console(), table.rows(entries))
+        render.show_matrix(console(), table.rows(entries))
 
 
 def _policy_dict(policy: Policy) -> dict[str, Any]:

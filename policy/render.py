@@ -20,11 +20,6 @@ from sglang_hicache.policy.schema import Default, Rule
 from sglang_hicache.policy.what_if import difference
 
 
-def console() -> Console:
-    """Standard output. Texts come from policy files, so no markup and no emoji codes are read in them."""
-    return Console(markup=False, emoji=False, highlight=False)
-
-
 def show_explanation(out: Console, shown: Explanation) -> None:
     """Print a decision: what, why, what it costs, from which facts, and past which rules."""
     out.print(_pairs(_summary(shown)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +16,7 @@ from sglang_hicache.bench.measure.command import Live, refuse, stderr_console
 from sglang_hicache.bench.measure.devices import gpu_missing
 from sglang_hicache.bench.measure.results import CPU_WATERMARK
 from sglang_hicache.policy.errors import PolicyError
+from sglang_hicache.policy.terminal import console as console_of
 
 
 def calibrate(
@@ -51,7 +51,7 @@ def calibrate(
     plan = Plan(model, base.tokens, base.page_sizes, base.options, rounds, base.repeats)
     console = stderr_console()
     if cpu:
-        console.print(f"{CPU_WATERMARK}", style="bold red", markup=False)
+        console.print(f"{CPU_WATERMARK}", style="bold red")
     with Live(console) as say:
         found = measure(quicker(plan) if quick else plan, cpu=cpu, say=say)
     try:
@@ -74,10 +74,9 @@ def calibrate(
 
 def _show(found: Calibration, text: str | None, written: str | None) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    console = console_of(columns=140)
     for name, times in found.times.items():
         title = f"{name}: ms of each round" + (
             f"\n{CPU_WATERMARK}" if found.environment["ran_on"] == "CPU" else ""
@@ -100,6 +99,6 @@ def _show(found: Calibration, text: str | None, written: str | None) -> None:
     for name, choice in found.options.items():
         console.print(f"hybrid {name}: {choice.value} ({choice.low} to {choice.high} in single rounds)")
     for name, why in found.refused.items():
-        console.print(f"no number for {name}: {why}", style="bold red", markup=False)
+        console.print(f"no number for {name}: {why}", style="bold red")
     if text is not None:
-        console.print(f"written: {written}" if written else text, markup=False, soft_wrap=True)
+        console.print(f"written: {written}" if written else text, soft_wrap=True)

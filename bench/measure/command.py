@@ -7,7 +7,6 @@ something slower than before; 2: the input is wrong.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -27,6 +26,7 @@ from sglang_hicache.bench.serve import result as serve_result
 from sglang_hicache.bench.serve.command import serve
 from sglang_hicache.policy.errors import PolicyError
 from sglang_hicache.policy.options import BACKEND_OPTIONS, check_option
+from sglang_hicache.policy.terminal import console as console_of
 from sglang_hicache.policy.vocabulary import ATTENTION_BACKENDS, NameProblem, check_name
 
 ALL = "all"
@@ -187,7 +187,7 @@ def make_report(
 def _run(ask: suite.Ask, out: Path | None, as_json: bool) -> None:
     console = stderr_console()
     if ask.cpu:
-        console.print(f"No GPU: {gpu_missing()}. {results.CPU_WATERMARK}.", style="bold red", markup=False)
+        console.print(f"No GPU: {gpu_missing()}. {results.CPU_WATERMARK}.", style="bold red")
     try:
         with Live(console) as say:
             run = suite.measure(ask, say, save=lambda run: None if out is None else _save(run, out))
@@ -198,12 +198,10 @@ def _run(ask: suite.Ask, out: Path | None, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(run.to_dict(), indent=1))
     else:
-        tables.print_tables(run, Console(highlight=False, width=None if sys.stdout.isatty() else 200))
+        tables.print_tables(run, console_of(columns=200))
     wrong, measured = run.wrong(), any(row.metrics for row in run.rows)
     for row in wrong:
-        console.print(
-            f"{row.measurement}: {row.case}: {row.contender}: {row.reason}", style="bold red", markup=False
-        )
+        console.print(f"{row.measurement}: {row.case}: {row.contender}: {row.reason}", style="bold red")
     if not measured:
         console.print("nothing could be measured; the table says why", style="bold red")
     raise typer.Exit(0 if measured and not wrong else 1)
@@ -215,7 +213,7 @@ def _save(run: Run, out: Path) -> None:
 
 def stderr_console() -> Console:
     """Where progress goes: standard output is the result's."""
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 160)
+    return console_of(stderr=True, columns=160)
 
 
 class Live:
@@ -224,7 +222,7 @@ class Live:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bars = Progress(
-            TextColumn("{task.description}", table_column=None),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             TimeElapsedColumn(),
             console=console,
@@ -238,7 +236,7 @@ class Live:
 
         def say(text: str, done: float, total: float) -> None:
             self._bars.update(task, completed=done, total=total, description=text.split(":")[0])
-            self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
+            self._console.print(text, soft_wrap=not self._console.is_terminal)
 
         return say
 
@@ -250,9 +248,9 @@ def _show_changes(changes: Sequence[comparing.Change], runs: Sequence[Run], ever
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
+    console = console_of(columns=180)
     if runs[1].watermark:
-        console.print(runs[1].watermark, style="bold red", markup=False)
+        console.print(runs[1].watermark, style="bold red")
     shown = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("measurement", "case", "contender", "figure", "before", "after", "change", "verdict"):
         shown.add_column(name, overflow="fold")
@@ -279,10 +277,10 @@ def _spread(each: results.Spread | None) -> str:
 
 def _say_written(paths: Sequence[Path]) -> None:
     console = stderr_console()
-    console.print(f"written: {', '.join(str(path) for path in paths)}", markup=False, soft_wrap=True)
+    console.print(f"written: {', '.join(str(path) for path in paths)}", soft_wrap=True)
     missing = plots.why_not()
     if missing is not None:
-        console.print(f"no plots: {missing}", markup=False)
+        console.print(f"no plots: {missing}")
 
 
 def _load(path: Path) -> Run:

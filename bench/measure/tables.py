@@ -235,7 +235,6 @@ def as_html(table: Table, watermark: str | None) -> str:
 def print_tables(run: Run, console: Any) -> None:
     """Every table on a rich console, each with the watermark in its title."""
     from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
     from rich.table import Table as RichTable
 
     for table in tables(run):
@@ -244,7 +243,7 @@ def print_tables(run: Run, console: Any) -> None:
         for index, name in enumerate(table.columns):
             shown.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
         for line in table.lines:
-            shown.add_row(*map(escape, line))
+            shown.add_row(*line)
         console.print(shown)
         for note in table.notes:
-            console.print(note, style="dim", markup=False)
+            console.print(note, style="dim")

@@ -45,7 +45,7 @@ def main(
                 model, cpu_engine=True, max_total_tokens=pool_tokens, hicache=serving.HiCache(name)
             )
             log = Path(logs, f"{name}.log")
-            console.print(f"{name}: starting a server", markup=False)
+            console.print(f"{name}: starting a server")
             with serving.Server(options, log=log, env=env) as server:
                 command = [str(Path(sysconfig.get_path("scripts"), "hicache-io")), "stress", server.url]
                 done = subprocess.run(
@@ -53,7 +53,7 @@ def main(
                 )
             if done.returncode != 0:
                 bad.append(name)
-                console.print("\n".join(serving.log_tail(log)), markup=False)
+                console.print("\n".join(serving.log_tail(log)))
     if bad:
         console.print(f"Bad: {', '.join(bad)}.", style="bold red")
         raise typer.Exit(1)

@@ -19,7 +19,7 @@ from sglang_hicache.io_backends.sglang import findings, server_findings
 from sglang_hicache.io_backends.sglang.dry_run import Server, server_facts_of
 from sglang_hicache.io_backends.sglang.findings import BAD, OK, WARNING, Finding
 from sglang_hicache.policy.facts import FactValue, detect
-from sglang_hicache.policy.render import console
+from sglang_hicache.policy.terminal import console
 from sglang_hicache.policy.vocabulary import NameProblem, check_gpu_arch
 
 _STYLES = {OK: "green", WARNING: "yellow", BAD: "bold red"}

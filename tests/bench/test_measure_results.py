@@ -17,6 +17,7 @@ from sglang_hicache.bench.measure.cases import Case
 from sglang_hicache.bench.measure.compare import WORSE, compare, not_comparable
 from sglang_hicache.bench.measure.judge import judge
 from sglang_hicache.bench.measure.results import CSV_COLUMNS, METRICS, Row, Run, Spread, merged, to_csv
+from sglang_hicache.policy.terminal import console
 
 SAVED = Path(__file__).parents[2] / "bench" / "results" / "2026-11-23-h200"
 CASE = Case("Qwen3-8B", "page_first", 16, 4096, True, "fa3")
@@ -151,9 +152,7 @@ def test_every_table_of_cpu_figures_says_so_and_none_of_gpu_figures() -> None:
 
 
 def test_tables_on_a_terminal_say_so(capsys: pytest.CaptureFixture[str]) -> None:
-    from rich.console import Console
-
-    tables.print_tables(a_run(), Console(width=200))
+    tables.print_tables(a_run(), console(columns=200))
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count(results.CPU_WATERMARK) == 6
     assert 'a, "reason" | with <marks>' in shown
