@@ -84,6 +84,16 @@ def difference_in_words(given: Answer, reference: Answer, position: int) -> str:
     )
 
 
+def regret_in_words(given: Answer, position: int, regret: float, noise: float) -> str:
+    """Which token a recomputation finds impossible, and where the prompt's prefix came from."""
+    return (
+        f"token {position + 1} of {len(given.output_ids)} is {given.output_ids[position]}, and by the "
+        f"server's own recomputation another one is {regret:.2g} nats likelier; without the host "
+        f"recomputations differ by at most {noise:.2g}; of {given.prompt_tokens} prompt tokens "
+        f"{given.host_tokens} came from the host, {given.device_tokens} from the device pool"
+    )
+
+
 class Times:
     """Durations, as counts in buckets that are 2 % wide: a long run has too many to keep."""
 
@@ -126,19 +136,24 @@ class Tally:
         ok: answers that are right, first ones included.
         errors: requests without an answer.
         wrong: answers that differ from their reference.
-        near_ties: answers that part from it where two tokens were about as likely (see ``side``); counted in
-            ``ok`` too.
+        near_ties: answers that part from it by no more than the server rounds (see ``recompute``); counted
+            in ``ok`` too.
+        undecided: answers that part from it, and nobody can tell why.
+        unfinished: requests that were given up when the time was over.
         checked: answers that were compared with an earlier one or with the reference server's.
         checked_from_host: those of them whose prompt came from the host tier, in part.
         first_from_host: references whose prompt came from the host tier, in part: were that always wrong in
             the same way, comparing with them would not show it.
         prompt_tokens, output_tokens, device_tokens, host_tokens: of all answers.
+        cannot_tell: why the first of ``undecided`` could not be judged.
     """
 
     ok: int = 0
     errors: int = 0
     wrong: int = 0
     near_ties: int = 0
+    undecided: int = 0
+    unfinished: int = 0
     checked: int = 0
     checked_from_host: int = 0
     first_from_host: int = 0
@@ -150,10 +165,11 @@ class Tally:
     request_s: Times = field(default_factory=Times)
     between_tokens_s: Times = field(default_factory=Times)
     first_problem: Problem | None = None
+    cannot_tell: str | None = None
 
     @property
     def requests(self) -> int:
-        return self.ok + self.errors + self.wrong
+        return self.ok + self.errors + self.wrong + self.undecided
 
     def answered(self, reply: Reply, *, checked: bool) -> None:
         """An answer came, right or wrong."""
@@ -172,6 +188,10 @@ class Tally:
         self.ok += 1
         self.near_ties += near_tie
 
+    def unjudged(self, why: str) -> None:
+        self.undecided += 1
+        self.cannot_tell = self.cannot_tell or why
+
     def problem(self, found: Problem) -> None:
         self.errors += found.kind == ERROR
         self.wrong += found.kind == WRONG
@@ -182,7 +202,8 @@ class Tally:
         counts = {
             name: getattr(self, name)
             for name in (
-                *("ok", "errors", "wrong", "near_ties", "checked", "checked_from_host", "first_from_host"),
+                *("ok", "errors", "wrong", "near_ties", "undecided", "unfinished"),
+                *("checked", "checked_from_host", "first_from_host"),
                 *("prompt_tokens", "output_tokens", "device_tokens", "host_tokens"),
             )
         }
@@ -192,5 +213,6 @@ class Tally:
             "first_token_s": self.first_token_s.to_dict(),
             "request_s": self.request_s.to_dict(),
             "between_tokens_s": self.between_tokens_s.to_dict(),
+            "cannot_tell": self.cannot_tell,
             "first_problem": None if self.first_problem is None else asdict(self.first_problem),
         }

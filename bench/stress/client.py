@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
+from sglang_hicache.bench.stress.answers import NotUnderstoodError, Part, parsed, understood
 from sglang_hicache.bench.workload import Answer
 
 _CONNECT_S = 10
 _READ_BYTES = 2**20
 """Room for one line of a stream: without ``--incremental-streaming-output`` each repeats all so far."""
+_BODY_BYTES = 2**26
+"""More than this is no answer: a ``/server_info`` has some 50 KB, log probabilities of 256 tokens less."""
+_ERROR_BYTES = 2**16
+_END_S = 5
+"""Seconds from the last token until a stream must have ended."""
 
 REFUSED = "refuses connections"
 
@@ -68,14 +76,16 @@ class Client:
         assert self._session is not None, "used as a context manager"
         return self._session
 
-    async def info(self) -> dict[str, Any]:
-        """``/server_info``.
+    async def info(self) -> Any:
+        """``/server_info``, as parsed.
 
         Raises:
             ConnectionLost, RequestFailed
         """
-        answer: dict[str, Any] = await self._get("/server_info", timeout_s=60)
-        return answer
+        with _failures():
+            timeout = aiohttp.ClientTimeout(total=60)
+            async with self._open().get(f"{self.url}/server_info", timeout=timeout) as answer:
+                return await _json(answer)
 
     async def health(self, timeout_s: float) -> str | None:
         """What is wrong according to ``/health``, in a few words; None when it says that all is well."""
@@ -87,13 +97,13 @@ class Client:
             return REFUSED
         except TimeoutError:
             return f"/health does not answer within {timeout_s:.0f} s"
-        except aiohttp.ClientError as error:
+        except (aiohttp.ClientError, OSError) as error:
             return f"/health: {_words(error)}"
 
     async def generate(
         self, input_ids: Sequence[int], output_tokens: int, on_token: Callable[[], None]
     ) -> Reply:
-        """Exactly ``output_tokens`` tokens, greedily.
+        """Exactly ``output_tokens`` tokens, greedily. A server that sends more is not listened to.
 
         Args:
             input_ids: the prompt.
@@ -103,114 +113,150 @@ class Client:
         Raises:
             ConnectionLost, RequestFailed
         """
-        sampling = {"temperature": 0.0, "max_new_tokens": output_tokens, "ignore_eos": True}
-        body = {"input_ids": list(input_ids), "sampling_params": sampling, "stream": True}
+        body = {**_greedy(input_ids, output_tokens), "stream": True}
         tokens: list[int] = []
         gaps: list[float] = []
-        meta: dict[str, Any] = {}
+        last: Part | None = None
         began = latest = time.perf_counter()
         first = 0.0
-        try:
+        with _failures():
             async with self._open().post(f"{self.url}/generate", json=body) as answer:
                 await _check(answer)
                 async for line in answer.content:
                     event = _event(line)
                     if event is None:
                         continue
-                    now = time.perf_counter()
-                    meta = event["meta_info"]
+                    last = event
                     before = len(tokens)
-                    tokens = _so_far(tokens, event["output_ids"], int(meta["completion_tokens"]))
+                    tokens = _so_far(tokens, event)
                     new = len(tokens) - before
-                    if new <= 0:
-                        continue
-                    on_token()
-                    if before:
-                        gaps += [(now - latest) / new] * new
-                    else:
-                        first = now - began
-                    latest = now
-        except (aiohttp.ClientError, OSError) as error:
-            raise ConnectionLost(_words(error)) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise RequestFailed(f"an answer that is none of SGLang's: {_words(error)}") from error
-        finish = meta.get("finish_reason") or {}
-        if finish.get("type") != "length" or len(tokens) != output_tokens:
+                    if len(tokens) > output_tokens:
+                        raise RequestFailed(f"asked for {output_tokens} tokens and got {len(tokens)} so far")
+                    if new > 0:
+                        now = time.perf_counter()
+                        on_token()
+                        if before:
+                            gaps += [(now - latest) / new] * new
+                        else:
+                            first = now - began
+                        latest = now
+                    if event.meta_info.finish_reason is not None:
+                        break
+                await _end_of(answer)
+        finish = last.meta_info.finish_reason if last else None
+        if last is None or finish is None or finish.type != "length" or len(tokens) != output_tokens:
+            why = json.dumps(finish.model_dump())[:500] if finish else "missing, the stream was cut off"
             raise RequestFailed(
-                f"asked for {output_tokens} tokens and got {len(tokens)}: finish_reason "
-                f"{json.dumps(finish) if finish else 'missing, the stream was cut off'}"
+                f"asked for {output_tokens} tokens and got {len(tokens)}: finish_reason {why}"
             )
-        cached = meta.get("cached_tokens_details") or {}
         return Reply(
             output_ids=tuple(tokens),
             prompt_tokens=len(input_ids),
-            device_tokens=int(cached.get("device", 0)),
-            host_tokens=int(cached.get("host", 0)),
+            device_tokens=last.meta_info.cached.device,
+            host_tokens=last.meta_info.cached.host,
             first_token_s=first,
             seconds=time.perf_counter() - began,
             token_gaps_s=tuple(gaps),
         )
 
-    async def two_best(self, input_ids: Sequence[int]) -> tuple[tuple[int, float], tuple[int, float]]:
-        """The two likeliest next tokens, each with its log probability in nats, the likelier first.
+    async def compute(
+        self, input_ids: Sequence[int], output_tokens: int, *, key: str, **more: object
+    ) -> Part:
+        """A greedy answer at once, from a cache of its own: prefixes are shared only under the same ``key``.
+
+        SGLang keeps the prefixes of each ``extra_key`` apart (0.5.18 to 0.5.23).
+
+        Args:
+            input_ids: the prompt.
+            output_tokens: how many tokens.
+            key: names the cache.
+            more: other fields of the request.
 
         Raises:
             ConnectionLost, RequestFailed
         """
-        body = {
-            "input_ids": list(input_ids),
-            "sampling_params": {"temperature": 0.0, "max_new_tokens": 1, "ignore_eos": True},
-            "return_logprob": True,
-            "top_logprobs_num": 2,
-        }
-        try:
+        body = {**_greedy(input_ids, output_tokens), "extra_key": key, **more}
+        with _failures():
             async with self._open().post(f"{self.url}/generate", json=body) as answer:
-                await _check(answer)
-                (best, second), *_ = (await answer.json())["meta_info"]["output_top_logprobs"]
-        except (aiohttp.ClientError, OSError) as error:
-            raise ConnectionLost(_words(error)) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise RequestFailed(f"no log probabilities: {_words(error)}") from error
-        return (int(best[1]), float(best[0])), (int(second[1]), float(second[0]))
+                return understood(Part, await _json(answer))
 
-    async def _get(self, path: str, *, timeout_s: float) -> Any:
-        try:
-            timeout = aiohttp.ClientTimeout(total=timeout_s)
-            async with self._open().get(self.url + path, timeout=timeout) as answer:
-                await _check(answer)
-                return await answer.json()
-        except (aiohttp.ClientError, OSError) as error:
-            raise ConnectionLost(_words(error)) from error
-        except ValueError as error:
-            raise RequestFailed(f"{path} is no JSON: {error}") from error
+
+def _greedy(input_ids: Sequence[int], output_tokens: int) -> dict[str, Any]:
+    sampling = {"temperature": 0.0, "max_new_tokens": output_tokens, "ignore_eos": True}
+    return {"input_ids": list(input_ids), "sampling_params": sampling}
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Everything that a server can do wrong, as one of the two."""
+    try:
+        yield
+    except (aiohttp.ClientError, OSError) as error:
+        raise ConnectionLost(_words(error)) from error
+    except NotUnderstoodError as error:
+        raise RequestFailed(f"an answer that is none of SGLang's: {error}") from error
+    except ValueError as error:  # aiohttp's, for lines and chunks that are too long
+        raise RequestFailed(f"an answer that cannot be read: {_words(error)}") from error
 
 
 async def _check(answer: aiohttp.ClientResponse) -> None:
     if answer.status != 200:
-        text = " ".join((await answer.text()).split())
-        raise RequestFailed(f"HTTP {answer.status}: {text[:500]}")
+        text = (await _read(answer, _ERROR_BYTES)).decode("utf-8", "replace")
+        raise RequestFailed(f"HTTP {answer.status}: {' '.join(text.split())[:500]}")
 
 
-def _event(line: bytes) -> dict[str, Any] | None:
+async def _json(answer: aiohttp.ClientResponse) -> Any:
+    await _check(answer)
+    body = await _read(answer, _BODY_BYTES)
+    if len(body) >= _BODY_BYTES:
+        raise RequestFailed(f"an answer of more than {_BODY_BYTES:,} bytes")
+    return parsed(body)
+
+
+async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:
+    """The first ``most`` bytes."""
+    body = bytearray()
+    async for chunk in answer.content.iter_any():
+        body += chunk
+        if len(body) >= most:
+            break
+    return bytes(body[:most])
+
+
+async def _end_of(answer: aiohttp.ClientResponse) -> None:
+    """Read a stream whose last token has come to its end, so that its connection can be used again."""
+    try:
+        async with asyncio.timeout(_END_S):
+            async for _ in answer.content.iter_any():
+                pass
+    except TimeoutError:
+        raise RequestFailed(f"{_END_S} s after the last token the stream had not ended") from None
+
+
+def _event(line: bytes) -> Part | None:
     """What a line of a server-sent event stream carries; None for those between.
 
     Raises:
         RequestFailed: an error.
+        NotUnderstoodError: neither an error nor tokens.
     """
     if not line.startswith(b"data:"):
         return None
     payload = line[5:].strip()
     if payload == b"[DONE]":
         return None
-    event: dict[str, Any] = json.loads(payload)
-    if "error" in event:
-        raise RequestFailed(str(event["error"].get("message", event["error"])))
-    return event
+    event = parsed(payload)
+    if isinstance(event, dict) and "error" in event:
+        error = event["error"]
+        said = error.get("message", error) if isinstance(error, dict) else error
+        raise RequestFailed(str(said)[:500])
+    return understood(Part, event)
 
 
-def _so_far(tokens: list[int], event_ids: list[int], completion_tokens: int) -> list[int]:
+def _so_far(tokens: list[int], event: Part) -> list[int]:
     """All tokens so far: an event repeats them, or with ``--incremental-streaming-output`` adds to them."""
-    return list(event_ids) if len(event_ids) == completion_tokens else tokens + list(event_ids)
+    repeats = len(event.output_ids) == event.meta_info.completion_tokens
+    return event.output_ids if repeats else tokens + event.output_ids
 
 
 def _words(error: BaseException) -> str:

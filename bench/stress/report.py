@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -16,6 +17,7 @@ from sglang_hicache.bench.demo_output import console
 from sglang_hicache.bench.stress.run import Limits, Outcome
 from sglang_hicache.bench.stress.server import ServerFacts
 from sglang_hicache.bench.stress.side import Side
+from sglang_hicache.policy.terminal import styled
 
 CPU_NOTE = (
     "on SGLang's CPU engine: it shows that the right bytes go out and come back. Its times say nothing about "
@@ -23,6 +25,8 @@ CPU_NOTE = (
 )
 
 KIND = "hicache-io stress"
+
+GOOD, BAD, CANNOT_TELL = "good", "bad", "cannot tell"
 
 
 class LiveLines:
@@ -44,12 +48,12 @@ class LiveLines:
     def show(self, sides: Sequence[Side]) -> None:
         """Called four times a second."""
         if console.is_terminal:
-            self._live.update(Group(*(Text(self._line(side)) for side in sides)))
+            self._live.update(Group(*(self._line(side) for side in sides)))
             return
         for side in sides:
             if len(side.waves) > self._said.get(side.client.url, 0):
                 self._said[side.client.url] = len(side.waves)
-                console.print(self._line(side), markup=False, soft_wrap=True)
+                console.print(self._line(side), soft_wrap=True)
 
     def _line(self, side: Side) -> str:
         tally = side.tally
@@ -67,9 +71,14 @@ class LiveLines:
         return ", ".join(part for part in parts if part)
 
 
-def is_good(outcome: Outcome) -> bool:
-    """Whether every server answered everything, rightly, to the end."""
-    return all(side.tally.first_problem is None and side.tally.ok > 0 for side in outcome.sides)
+def judgement(outcome: Outcome) -> str:
+    """`GOOD` where every server answered everything, rightly, to the end; `CANNOT_TELL` where all that is
+    wrong is that differences could not be judged; else `BAD`.
+    """
+    tallies = [side.tally for side in outcome.sides]
+    if any(each.first_problem is not None or not each.ok + each.undecided for each in tallies):
+        return BAD
+    return CANNOT_TELL if any(each.undecided for each in tallies) else GOOD
 
 
 def as_json(outcome: Outcome, limits: Limits, about: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +93,8 @@ def as_json(outcome: Outcome, limits: Limits, about: dict[str, Any]) -> dict[str
     result = {
         "kind": KIND,
         **about,
-        "ok": is_good(outcome),
+        "ok": judgement(outcome) == GOOD,
+        "judgement": judgement(outcome),
         "engine": "cpu" if any(side.facts.on_cpu for side in outcome.sides) else "gpu",
         "limits": asdict(limits),
         "load": asdict(outcome.load),
@@ -96,7 +106,17 @@ def as_json(outcome: Outcome, limits: Limits, about: dict[str, Any]) -> dict[str
     }
     if len(sides) == 2:
         result["difference"] = differences(*sides)
-    return result
+    found: dict[str, Any] = _finite(result)
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with null for what JSON has no number for: servers say what they like."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _side(side: Side, end: ServerFacts | None) -> dict[str, Any]:
@@ -109,15 +129,14 @@ def _side(side: Side, end: ServerFacts | None) -> dict[str, Any]:
         "server": side.facts.to_dict(),
         "unsafe_fences": side.facts.unsafe_fences,
         "tie_nats": side.tie_nats,
+        "rounding": None if side.judge is None else side.judge.to_dict(),
         "ended": side.end.kind if side.end else "alive",
         "loaded_s": round(loaded, 3),
         "survived_s": round(survived, 3),
         **tally.to_dict(),
         "requests_per_minute": round(60 * tally.requests / loaded, 1) if loaded else 0.0,
         "output_tokens_per_s": round(tally.output_tokens / loaded, 1) if loaded else 0.0,
-        "plugin_counters": {
-            name: after[name] - before.get(name, 0) for name in after if isinstance(after[name], int)
-        },
+        "plugin_counters": {name: after[name] - before.get(name, 0) for name in after},
         "waves": [asdict(wave) for wave in side.waves],
     }
 
@@ -143,10 +162,18 @@ def notes(outcome: Outcome) -> list[str]:
             found.append(f"{where} runs without HiCache.")
         if side.tally.near_ties:
             found.append(
-                f"{side.tally.near_ties} answers of {where} part from their reference where two tokens were "
-                f"within {side.tie_nats} nats, as rounding in other batches makes them; counted as OK. "
-                "--enable-deterministic-inference avoids that."
+                f"{side.tally.near_ties} answers of {where} part from their reference by no more than it "
+                "rounds without the host; counted as OK. --enable-deterministic-inference on the server "
+                "makes the comparison exact."
             )
+        if side.tally.undecided:
+            found.append(
+                f"{side.tally.undecided} answers of {where} part from their reference, and whether they are "
+                f"wrong cannot be told: {side.tally.cannot_tell}. Start it with "
+                "--enable-deterministic-inference, which makes the comparison exact."
+            )
+        if side.tally.unfinished:
+            found.append(f"{side.tally.unfinished} requests to {where} were given up when the time was over.")
     return found
 
 
@@ -180,24 +207,30 @@ def table(result: dict[str, Any]) -> Table:
     return shown
 
 
-def verdict(result: dict[str, Any]) -> list[str]:
+def verdict(result: dict[str, Any]) -> list[Text]:
     """The last lines: for each server how long it lasted and what went wrong first."""
     lines = []
     for server in result["servers"]:
         problem = server["first_problem"]
         lasted = f"{server['url']}: {server['survived_s']:.1f} s without a problem"
-        if problem is None:
-            good = server["ok"] > 0
-            lines.append(
-                f"[green]{lasted}, {server['ok']:,} answers, {server['checked']:,} of them compared "
-                f"({server['checked_from_host']:,} with tokens from the host).[/green]"
-                if good
-                else f"[red]{server['url']}: nothing was answered.[/red]"
-            )
-        else:
+        if problem is not None:
             end = "" if server["ended"] == "alive" else f" In the end it was {server['ended']}."
-            lines.append(f"[red]{lasted}. First: {problem['kind']}: [/red]")
-            lines.append(f"  {problem['what']}{end}")
+            lines.append(styled((f"{lasted}. First: {problem['kind']}: ", "red")))
+            lines.append(styled(f"  {problem['what']}{end}"))
+        elif server["undecided"]:
+            lines.append(
+                styled(
+                    (f"{server['url']}: cannot tell: {server['undecided']:,} outputs not judged.", "yellow")
+                )
+            )
+        elif not server["ok"]:
+            lines.append(styled((f"{server['url']}: nothing was answered.", "red")))
+        else:
+            text = (
+                f"{lasted}, {server['ok']:,} answers, {server['checked']:,} of them compared "
+                f"({server['checked_from_host']:,} with tokens from the host)."
+            )
+            lines.append(styled((text, "green")))
     return lines
 
 
@@ -232,6 +265,7 @@ _ROWS = (
     ("errors", "errors", _count),
     ("wrong outputs", "wrong", _count),
     ("near ties", "near_ties", _count),
+    ("cannot tell", "undecided", _count),
     ("compared", "checked", _count),
     ("compared, from host", "checked_from_host", _count),
     ("requests a minute", "requests_per_minute", _count),

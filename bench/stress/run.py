@@ -19,6 +19,10 @@ _REFERENCE_SILENT_S = 600
 """The reference server is no suspect; this is only so that the test ends."""
 
 
+_FIRST_S = 60
+"""A server that has just started may compile kernels for its first request."""
+
+
 class UnusableError(Exception):
     """A server that was named cannot be used: the message says which and why, in one line."""
 
@@ -28,7 +32,7 @@ class Limits:
     """When to stop, and when a server counts as hung.
 
     Attributes:
-        duration_s: seconds of load on each server; None for no limit.
+        duration_s: seconds of load on each server, the reference server included; None for no limit.
         waves: how many; None for no limit.
         silent_s: see `Side`.
         tie_nats: see `Side`; None leaves it to what the server says of itself.
@@ -91,7 +95,7 @@ async def stress(
         oracle_facts = await _facts(oracle) if oracle else None
         load = _load([*facts, *([oracle_facts] if oracle_facts else [])], facts[0].pool_tokens, sizes)
         for client in [*clients, *([oracle] if oracle else [])]:
-            problem = await is_usable(client, load)
+            problem = await is_usable(client, load, max(limits.silent_s, _FIRST_S))
             if problem is not None:
                 raise UnusableError(f"{client.url} cannot take this load: {problem}")
         shared = Book()
@@ -103,6 +107,7 @@ async def stress(
                 shared if oracle else Book(),
                 silent_s=limits.silent_s,
                 tie_nats=about.tie_nats() if limits.tie_nats is None else limits.tie_nats,
+                own_references=oracle is None,
             )
             for client, about in zip(clients, facts, strict=True)
         ]
@@ -127,10 +132,12 @@ async def _waves(outcome: Outcome, asked: Side | None, limits: Limits, stop: Cal
     number = 0
     while limits.waves is None or number < limits.waves:
         if asked is not None:
-            await asked.ask(load.new(number), number, stop)
+            await asked.ask(load.new(number), number, _stop_for(asked, limits, stop))
             if asked.tally.first_problem is not None:
                 outcome.reference_problem = f"the reference server failed: {asked.tally.first_problem}"
                 return
+            if stop() or _time_is_up(asked, limits):
+                return  # it may not have given all references of this wave
         # Now one first and now the other: whatever drifts meanwhile hits both alike.
         for side in sides if number % 2 == 0 else reversed(sides):
             if side.end is None and not stop() and not _time_is_up(side, limits):
@@ -178,7 +185,7 @@ async def _facts_if_there(side: Side) -> ServerFacts | None:
 
 
 def _on_interrupt(outcome: Outcome) -> Callable[[], bool]:
-    """Ctrl-C ends the load and keeps what was measured; what is in flight is waited for."""
+    """Ctrl-C ends the load and keeps what was measured."""
 
     def interrupt() -> None:
         outcome.interrupted = True

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_hicache.bench.identity import plugin_state
+from pydantic import TypeAdapter, ValidationError
+
+from sglang_hicache.bench.stress.answers import Info, Setting, understood
 
 BF16_TIE_NATS = 0.25
 """Two logits between 16 and 32, each rounded to bfloat16 (8 significant bits: steps of 1/8), may change their
@@ -39,22 +41,21 @@ class ServerFacts:
     plugin: Mapping[str, Any] | None
 
     @classmethod
-    def of(cls, info: Mapping[str, Any]) -> ServerFacts:
-        """From the answer of ``/server_info``.
+    def of(cls, answer: object) -> ServerFacts:
+        """From the answer of ``/server_info``, as parsed.
 
         Raises:
-            ValueError: it is none of SGLang's.
+            NotUnderstoodError: it is none of SGLang's.
         """
-        try:
-            return cls(
-                version=str(info["version"]),
-                pool_tokens=int(info["max_total_num_tokens"]),
-                context_tokens=info.get("context_length"),
-                settings={name: info[name] for name in _SHOWN if name in info},
-                plugin=plugin_state(info),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"/server_info is none of SGLang's: {error!r}") from None
+        info = understood(Info, answer)
+        said = info.model_extra or {}
+        return cls(
+            version=info.version,
+            pool_tokens=info.max_total_num_tokens,
+            context_tokens=info.context_length,
+            settings={name: said[name] for name in _SHOWN if name in said and _is_setting(said[name])},
+            plugin=_plugin(info),
+        )
 
     @property
     def unsafe_fences(self) -> str | None:
@@ -87,3 +88,22 @@ class ServerFacts:
             **self.settings,
             "plugin": self.plugin,
         }
+
+
+_SETTING: TypeAdapter[Setting] = TypeAdapter(Setting)
+
+
+def _is_setting(value: object) -> bool:
+    try:
+        _SETTING.validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def _plugin(info: Info) -> dict[str, Any] | None:
+    states = [state.hicache_io for state in info.internal_states if state.hicache_io is not None]
+    if not states:
+        return None
+    counters = {name: sum(state.counters.get(name, 0) for state in states) for name in states[0].counters}
+    return {**states[0].model_dump(), "counters": counters}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -19,9 +18,11 @@ from sglang_hicache.bench.stress.account import (
     Tally,
     difference_in_words,
     first_difference,
+    regret_in_words,
 )
 from sglang_hicache.bench.stress.client import REFUSED, Client, ConnectionLost, Reply, RequestFailed
 from sglang_hicache.bench.stress.load import Conversation, Load
+from sglang_hicache.bench.stress.recompute import Judge, UnjudgedError
 from sglang_hicache.bench.stress.server import ServerFacts
 from sglang_hicache.bench.workload import Answer
 
@@ -62,7 +63,8 @@ class Side:
         load: what it is asked.
         book: the references.
         silent_s: seconds without a token, with requests in flight, after which it counts as hung.
-        tie_nats: outputs may part where the two likeliest tokens are at most this close; 0: never.
+        tie_nats: what rounding may make of two tokens at least; 0: every output must be the reference's.
+        own_references: whether the references in ``book`` are this server's own answers.
         clock: seconds that have passed.
 
     Attributes:
@@ -78,6 +80,7 @@ class Side:
         *,
         silent_s: float,
         tie_nats: float,
+        own_references: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.client = client
@@ -88,6 +91,12 @@ class Side:
         self.waves: list[Wave] = []
         self.end: Problem | None = None
         self.tie_nats = tie_nats
+        self.judge = (
+            Judge(client, vocab_size=load.vocab_size, least_nats=tie_nats, on_answer=self._hear)
+            if tie_nats
+            else None
+        )
+        self._own_references = own_references
         self._silent_s = silent_s
         self._clock = clock
         self._loaded_s = 0.0
@@ -111,34 +120,37 @@ class Side:
     async def ask(
         self, conversations: list[Conversation], number: int, stop: Callable[[], bool] = lambda: False
     ) -> None:
-        """Ask one wave. Returns when it is answered, when ``stop`` said so, or with ``end`` set.
+        """Ask one wave. Returns when it is answered, when ``stop`` says so, or with ``end`` set.
 
         Args:
             conversations: of the wave.
             number: of the wave.
-            stop: whether to send no further request; those in flight are waited for.
+            stop: whether the time is over; requests in flight are given up.
         """
-        before = (self.tally.requests, self.tally.errors + self.tally.wrong, self.tally.host_tokens)
+        before = self._counts()
         loaded_before = self._loaded_s
         self._wave_began = self._heard = self._clock()
         self._wave_request_s.clear()
         work = asyncio.create_task(self._all_turns(conversations, stop))
-        watch = asyncio.create_task(self._watch())
-        over = asyncio.create_task(self._over.wait())
+        others = [asyncio.create_task(each) for each in (self._watch(), self._over.wait(), _until(stop))]
         try:
-            await asyncio.wait({work, over}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, *others[1:]}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()  # an error here is ours, not the server's
+            elif self.end is None:
+                self.tally.unfinished += self._in_flight
         finally:
-            for task in (work, watch, over):
+            for task in (work, *others):
                 task.cancel()
-            await asyncio.gather(work, watch, over, return_exceptions=True)
+            await asyncio.gather(work, *others, return_exceptions=True)
             self._loaded_s, self._wave_began = self.loaded_s(), None
-        after = (self.tally.requests, self.tally.errors + self.tally.wrong, self.tally.host_tokens)
-        gained = [b - a for a, b in zip(before, after, strict=True)]
+        gained = [b - a for a, b in zip(before, self._counts(), strict=True)]
         median = round(statistics.median(self._wave_request_s), 6) if self._wave_request_s else None
         took = self._loaded_s - loaded_before
         self.waves.append(Wave(number, round(self._loaded_s, 3), round(took, 3), median, *gained))
+
+    def _counts(self) -> tuple[int, int, int]:
+        return self.tally.requests, self.tally.errors + self.tally.wrong, self.tally.host_tokens
 
     async def _all_turns(self, conversations: list[Conversation], stop: Callable[[], bool]) -> None:
         for turn in range(self.load.turns):
@@ -177,25 +189,33 @@ class Side:
         position = first_difference(reply, reference)
         if position is None:
             self.tally.right()
-        elif await self._near_tie(prompt, reply, reference, position):
-            self.tally.right(near_tie=True)
-        else:
+        elif self.judge is None:
             self._problem(WRONG, difference_in_words(reply, reference, position), place)
+        else:
+            await self._recompute(self.judge, place, prompt, [reply, reference])
 
-    async def _near_tie(self, prompt: list[int], reply: Answer, reference: Answer, position: int) -> bool:
-        """Whether the two answers part between two tokens that rounding alone may swap.
+    async def _recompute(
+        self, judge: Judge, place: tuple[int, int, int], prompt: list[int], differing: list[Answer]
+    ) -> None:
+        """Judge two answers that differ, as far as something of them was cached: that may come from the host.
 
-        Kernels round otherwise in another batch, so where nothing forbids it (see
-        `ServerFacts.tie_nats`) the server is asked how likely the two tokens are.
+        What was computed from nothing says how this server rounds, with HiCache or without.
         """
-        if not self.tie_nats:
-            return False
+        own = differing if self._own_references else differing[:1]
         try:
-            best, second = await self.client.two_best([*prompt, *reference.output_ids[:position]])
-        except (ConnectionLost, RequestFailed):
-            return False
-        parted = {reply.output_ids[position], reference.output_ids[position]}
-        return parted == {best[0], second[0]} and best[1] - second[1] <= self.tie_nats
+            for answer in own:
+                if not answer.device_tokens + answer.host_tokens:
+                    continue
+                regret, position = await judge.regret(prompt, answer)
+                if regret > judge.allowed:
+                    self._problem(WRONG, regret_in_words(answer, position, regret, judge.noise), place)
+                    return
+            self.tally.right(near_tie=True)
+        except UnjudgedError as error:
+            self.tally.unjudged(str(error))
+        except ConnectionLost as error:
+            self.tally.unjudged(f"the connection broke: {error}")
+            await self._look_whether_dead()
 
     def _hear(self) -> None:
         self._heard = self._clock()
@@ -238,13 +258,21 @@ class Side:
             )
 
 
-async def is_usable(client: Client, load: Load) -> str | None:
+async def _until(stop: Callable[[], bool]) -> None:
+    while not stop():
+        await asyncio.sleep(_LOOK_S / 4)
+
+
+async def is_usable(client: Client, load: Load, within_s: float) -> str | None:
     """Why a server cannot take this load at all, found with one request; None when it can."""
     conversation = load.new(0)[0]
-    with contextlib.suppress(ConnectionLost):
-        try:
+    try:
+        async with asyncio.timeout(within_s):
             await client.generate(conversation.texts[0][:8], 2, lambda: None)
-        except RequestFailed as error:
-            return str(error)
-        return None
-    return f"{client.url} closed the connection of the first request"
+    except RequestFailed as error:
+        return str(error)
+    except ConnectionLost:
+        return f"{client.url} closed the connection of the first request"
+    except TimeoutError:
+        return f"the first request, of 8 tokens, was not answered within {within_s:.0f} s"
+    return None

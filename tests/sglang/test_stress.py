@@ -103,6 +103,31 @@ def test_a_damaged_write_back_is_found(machine: Machine, tmp_path: Path) -> None
     assert len(warnings) == 1, "each scheduler says it once"
 
 
+ROUNDING = ("--dtype", "bfloat16")
+"""Prefixes that are computed again in other pieces round otherwise, and turn a near tie now and then."""
+
+
+@pytest.mark.server
+def test_rounding_is_not_called_wrong(machine: Machine, tmp_path: Path) -> None:
+    with server(machine, tmp_path, "auto", *ROUNDING) as running:
+        result = stress(running.url, "--waves", "8", status=0)
+    (side,) = result["servers"]
+    assert (side["tie_nats"], side["wrong"], side["undecided"]) == (0.25, 0, 0)
+    assert side["checked_from_host"] > 20
+    assert side["near_ties"] > 0, "there was rounding to judge"
+    assert side["rounding"]["differences"] >= 64
+
+
+@pytest.mark.server
+def test_damage_is_told_from_rounding(machine: Machine, tmp_path: Path) -> None:
+    third_party = damaged.environment(tmp_path / "installed")
+    with server(machine, tmp_path, damaged.NAME, *ROUNDING, **third_party) as running:
+        result = stress(running.url, "--waves", "2", status=1)
+    (side,) = result["servers"]
+    assert side["wrong"] > 0
+    assert "by the server's own recomputation" in side["first_problem"]["what"]
+
+
 def test_what_an_experiment_leaves_out() -> None:
     run_cases(HERE / "unsafe_cases.py", {})
 

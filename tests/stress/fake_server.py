@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import random
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -32,9 +33,16 @@ class FakeServer:
 
     Attributes:
         model: what it answers.
-        fail: told the number of a request from 0; "error", "abort", "cut" or "hang" instead of an answer.
-        gap: nats between the two likeliest tokens.
-        info: of ``/server_info``.
+        fail: told the number of a request from 0; "error", "abort", "cut", "hang", "more" (tokens than asked
+            for), "on and on" (after the last token) or "slow" instead of an answer, or the bytes of one.
+        gap: nats by which any other token than ``right``'s is less likely.
+        rounding: nats by which that differs between two computations, at most.
+        recomputed: what it answers to a request with a key of its own.
+        raw_computed: the same as bytes.
+        keeps_keys_apart: whether prefixes are found only under the request's ``extra_key``.
+        tells: whether it gives log probabilities.
+        info: of ``/server_info``; bytes are sent as they are.
+        requests, computed: how many requests came without a key of their own, and with one.
         most_at_once: requests that were in flight together, at most.
         prompts: what was asked, in the order of arrival.
         metrics: text of ``/metrics/``.
@@ -43,18 +51,23 @@ class FakeServer:
 
     def __init__(self, model: Model = right, **info: Any) -> None:
         self.model = model
-        self.fail: Callable[[int], str | None] = lambda number: None
+        self.fail: Callable[[int], str | bytes | None] = lambda number: None
         self.gap = 5.0
+        self.rounding = 0.0
+        self.recomputed: Model = right
+        self.keeps_keys_apart = self.tells = True
+        self.raw_computed: bytes | None = None
+        self.computed = 0
         self.incremental = False
+        self.error = "out of memory"
         self.most_at_once = 0
         self.requests = 0
         self.prompts: list[list[int]] = []
-        self.host_tokens = 5
+        self.host_tokens, self.device_tokens = 5, 3
         self.flushed = 0
         self.flush_status = 200
         self.metrics: Callable[[], str] = lambda: ""
-        self.parted: tuple[int, int] = (0, 1)
-        self.info = {
+        self.info: dict[str, Any] | bytes = {
             "version": "0.5.23",
             "max_total_num_tokens": 1024,
             "device": "cuda",
@@ -65,6 +78,8 @@ class FakeServer:
         }
         self.url = f"http://127.0.0.1:{serving.free_port()}"
         self._asked: Counter[tuple[int, ...]] = Counter()
+        self._cached: dict[str, int] = {}
+        self._random = random.Random(0)
         self._at_once = 0
         self._hanging = False
         self._loop = asyncio.new_event_loop()
@@ -102,6 +117,8 @@ class FakeServer:
         await web.TCPSite(self._runner, "127.0.0.1", int(self.url.rpartition(":")[2])).start()
 
     async def _server_info(self, request: web.Request) -> web.Response:
+        if isinstance(self.info, bytes):
+            return web.Response(body=self.info, content_type="application/json")
         return web.json_response(self.info)
 
     async def _health(self, request: web.Request) -> web.Response:
@@ -125,17 +142,22 @@ class FakeServer:
     async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         prompt, count = body["input_ids"], body["sampling_params"]["max_new_tokens"]
         assert all(0 <= token < VOCAB for token in prompt)
-        if body.get("return_logprob"):
-            best = [[-0.5, self.parted[0], None], [-0.5 - self.gap, self.parted[1], None]]
-            return web.json_response({"meta_info": {"output_top_logprobs": [best]}})
+        if "extra_key" in body:
+            if self.raw_computed is not None:
+                return web.Response(body=self.raw_computed, content_type="application/json")
+            return web.json_response(self._compute(prompt, count, body))
         self.prompts.append(prompt)
         failure = self.fail(self.requests)
         self.requests += 1
         if failure == "error":
-            return web.Response(status=500, text="out of memory")
+            return web.Response(status=500, text=self.error)
+        if isinstance(failure, bytes):
+            return web.Response(body=failure, content_type="text/event-stream")
         if failure == "hang":
             self._hanging = True
             await asyncio.sleep(3600)
+        if failure == "more":
+            count *= 1000
         tokens = self.model(prompt, count, self._asked[tuple(prompt)])
         self._asked[tuple(prompt)] += 1
         stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -151,10 +173,46 @@ class FakeServer:
                 "meta_info": {
                     "completion_tokens": done,
                     "finish_reason": reason,
-                    "cached_tokens_details": {"device": 3, "host": self.host_tokens},
+                    "cached_tokens_details": {"device": self.device_tokens, "host": self.host_tokens},
                 },
             }
             await stream.write(b"data: " + json.dumps(event).encode() + b"\n\n")
-            await asyncio.sleep(0)  # others may be answered in between
+            await asyncio.sleep(
+                0.2 if failure in ("slow", "more") else 0
+            )  # others may be answered in between
+        while failure == "on and on":
+            await stream.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            await asyncio.sleep(0.05)
         await stream.write(b"data: [DONE]\n\n")
         return stream
+
+    def _compute(self, prompt: list[int], count: int, body: dict[str, Any]) -> dict[str, Any]:
+        """An answer under a key of its own."""
+        asked_before, self.computed = self.computed, self.computed + 1
+        cached = self._cached.get(body["extra_key"], 0) if self.keeps_keys_apart else 5
+        self._cached[body["extra_key"]] = len(prompt)
+        tokens = self.recomputed(prompt, count, asked_before)
+        meta: dict[str, Any] = {
+            "completion_tokens": count,
+            "finish_reason": {"type": "length"},
+            "cached_tokens": cached,
+            "cached_tokens_details": {"device": cached, "host": 0} if cached else None,
+        }
+        start = body.get("logprob_start_len", -1) + 1
+        if self.tells and body.get("return_logprob"):
+            meta["output_top_logprobs"] = [top for _, top in self._log_probs(prompt, tokens)]
+        if self.tells and start > 0:
+            said = self._log_probs(prompt[:start], prompt[start:])
+            meta["input_token_logprobs"] = [[None, prompt[start - 1], None], *(chosen for chosen, _ in said)]
+            meta["input_top_logprobs"] = [None, *(top for _, top in said)]
+        return {"output_ids": tokens, "meta_info": meta}
+
+    def _log_probs(self, prompt: list[int], output: Sequence[int]) -> list[tuple[list[Any], list[list[Any]]]]:
+        """Of each token of an answer, and of the two likeliest ones there."""
+        found = []
+        for best, given in zip(right(prompt, len(output), 0), output, strict=True):
+            gap = self.gap + self._random.uniform(-self.rounding, self.rounding)
+            second = given if given != best else best ^ 1
+            top = [[-0.5, best, None], [-0.5 - gap, second, None]]
+            found.append((top[given != best], sorted(top, reverse=True)))
+        return found

@@ -35,7 +35,7 @@ def stress(*args: str, status: int = 0) -> dict[str, Any]:
 
 def of_one(result: dict[str, Any]) -> dict[str, Any]:
     (side,) = result["servers"]
-    assert side["requests"] == side["ok"] + side["errors"] + side["wrong"]
+    assert side["requests"] == sum(side[kind] for kind in ("ok", "errors", "wrong", "undecided"))
     return dict(side)
 
 
@@ -93,33 +93,76 @@ def test_a_wrong_output_is_found() -> None:
     assert "wrong output" in result["said"]
 
 
+def flips_now_and_then(prompt: list[int], count: int, asked_before: int) -> list[int]:
+    return wrong_later(prompt, count, asked_before % 3 == 0)
+
+
 @pytest.mark.parametrize(
-    ("deterministic", "gap", "parted_alike", "counted"),
+    ("gap", "rounding", "status", "counted"),
     [
-        (False, 0.1, True, "near_ties"),
-        (False, 0.5, True, "wrong"),  # not close
-        (False, 0.1, False, "wrong"),  # close, but between other tokens
-        (True, 0.1, True, "wrong"),  # nothing may differ
+        (0.1, 0.0, 0, "near_ties"),  # what bfloat16 rounds by arithmetic
+        (1.0, 0.5, 0, "near_ties"),  # as much as this server rounds without the host
+        (4.0, 0.5, 1, "wrong"),
+        (0.5, 0.01, 1, "wrong"),
+        (9.0, 8.0, 2, "undecided"),  # nothing would stand out
     ],
 )
-def test_rounding_is_told_from_damage(
-    deterministic: bool, gap: float, parted_alike: bool, counted: str
-) -> None:
-    asked_again = None
+def test_rounding_is_told_from_damage(gap: float, rounding: float, status: int, counted: str) -> None:
+    with FakeServer(wrong_later, enable_deterministic_inference=False) as server:
+        server.gap, server.rounding = gap, rounding
+        result = stress(server.url, "--waves", "2", status=status)
+    side = of_one(result)
+    assert side[counted] == 8
+    assert side["ok"] == side["requests"] - (0 if counted == "near_ties" else 8)
+    assert result["judgement"] == {0: "good", 1: "bad", 2: "cannot tell"}[status]
+    assert side["rounding"]["differences"] >= 64
+    assert rounding / 2 <= side["rounding"]["noise_nats"] <= 2 * rounding
+    assert side["rounding"]["requests"] == server.computed
+    if counted == "wrong":
+        assert "by the server's own recomputation" in side["first_problem"]["what"]
+    if counted == "undecided":
+        assert "--enable-deterministic-inference" in " ".join(result["notes"])
+        assert "cannot tell" in result["said"]
 
-    def rounds_otherwise(prompt: list[int], count: int, asked_before: int) -> list[int]:
-        nonlocal asked_again
-        tokens = right(prompt, count, 0)
-        if asked_before and asked_again is None:
-            asked_again = tokens
-            server.parted = (tokens[3], tokens[3] ^ 1 if parted_alike else (tokens[3] + 7) % 512)
-        return wrong_later(prompt, count, asked_before) if asked_again is tokens else tokens
 
-    with FakeServer(rounds_otherwise, enable_deterministic_inference=deterministic) as server:
-        server.gap = gap
-        side = of_one(stress(server.url, "--waves", "2", status=0 if counted == "near_ties" else 1))
-    assert side[counted] == 1
-    assert side["ok"] == side["requests"] - (counted == "wrong")
+def test_a_server_that_flips_tokens_without_the_host_too_is_not_called_wrong() -> None:
+    """As often as it flips a token whose prefix came from the host, it flips one that was computed afresh."""
+    with FakeServer(wrong_later, enable_deterministic_inference=False) as server:
+        server.gap = 0.9
+        server.recomputed = flips_now_and_then
+        side = of_one(stress(server.url, "--waves", "2"))
+    assert (side["wrong"], side["near_ties"]) == (0, 8)
+
+
+def test_where_nothing_may_differ_nothing_is_recomputed() -> None:
+    with FakeServer(wrong_later) as server:
+        server.gap = 0.1
+        side = of_one(stress(server.url, "--waves", "2", status=1))
+    assert (side["wrong"], side["rounding"], server.computed) == (8, None, 0)
+
+
+def test_what_was_computed_afresh_is_the_servers_own_rounding() -> None:
+    with FakeServer(wrong_later, enable_deterministic_inference=False) as server:
+        server.host_tokens = server.device_tokens = 0
+        side = of_one(stress(server.url, "--waves", "2"))
+    assert (side["near_ties"], server.computed) == (8, 0)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "words"),
+    [
+        ("keeps_keys_apart", False, "although the request's extra_key is new"),
+        ("tells", False, "no log probabilities"),
+    ],
+)
+def test_a_server_that_does_not_let_itself_be_judged(attribute: str, value: Any, words: str) -> None:
+    with FakeServer(wrong_later, enable_deterministic_inference=False) as server:
+        setattr(server, attribute, value)
+        result = stress(server.url, "--waves", "2", status=2)
+    side = of_one(result)
+    assert (side["wrong"], side["undecided"]) == (0, 8)
+    assert words in side["cannot_tell"]
+    assert result["ok"] is False
 
 
 def test_a_reference_server_finds_what_is_always_wrong(server: FakeServer) -> None:
