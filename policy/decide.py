@@ -15,6 +15,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from sglang_hicache.io_backends.registry import AUTO, UPSTREAM_NAMES, available_backends
+from sglang_hicache.policy.evidence import PRODUCER_FENCE_SINCE, beside, upstream_path
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.layers import DEFAULT_RULE, OPTION, SHIPPED, Policy
 from sglang_hicache.policy.match import match, resolve_fences
@@ -136,10 +137,12 @@ def decide(policy: Policy, facts: Facts, *, backend: str = AUTO) -> Decision:
     """
     check_backend(backend)
     if backend in UPSTREAM_NAMES:
+        found = map(str, beside(facts, upstream_path(backend, facts)))
+        known = " ".join(f"{each[0].upper()}{each[1:]}." for each in found)
         because = (
             f"{backend} is SGLang's own and runs untouched: no rule of a policy applies and this project "
             f"adds no fence. {_producer_fence(facts.value('sglang'))} No released SGLang makes a forward "
-            "wait for D2H (#20611 and #38463 were closed unmerged)."
+            f"wait for D2H (#20611 and #38463 were closed unmerged). {known}"
         )
         return _decision(policy, facts, (_by_hand(backend, because, ()),), (), upstream=backend)
     if backend == "fenced_kernel":
@@ -279,5 +282,5 @@ def _producer_fence(sglang: object) -> str:
         known = None
     if known is None:
         return "D2H waits for the forward only in SGLang 0.5.23 and later; the version here is unknown."
-    has = "waits" if known >= Version("0.5.23") else "does not wait"
+    has = "waits" if known >= PRODUCER_FENCE_SINCE else "does not wait"
     return f"In SGLang {sglang}, D2H {has} for the forward that writes the rows (it does from 0.5.23 on)."

@@ -52,12 +52,16 @@ class Server:
         backend: what ``--hicache-io-backend`` says, or SGLang's default.
         policy: the file that ``--hicache-io-policy`` or its variable names, or None.
         hicache: whether HiCache is in use at all.
+        retraction, offload: what a PD decode server writes to the host for requests that it retracts, and of
+            those that it decodes, and past which fence of SGLang, in a sentence; None where it does not.
     """
 
     facts: Facts
     backend: str
     policy: str | None
     hicache: bool
+    retraction: str | None = None
+    offload: str | None = None
 
 
 def server_facts_of(command_line: str, given: Mapping[str, FactValue] | None = None) -> Server:
@@ -78,7 +82,7 @@ def server_facts_of(command_line: str, given: Mapping[str, FactValue] | None = N
     answer = _ask(argv, variables, known.get("gpu_arch"))
     facts = {**Facts.from_dict(answer["facts"])}
     facts.update({name: fact for name, fact in Facts.given(**known).items() if fact.value is not None})
-    return Server(Facts(facts), answer["backend"], answer["policy"], answer["hicache"])
+    return Server(Facts(facts), answer["backend"], answer["policy"], answer["hicache"], **answer["decode"])
 
 
 def split(command_line: str) -> tuple[dict[str, str], list[str]]:
@@ -174,7 +178,45 @@ def _resolved(argv: Sequence[str], gpu_arch: str | None) -> dict[str, Any]:
         "backend": getattr(server_args, resolution.WANTED_ATTRIBUTE, None) or config.hicache_io_backend,
         "policy": options.asked(server_args).policy or os.environ.get(POLICY_VARIABLE),
         "hicache": resolution.hicache_in_use(config),
+        "decode": _decode_writes(config, facts),
     }
+
+
+def _decode_writes(config: Any, facts: Facts) -> dict[str, str | None]:
+    """`Server.retraction` and `Server.offload`.
+
+    Retraction: ``backup_kv_cache`` of the unified radix cache calls the transfer engine itself, while the
+    write fence is in the controller's ``start_writing``. Which backup it is, SGLang decides with the pool;
+    this is ``resolve_decode_retraction_backup`` as far as the arguments and the kind of KV cache tell.
+    Offload: its manager has a controller of its own, and the scheduler gives its fence to the radix cache's.
+    """
+    found: dict[str, str | None] = {"retraction": None, "offload": None}
+    if config.disaggregation_mode != "decode":
+        return found
+    offload = bool(config.disaggregation_decode_enable_offload_kvcache)
+    if offload:
+        found["offload"] = (
+            "--disaggregation-decode-enable-offload-kvcache writes through a controller of its own, to which "
+            "SGLang's scheduler gives no write fence"
+        )
+    backup = config.disaggregation_decode_retraction_backup
+    by_tensor = (
+        offload
+        or config.disaggregation_decode_enable_radix_cache
+        or getattr(config, "dcp_size", 1) > 1
+        or (config.enable_priority_scheduling and not config.disable_priority_preemption)
+        or facts.value("kv_kind") != "mha"
+    )
+    if backup != "host_pool" and (backup is not None or by_tensor):
+        return found
+    who = "--disaggregation-decode-retraction-backup host_pool"
+    if backup is None:
+        who = "a decode server with an MHA KV cache, where nothing else is asked for,"
+    fence = "past SGLang's write fence, which only start_writing has"
+    if not config.enable_hierarchical_cache:
+        fence += ", and which its scheduler sets only with --enable-hierarchical-cache"
+    found["retraction"] = f"{who} backs up retracted requests in a host pool, {fence}"
+    return found
 
 
 def _reason(argv: Sequence[str], error: Exception) -> str:

@@ -25,6 +25,7 @@ from sglang_hicache.io_backends.device import unavailable
 from sglang_hicache.io_backends.registry import OWN_NAMES, available_backends, get_backend
 from sglang_hicache.io_backends.sglang import fake_libcuda, versions
 from sglang_hicache.policy.errors import PolicyError
+from sglang_hicache.policy.evidence import GDC_SINCE
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.layers import Policy
 from sglang_hicache.policy.lint import warnings
@@ -35,8 +36,6 @@ OK, WARNING, BAD = "ok", "warning", "bad"
 _PLUGIN = "hicache_io"
 _GROUP = "sglang.srt.plugins"
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-_GDC_SINCE = Version("0.4.0")
-"""Disassembled FA3 kernels have the dependency wait in sglang-kernel 0.4.0 and later; 0.3.21 has none."""
 
 _CHECK_POINTS = """
 from sglang_hicache.io_backends.sglang import versions as v
@@ -217,12 +216,12 @@ def _fa3_binary(facts: Facts) -> Finding:
             f"kernels-community/sgl-flash-attn3 ({binary.source}): nobody has examined it beside D2H",
             "fences stay as for any FA3; unset SGLANG_USE_SGL_FA3_KERNEL to use SGLang's own",
         )
-    if kernels is not None and Version(str(kernels)) < _GDC_SINCE:
+    if kernels is not None and Version(str(kernels)) < GDC_SINCE:
         return Finding(
             "FA3 binary",
             WARNING,
-            f"sgl-kernel {kernels}: FA3 without the dependency wait (ACQBULK), as the crashes of #20611 had",
-            f"sglang-kernel {_GDC_SINCE} or later; nobody has shown that it cures them",
+            f"sgl-kernel {kernels}: FA3 without the dependency wait (ACQBULK), as most likely in #20611",
+            f"sglang-kernel {GDC_SINCE} or later; nobody has shown that it cures them",
         )
     return Finding("FA3 binary", OK, f"SGLang's own, sgl-kernel {facts['sgl_kernel']}")
 

@@ -1,4 +1,7 @@
-"""What ``hicache-io doctor`` says of one server: whose backend writes back, and beside which kernels."""
+"""What ``hicache-io doctor`` says of one server: whose backend writes back, and beside which kernels.
+
+``bad`` is only what is known to break; what is plausible and was never seen is a warning.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,23 @@ from sglang_hicache.io_backends.registry import UPSTREAM_NAMES
 from sglang_hicache.io_backends.sglang.dry_run import Server
 from sglang_hicache.io_backends.sglang.findings import BAD, OK, WARNING, Finding
 from sglang_hicache.policy import serving
-from sglang_hicache.policy.decide import decide
+from sglang_hicache.policy.decide import Decision, decide
+from sglang_hicache.policy.evidence import (
+    PRODUCER_FENCE_SINCE,
+    Evidence,
+    Level,
+    beside,
+    path_of,
+    unfenced,
+    upstream_path,
+)
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.layers import Policy
 from sglang_hicache.policy.match import FORWARDS_OF
+from sglang_hicache.policy.vocabulary import FORWARDS
+
+_STATUS = {Level.BREAKS: BAD, Level.PLAUSIBLE: WARNING, Level.UNKNOWN: WARNING, Level.NO_REPORT: OK}
+_USE_OURS = "start with --hicache-io-backend auto"
 
 
 def server(asked: Server, policy: Policy) -> Iterator[Finding]:
@@ -26,69 +42,74 @@ def server(asked: Server, policy: Policy) -> Iterator[Finding]:
         f"{name.partition('_')[0]} {facts[name]}" for name in FORWARDS_OF if facts.value(name)
     )
     yield Finding("server", OK, f"{running} on {facts['gpu_arch']}; --hicache-io-backend {asked.backend}")
-    if asked.backend in UPSTREAM_NAMES:
-        yield from _upstream_server(asked.backend, facts)
-        return
+    ours = asked.backend not in UPSTREAM_NAMES
+    yield from _own_server(asked, policy) if ours else _upstream_server(asked.backend, facts)
+    yield from _past_the_fence(asked, ours)
+
+
+def _own_server(asked: Server, policy: Policy) -> Iterator[Finding]:
+    """One of this project's backends, with the fences that the policy gives it."""
+    facts = asked.facts
     decision = decide(policy, facts, backend=asked.backend)
     refused = serving.refusal(decision, facts, backend=asked.backend)
     if refused is not None:
         yield Finding("server", BAD, f"would not start: {refused}")
         return
-    open_forwards = [forward for forward in fa3_forwards(facts) if forward not in decision.fences()]
-    if open_forwards:
+    found = list(dict.fromkeys(_open_forwards(decision, facts)))
+    for each in found:
         yield Finding(
             "server",
-            BAD,
-            f"{' and '.join(open_forwards)} run fa3 on sm90 and do not wait for D2H work on the SMs "
-            f"(#20611): rule {decision.rule} of {decision.policy}",
-            "list them in fence_forward, or use the shipped policy",
+            _STATUS[each.level],
+            f"{each}; rule {decision.rule} of {decision.policy}",
+            "list the forwards in fence_forward, or use the shipped policy",
         )
-    else:
+    if not found:
         fences = "+".join(decision.fences()) or "none"
         yield Finding(
             "server", OK, f"{decision.backend}, forwards that wait: {fences}, by rule {decision.rule}"
         )
 
 
+def _open_forwards(decision: Decision, facts: Facts) -> Iterator[Evidence]:
+    """What is known of the forwards that a route leaves open, beside what that route runs."""
+    for route in decision.routes:
+        path = path_of(route.backend, facts)
+        if serving.cannot_serve_layout(route.backend, facts.value("mem_layout")) is not None:
+            path = upstream_path("kernel", facts)
+        yield from unfenced(facts, path, [each for each in FORWARDS if each not in route.fence_forward])
+
+
 def _upstream_server(backend: str, facts: Facts) -> Iterator[Finding]:
     """SGLang's own backends, against what is reported of them."""
-    advice = "start with --hicache-io-backend auto"
-    fa3 = fa3_forwards(facts)
-    if backend == "kernel" and fa3:
-        yield Finding(
-            "server",
-            BAD,
-            f"{' and '.join(fa3)} run fa3 on sm90 beside SGLang's own kernel, and nothing makes them wait: "
-            "illegal memory access within 20 minutes (#20611, 8xH100; also #19737, #18785, #14363)",
-            advice,
-        )
-    on_blackwell = {str(facts.value(name)) for name in FORWARDS_OF} & {"dsa", "nsa"}
-    if backend == "kernel" and facts.value("gpu_arch") == "sm103" and on_blackwell:
-        yield Finding(
-            "server",
-            BAD,
-            "dsa attention on B300 with SGLang's own kernel: TP hangs, cured by making forwards wait for D2H "
-            "(#38300, open; 2xB300)",
-            advice,
-        )
+    for each in beside(facts, upstream_path(backend, facts)):
+        advice = "" if each.level is Level.NO_REPORT else _USE_OURS
+        yield Finding("server", _STATUS[each.level], str(each), advice)
     version = facts.value("sglang")
-    if version is not None and Version(str(version)) < Version("0.5.23"):
+    if version is not None and Version(str(version)) < PRODUCER_FENCE_SINCE:
         yield Finding(
             "server",
             WARNING,
-            f"SGLang {version} does not make D2H wait for the forward that writes the rows (0.5.23 does)",
-            advice,
+            f"SGLang {version} does not make D2H wait for the forward that writes the rows "
+            f"({PRODUCER_FENCE_SINCE} does)",
+            _USE_OURS,
         )
 
 
-def fa3_forwards(facts: Facts) -> list[str]:
-    """The forwards that run fa3 on sm90, extend first; none elsewhere."""
-    if facts.value("gpu_arch") != "sm90":
-        return []
-    found = [
-        forward
-        for name, forwards in FORWARDS_OF.items()
-        if facts.value(name) == "fa3"
-        for forward in forwards
-    ]
-    return sorted(set(found), reverse=True)
+def _past_the_fence(asked: Server, ours: bool) -> Iterator[Finding]:
+    """Writes of a PD decode server that SGLang's own write fence never covers (read in 0.5.18 to 0.5.23)."""
+    version = asked.facts["sglang"]
+    for about, where in (("decode retraction", asked.retraction), ("decode offload", asked.offload)):
+        if where is None:
+            continue
+        if ours:
+            yield Finding(
+                about, OK, f"{where}; this plug-in makes every submit_device_to_host wait for the forward"
+            )
+            continue
+        yield Finding(
+            about,
+            WARNING,
+            f"{where}. In SGLang {version} it waits for the scheduler's own stream only, not for the "
+            "forward that may still be writing the rows; no wrong rows have been reported of it",
+            _USE_OURS,
+        )

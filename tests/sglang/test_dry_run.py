@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from sglang_hicache.bench import tiny_model
 from sglang_hicache.bench.cli import app
-from sglang_hicache.io_backends.sglang.dry_run import CommandLineError, split
+from sglang_hicache.io_backends.sglang.dry_run import CommandLineError, server_facts_of, split
 
 
 @pytest.mark.parametrize(
@@ -102,3 +102,40 @@ def test_nothing_is_downloaded() -> None:
     result = explain("--model-path nobody/nothing --enable-hierarchical-cache", "--gpu-arch", "sm90")
     assert result.exit_code == 2
     assert "config.json of the model nobody/nothing is not on this machine" in result.stderr
+
+
+DECODE = "--disaggregation-mode decode"
+
+
+@pytest.mark.parametrize(
+    ("options", "retraction", "offload"),
+    [
+        ("--enable-hierarchical-cache", None, None),
+        # With no option more, SGLang backs up what it retracts in a host pool of its own.
+        (DECODE, "only with --enable-hierarchical-cache", None),
+        (
+            f"{DECODE} --disaggregation-decode-retraction-backup cpu_tensor --enable-hierarchical-cache",
+            None,
+            None,
+        ),
+        (
+            f"{DECODE} --disaggregation-decode-enable-radix-cache --enable-hierarchical-cache "
+            "--disaggregation-decode-retraction-backup host_pool",
+            "past SGLang's write fence, which only start_writing has",
+            None,
+        ),
+        (
+            f"{DECODE} --disaggregation-decode-enable-offload-kvcache --hicache-storage-backend file",
+            None,
+            "a controller of its own",
+        ),
+    ],
+)
+def test_what_a_decode_server_writes_past_sglangs_fence(
+    model: Path, options: str, retraction: str | None, offload: str | None
+) -> None:
+    line = f"sglang serve --model-path {model} --skip-tokenizer-init {options}"
+    asked = server_facts_of(line, {"gpu_arch": "sm90"})
+    for found, words in ((asked.retraction, retraction), (asked.offload, offload)):
+        assert (found is None) == (words is None)
+        assert words is None or (found is not None and words in found)
