@@ -142,8 +142,12 @@ def _refuse(why: str) -> NoReturn:
 
 
 def _url(text: str) -> str:
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = urlsplit(text)
+        good = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+    except ValueError:  # an address in brackets that is none, a port that is too large
+        good = False
+    if not good:
         _refuse(f"{text!r} is no URL of a server; give one such as http://127.0.0.1:30000")
     return text.rstrip("/")
 
