@@ -27,9 +27,9 @@ def printed(*what: object) -> str:
     return out.file.getvalue()
 
 
-@given(st.text(st.characters(codec=None)))
+@given(st.text(st.characters(codec=None, exclude_characters="\t")))  # rich expands tabs by cells
 def test_any_text_comes_out_whole(text: str) -> None:
-    assert printed(text).rstrip("\n").expandtabs() == printable(text).rstrip("\n").expandtabs()
+    assert printed(text).rstrip("\n") == printable(text).rstrip("\n")
     assert not any(each < " " for each in printable(text).translate({9: None, 10: None}))
 
 
