@@ -1,6 +1,7 @@
 """What ``hicache-io doctor`` says of one server: whose backend writes back, and beside which kernels.
 
-``bad`` is only what is known to break; what is plausible and was never seen is a warning.
+``bad`` is what is known to break, and a policy that takes away a fence which the shipped one has; what is
+plausible and was never seen is a warning.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sglang_hicache.policy.evidence import (
 )
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.layers import Policy
+from sglang_hicache.policy.load import default_policy
 from sglang_hicache.policy.match import FORWARDS_OF
 from sglang_hicache.policy.vocabulary import FORWARDS
 
@@ -56,11 +58,17 @@ def _own_server(asked: Server, policy: Policy) -> Iterator[Finding]:
         yield Finding("server", BAD, f"would not start: {refused}")
         return
     found = list(dict.fromkeys(_open_forwards(decision, facts)))
+    shipped = decide(default_policy(), facts, backend=asked.backend)
+    taken = [each for each in shipped.fences() if each not in decision.fences()]
     for each in found:
+        # Whoever takes a fence away should know that he did, however much is known against it.
+        status, lost = _STATUS[each.level], ""
+        if taken:
+            status, lost = BAD, f", which takes away a fence of the shipped policy ({' and '.join(taken)})"
         yield Finding(
             "server",
-            _STATUS[each.level],
-            f"{each}; rule {decision.rule} of {decision.policy}",
+            status,
+            f"{each}; rule {decision.rule} of {decision.policy}{lost}",
             "list the forwards in fence_forward, or use the shipped policy",
         )
     if not found:
