@@ -32,8 +32,11 @@ from pathlib import Path
 
 from sglang_hicache.bench.measure import profile, report, results, suite, tables
 from sglang_hicache.bench.measure.calibrate import ON_CPU, Plan, calibrate, quicker
+from sglang_hicache.bench.measure.cases import MODELS
+from sglang_hicache.bench.measure.contenders import names
 from sglang_hicache.bench.measure.devices import gpu_missing
 from sglang_hicache.bench.measure.environment import describe
+from sglang_hicache.policy.options import check_option
 
 PARTS = ("tests", "sanitize", "bench", "profile", "calibrate")
 GPU_TESTS = ("tests/io_backends", "tests/sglang/test_gpu_pools.py")
@@ -117,10 +120,22 @@ def run_bench(args: argparse.Namespace) -> Part:
     ask = suite.Ask(
         measurements=tuple(args.measure or suite.GRIDS),
         cpu=args.cpu,
-        only={"tokens": args.tokens} if args.tokens else {},
+        only={
+            name: given
+            for name, given in (
+                ("tokens", args.tokens),
+                ("models", args.model),
+                ("page_sizes", args.page_size),
+            )
+            if given
+        },
+        wanted=args.backend,
+        options=_options(args.option or ()),
         repeats=args.repeats,
         budget_s=args.budget,
         quick=args.quick,
+        stand_ins=tuple(args.forward) if args.forward else None,
+        seconds=args.seconds,
     )
 
     def keep(run: results.Run) -> None:
@@ -133,6 +148,18 @@ def run_bench(args: argparse.Namespace) -> Part:
     if wrong:
         return Part("bad", "; ".join(wrong))
     return Part("good", f"{len(run.rows)} rows in {', '.join(path.name for path in written)}")
+
+
+def _options(given: Sequence[str]) -> dict[str, dict[str, int | str]]:
+    """``BACKEND.NAME=VALUE`` by backend and name. Checked, so that a typing error measures nothing."""
+    found: dict[str, dict[str, int | str]] = {}
+    for text in given:
+        path, _, value = text.partition("=")
+        backend, _, name = path.partition(".")
+        number = int(value) if value.isdigit() else value
+        check_option(backend, name, number)
+        found.setdefault(backend, {})[name] = number
+    return found
 
 
 def run_profile(args: argparse.Namespace) -> Part:
@@ -173,6 +200,12 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--measure", nargs="+", choices=tuple(suite.GRIDS), help="measurements of bench")
     parser.add_argument("--tokens", nargs="+", type=int, help="sizes of write of bench, not each its own")
+    parser.add_argument("--model", nargs="+", choices=tuple(MODELS), help="models of bench")
+    parser.add_argument("--page-size", nargs="+", type=int, help="page sizes of bench")
+    parser.add_argument("--backend", nargs="+", choices=names(), help="contenders of bench")
+    parser.add_argument("--option", nargs="+", help="BACKEND.NAME=VALUE, such as hybrid.gather_ctas=132")
+    parser.add_argument("--forward", nargs="+", help="forwards of interference and sustained, first words")
+    parser.add_argument("--seconds", type=float, default=suite.SECONDS, help="of each loop of sustained")
     parser.add_argument("--budget", type=float, default=300, help="seconds for all measurements of bench")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one or two cases of each measurement")

@@ -135,14 +135,42 @@ def chunk_lengths(total: int, ring: int, lead: int) -> list[int]:
     return lengths[::-1]
 
 
-def write_chunks(geometry: PoolGeometry, units: int, ring_bytes: int) -> list[int]:
-    """:func:`chunk_lengths` of a write of ``units`` tokens (pages, in a paged layout), at least 1.
+RING_PARTS = 8
+"""Chunks of a ring at least where forwards wait."""
+
+
+def fine_lengths(total: int, ring: int, lead: int) -> list[int]:
+    """Units of each chunk of a write whose gathers forwards wait for; any two neighbours fit the ring.
+
+    There a forward's gap takes what fits the ring, and what does not waits for the next: a chunk that is left
+    out because it does not fit between the place where the last one ends and the end of the ring costs a
+    forward's time, and the ring must be larger by the longest chunk than what is to fit. So none is longer
+    than an eighth of it, nor are they made shorter than ``lead`` for that, since each costs the host a launch
+    and a batch of copies. The link idles while the first one is gathered, which is short as in
+    :func:`chunk_lengths`.
+
+    Args:
+        total: units in the write, at least 1.
+        ring: units that fit the ring, at least 2.
+        lead: units from which a write is worth a chunk more, and which a chunk may have at least.
+    """
+    most = min(max(ring // RING_PARTS, lead), ring // 2)
+    first = min(total // 8, most) if total >= lead else 0
+    rest = total - first
+    count = -(-rest // most)
+    later = [rest // count + (nth < rest % count) for nth in range(count)]
+    return [first, *later] if first else later
+
+
+def write_chunks(geometry: PoolGeometry, units: int, ring_bytes: int, *, fine: bool = False) -> list[int]:
+    """:func:`chunk_lengths`, or :func:`fine_lengths`, of a write of ``units`` tokens (pages, in a paged
+    layout), at least 1.
 
     Raises:
         ValueError: not even two units fit the ring.
     """
     ring, lead = _ring_and_lead(geometry, ring_bytes)
-    return chunk_lengths(units, ring, lead)
+    return (fine_lengths if fine else chunk_lengths)(units, ring, lead)
 
 
 @functools.lru_cache(maxsize=64)
@@ -158,7 +186,9 @@ def _ring_and_lead(geometry: PoolGeometry, ring_bytes: int) -> tuple[int, int]:
     return ring, -(-LEAD_BYTES // unit)
 
 
-def chunks(geometry: PoolGeometry, host_slots: Slots, ring_bytes: int) -> Iterator[Chunk]:
+def chunks(
+    geometry: PoolGeometry, host_slots: Slots, ring_bytes: int, *, fine: bool = False
+) -> Iterator[Chunk]:
     """Split a transfer into chunks of which any two neighbours fit a ring of ``ring_bytes``.
 
     In a paged layout a chunk keeps every token at its offset within a page, so that a whole host page is
@@ -185,7 +215,9 @@ def chunks(geometry: PoolGeometry, host_slots: Slots, ring_bytes: int) -> Iterat
     for start, stop in zip([0, *breaks], [*breaks, n], strict=True):
         first = int(host_slots[start]) % page
         units = -(-(stop - start + first) // page)
-        lengths = [half] * -(-units // half) if breaks else write_chunks(geometry, units, ring_bytes)
+        lengths = (
+            [half] * -(-units // half) if breaks else write_chunks(geometry, units, ring_bytes, fine=fine)
+        )
         for length in lengths:
             end = min(stop, start + length * page - first)
             yield Chunk(start, end, first)

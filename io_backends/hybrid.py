@@ -5,12 +5,19 @@ HBM speed, so a forward that must not share the SMs waits for a fraction of the 
 few large copies whatever the device side looked like.
 
 Three streams: gathers on one, drains on another, and SGLang's transfer stream, which only waits for the last
-drain so that what SGLang records there is the transfer's completion. A write larger than the ring is cut into
-chunks. Where no forward waits for gathers, the chunks are a pipeline: a gather waits on the GPU for the
-drain of the memory it fills; two chunks fill the ring, so that one is gathered while another drains (see
-:func:`~.chunks.chunk_lengths`). Where forwards do wait, that would make them wait for the link; so there a
-chunk is enqueued only when its memory is free, the rest in later gaps between forwards
-(:class:`~.interface.Pending`).
+drain so that what SGLang records there is the transfer's completion. A write is cut into chunks.
+
+Where no forward waits for gathers, the chunks are a pipeline: a gather waits on the GPU for the drain of the
+memory it fills; two chunks fill the ring, so that one is gathered while another drains (see
+:func:`~.chunks.chunk_lengths`).
+
+Where forwards do wait, that would make them wait for the link. Under a scheduler's overlap loop there is one
+gap between forwards for each of them, and it is filled in advance, while the forward before it runs: whether
+memory is free *then* cannot be asked. So a gap takes what fits memory that was gathered into in earlier gaps,
+whether or not it is drained by now: the forward in between gives the link its time, and a ring that holds a
+step's rows (:mod:`~.staging_size`) keeps pace with any forward that is longer than their transfer. What does
+not fit is left for the next gap (:class:`~.interface.Pending`), where whoever left it asks for all of it:
+then, and when the link is busy all the time, forwards wait for the link, and nothing else is lost.
 """
 
 from __future__ import annotations
@@ -24,17 +31,19 @@ from sglang_hicache.io_backends.device.base import Device, Event, Staging, Strea
 from sglang_hicache.io_backends.geometry import PoolGeometry
 from sglang_hicache.io_backends.interface import OptionsError, Submission, Transfer
 from sglang_hicache.io_backends.staged_plan import PlannedChunk, WritePlan, plan_write
-from sglang_hicache.io_backends.staging import Ring
-
-DEFAULT_STAGING_MB = 256
-"""MiB of device memory for the ring; the contract's example value. By arithmetic, a chunk of half of it
-drains in 2.4 ms at 55 GB/s (H200): long against what the next costs the host (`hicache-io bench submit`)."""
+from sglang_hicache.io_backends.staging import ANY_GAP, Ring
+from sglang_hicache.io_backends.staging_size import DEFAULT_STAGING_MB, staging_size
 
 DEFAULT_GATHER_CTAS = 64
 """Thread blocks of the gather. An H100 gathers 134 MB in 320, 191, 134, 115 and 114 us with 16, 32, 64, 132
 and 264 of them, launch included. Short gathers disturb less than narrow ones: a GEMM on half of the SMs takes
 1.18, 1.10, 1.06 and 1.05 times as long beside write-back with 16, 32, 64 and 132.
 (bench/results/2026-11-25-h100/profile.json)"""
+
+
+AUTO = "auto"
+"""Of ``staging_mb``, and what it is without it: :func:`~.staging_size.staging_size` where forwards wait,
+:data:`DEFAULT_STAGING_MB` elsewhere."""
 
 
 class _Write:
@@ -44,6 +53,7 @@ class _Write:
         self.transfer = transfer
         self._plan = plan
         self._left = range(len(plan))
+        self.left_tokens = transfer.tokens
         self._next: PlannedChunk | None = None
         self.stream = stream
         self._backend = backend
@@ -63,6 +73,8 @@ class _Write:
 
     def went(self) -> None:
         """That chunk is enqueued."""
+        if self._next is not None:
+            self.left_tokens -= self._next.chunk.tokens
         self._next, self._left = None, self._left[1:]
 
     def drop(self) -> None:
@@ -100,11 +112,17 @@ class HybridBackend:
 
     def __init__(self, device: Device, options: Mapping[str, Any]) -> None:
         self._device = device
-        self._ring = Ring(int(options.get("staging_mb", DEFAULT_STAGING_MB)) * 2**20, device.query)
-        self._size_was_asked_for = "staging_mb" in options
+        asked = options.get("staging_mb", AUTO)
+        self._size_was_asked_for = asked != AUTO
+        megabytes = DEFAULT_STAGING_MB if asked == AUTO else int(asked)
+        self._ring = Ring(megabytes * 2**20, device.query)
+        self._pools: list[PoolGeometry] = []
+        self._gap = 0
+        """Counts forwards that were launched."""
         self._limit: int | None = options.get("max_copies_per_batch")
         self._ctas = int(options.get("gather_ctas", DEFAULT_GATHER_CTAS))
         self._staging: Staging | None = None
+        self._started = False
         self._gather_stream: Stream = None
         self._drain_stream: Stream = None
         self._waiting: deque[_Write] = deque()
@@ -113,6 +131,11 @@ class HybridBackend:
     def staging_bytes(self) -> tuple[int, int]:
         """(in use, in all) of the ring, for metrics."""
         return self._ring.used, self._ring.nbytes
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of rows that were submitted and are not enqueued, for metrics."""
+        return sum(each.left_tokens * each.transfer.geometry.bytes_per_token for each in self._waiting)
 
     def supports(self, geometry: PoolGeometry) -> str | None:
         if geometry.layout not in self.layouts:
@@ -134,19 +157,46 @@ class HybridBackend:
         if problem is not None:
             raise OptionsError(f"hybrid can never write pool {geometry.label}: {problem}")
         self._device.prepare_gather(geometry)
-        if self._staging is None:
-            self._staging = self._device.allocate_staging(self._ring.nbytes)
+        if not self._pools:
             # The gather has a stream of its own: behind the drain of an earlier write it would make
             # a fenced forward wait for the link.
             self._gather_stream = self._device.new_stream()
             self._drain_stream = self._device.new_stream()
+        self._pools.append(geometry)
+        if self._size_was_asked_for or self._started:
+            self._allocate()
+
+    def start(self, *, step_tokens: int, forwards_wait: bool) -> str | None:
+        """See :class:`~.interface.Backend`: allocates the ring, of the size that the server's steps want."""
+        self._started = True
+        if not self._pools:
+            return None
+        asked = "asked for by staging_mb"
+        if self._staging is None and not self._size_was_asked_for:
+            asked = "its default size where no forward waits"
+            if forwards_wait:
+                size = staging_size(self._pools, step_tokens, self._device.memory_free())
+                self._ring, asked = Ring(size.nbytes, self._device.query), size.because
+        self._allocate()
+        return f"hybrid stages {self._ring.nbytes / 2**20:,.0f} MiB in GPU memory: {asked}"
+
+    def _allocate(self) -> Staging:
+        if self._staging is None:
+            self._staging = self._device.allocate_staging(self._ring.nbytes)
+        return self._staging
+
+    def launched(self) -> None:
+        """See :class:`~.interface.Backend`: what is gathered from now on is in a later gap."""
+        self._gap += 1
 
     def submit(self, transfer: Transfer, stream: Stream) -> Submission:
         geometry = transfer.geometry
         tokens = transfer.tokens
         if tokens != len(transfer.host_slots):
             raise ValueError(f"{len(transfer.host_slots)} host indices for {tokens} device indices")
-        plan = plan_write(geometry, transfer.host_slots, self._ring.nbytes)
+        self._allocate()  # not before where nobody starts it: the ring may still get another size
+        fine = transfer.forwards_wait
+        plan = plan_write(geometry, transfer.host_slots, self._ring.nbytes, fine=fine)
         for event in transfer.ready:
             self._device.wait(self._gather_stream, event)
         write = _Write(self, transfer, plan, stream)
@@ -174,7 +224,7 @@ class HybridBackend:
         if not self._waiting or self._waiting[0] is not write:
             return False
         planned = write.next()
-        return planned is not None and self._ring.has_room(planned.room)
+        return planned is not None and self._ring.has_room(planned.room, before=self._gap)
 
     def advance(self, write: _Write, ready: tuple[Event, ...], *, wait: bool) -> Event | None:
         """See :meth:`~.interface.Pending.advance`."""
@@ -196,13 +246,19 @@ class HybridBackend:
             self._device.wait(write.stream, self._device.record(stream))
 
     def _enqueue(self, until: _Write, *, wait: bool) -> Event | None:
-        """Gathers and drains of ``until`` and of writes before it, oldest first, as far as memory allows."""
+        """Gathers and drains of ``until`` and of writes before it, oldest first, as far as memory allows.
+
+        Without ``wait`` a gather waits for drains of earlier gaps only. They had a forward's time; if that
+        was not enough, the link has more to do than it can, and a forward that waits for it loses no more
+        than that.
+        """
+        before = ANY_GAP if wait else self._gap
         gathered: Event | None = None
         while until in self._waiting:
             write = self._waiting[0]
             while (planned := write.next()) is not None:
                 try:
-                    event = self._enqueue_chunk(write.transfer, planned, wait=wait)
+                    event = self._enqueue_chunk(write.transfer, planned, before)
                 except BaseException as error:
                     # The transfer fails as a whole: SGLang sees the error and acknowledges nothing.
                     self.abandon(write)
@@ -217,14 +273,13 @@ class HybridBackend:
             write.finish()
         return gathered
 
-    def _enqueue_chunk(self, transfer: Transfer, planned: PlannedChunk, *, wait: bool) -> Event | None:
+    def _enqueue_chunk(self, transfer: Transfer, planned: PlannedChunk, before: int) -> Event | None:
         device = self._device
-        assert self._staging is not None
-        taken = self._ring.take(planned.room, wait=wait)
+        taken = self._ring.take(planned.room, gap=self._gap, before=before)
         if taken is None:
             return None
         region, drained = taken
-        base = self._staging.address + region.start
+        base = self._allocate().address + region.start
         try:
             for event in drained:
                 device.wait(self._gather_stream, event)

@@ -78,7 +78,9 @@ class WritePlan(Protocol):
         ...
 
 
-def plan_write(geometry: PoolGeometry, host_slots: npt.ArrayLike, ring_bytes: int) -> WritePlan:
+def plan_write(
+    geometry: PoolGeometry, host_slots: npt.ArrayLike, ring_bytes: int, *, fine: bool = False
+) -> WritePlan:
     """Cut a write into chunks.
 
     Only what the first gather needs is done here: a link that idles waits for it. ``host_slots`` may be
@@ -88,16 +90,19 @@ def plan_write(geometry: PoolGeometry, host_slots: npt.ArrayLike, ring_bytes: in
         geometry: the pool.
         host_slots: int64 [n]; where each token goes.
         ring_bytes: any two neighbours fit this.
+        fine: by :func:`~.chunks.fine_lengths`, for a write whose gathers forwards wait for.
 
     Raises:
         ValueError: the ring is too small, or an index is out of range, which is found here only in a layout
             where it decides how the write is cut: else ``copies`` and the first ``drain`` find it.
     """
     if not geometry.paged:
-        return _Units(geometry, host_slots, ring_bytes)
+        return _Units(geometry, host_slots, ring_bytes, fine)
     slots = _checked(geometry, host_slots)
     units = whole_pages(slots, geometry.page_size)
-    return _Loose(geometry, slots, ring_bytes) if units is None else _Units(geometry, units, ring_bytes)
+    if units is None:
+        return _Loose(geometry, slots, ring_bytes, fine)
+    return _Units(geometry, units, ring_bytes, fine)
 
 
 def _checked(geometry: PoolGeometry, host_slots: npt.ArrayLike) -> Slots:
@@ -107,10 +112,10 @@ def _checked(geometry: PoolGeometry, host_slots: npt.ArrayLike) -> Slots:
 class _Loose:
     """A write of pages of which some are not whole, or not in order."""
 
-    def __init__(self, geometry: PoolGeometry, slots: Slots, ring_bytes: int) -> None:
+    def __init__(self, geometry: PoolGeometry, slots: Slots, ring_bytes: int, fine: bool) -> None:
         self._geometry = geometry
         self._slots = slots.copy()
-        self._chunks = list(chunks(geometry, slots, ring_bytes))
+        self._chunks = list(chunks(geometry, slots, ring_bytes, fine=fine))
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -174,17 +179,18 @@ class _Units:
         geometry: the pool.
         units: int64 [n]; pages are in range.
         ring_bytes: any two neighbouring chunks fit this.
+        fine: see :func:`plan_write`.
     """
 
-    def __init__(self, geometry: PoolGeometry, units: npt.ArrayLike, ring_bytes: int) -> None:
+    def __init__(self, geometry: PoolGeometry, units: npt.ArrayLike, ring_bytes: int, fine: bool) -> None:
         self._geometry = geometry
         self._given = np.asarray(units)
         self._per = geometry.page_size if geometry.paged else 1
         self._limit = geometry.host_slots // self._per
         total = self._given.size
-        lengths = write_chunks(geometry, total, ring_bytes) if total else []
+        lengths = write_chunks(geometry, total, ring_bytes, fine=fine) if total else []
         self._edges = [0, *itertools.accumulate(lengths)]
-        self._wraps = total > ring_units(geometry, ring_bytes)
+        self._wraps = not fine and total > ring_units(geometry, ring_bytes)
         self._places: dict[int, Staged] = {}
 
     def __len__(self) -> int:

@@ -12,11 +12,19 @@ from sglang_hicache.io_backends.device.base import Event
 
 @dataclass(slots=True)
 class Region:
-    """Bytes ``[start, stop)`` of the ring, in use until ``drained``; None: not even enqueued."""
+    """Bytes ``[start, stop)`` of the ring, in use until ``drained``; None: not even enqueued.
+
+    ``gap`` is that of the gather which fills it.
+    """
 
     start: int
     stop: int
+    gap: int
     drained: Event | None = None
+
+
+ANY_GAP = 1 << 62
+"""Later than every gap."""
 
 
 class Ring:
@@ -37,16 +45,18 @@ class Ring:
 
     @property
     def used(self) -> int:
-        """Bytes that are not drained yet, as far as was seen when a region was last taken."""
+        """Bytes that are not drained yet."""
+        self._retire()
         return sum(region.stop - region.start for region in self._regions)
 
-    def take(self, nbytes: int, *, wait: bool) -> tuple[Region, tuple[Event, ...]] | None:
+    def take(self, nbytes: int, *, gap: int, before: int) -> tuple[Region, tuple[Event, ...]] | None:
         """A region of ``nbytes``, and the events its writer must wait for first.
 
         Args:
             nbytes: size of the region, rounded up to :data:`~.chunks.STAGING_ALIGNMENT`.
-            wait: whether memory that is still being drained may be handed out, with its event to wait for.
-                Without it, None is returned when no drained memory is free.
+            gap: the present one.
+            before: memory that is still being drained may be handed out, with its event to wait for, if it
+                was taken in a gap before this one. None is returned where that is not so.
 
         Raises:
             ValueError: the ring is smaller than that.
@@ -54,7 +64,7 @@ class Ring:
         start, stop, last = self._place(nbytes)
         events: tuple[Event, ...] = ()
         if last is not None:
-            if not wait:
+            if last.gap >= before:
                 return None
             while True:
                 oldest = self._regions.popleft()
@@ -64,22 +74,22 @@ class Ring:
                     break
             # Drains run in order on one stream: the last event covers the others.
             events = (last.drained,)
-        region = Region(start, stop)
+        region = Region(start, stop, gap)
         self._regions.append(region)
         return region, events
 
-    def has_room(self, nbytes: int) -> bool:
-        """Whether :meth:`take` would find drained memory for ``nbytes`` now."""
-        return self._place(nbytes)[2] is None
+    def has_room(self, nbytes: int, *, before: int) -> bool:
+        """Whether :meth:`take` would find memory for ``nbytes`` now."""
+        last = self._place(nbytes)[2]
+        return last is None or last.gap < before
 
     def _place(self, nbytes: int) -> tuple[int, int, Region | None]:
         """Where a region would begin and end, and the last of those in use that it would lie on."""
         size = -(-nbytes // STAGING_ALIGNMENT) * STAGING_ALIGNMENT
         if size > self.nbytes:
             raise ValueError(f"a region of {size} bytes does not fit a ring of {self.nbytes} bytes")
+        self._retire()
         regions = self._regions
-        while regions and (drained := regions[0].drained) is not None and self._done(drained):
-            regions.popleft()
         start = regions[-1].stop if regions else 0
         if start + size > self.nbytes:
             start = 0
@@ -89,3 +99,9 @@ class Ring:
             if region.start < stop and start < region.stop:
                 last = region
         return start, stop, last
+
+    def _retire(self) -> None:
+        """Forget what is drained, oldest first."""
+        regions = self._regions
+        while regions and (drained := regions[0].drained) is not None and self._done(drained):
+            regions.popleft()

@@ -49,6 +49,7 @@ class Explanation:
             "fences": words.fence_sentence(self.decision),
             "forwards": words.forward_sentences(self.decision, self.facts),
             "cost": cost(self.decision, self.facts),
+            "gpu_memory": words.memory_sentence(self.decision),
             "undecided": list(words.might_match(self.decision, self.policy, self.facts)),
             "refused": self.refused,
             "fallback": self.fallback,

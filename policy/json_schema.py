@@ -167,8 +167,12 @@ def _use() -> _Schema:
 
 
 def _options(known: dict[str, Option]) -> _Schema:
-    values = {name: {"type": "integer", "minimum": 1, "maximum": each.most} for name, each in known.items()}
-    return _mapping(values, optional=list(known))
+    return _mapping({name: _option(each) for name, each in known.items()}, optional=list(known))
+
+
+def _option(option: Option) -> _Schema:
+    number = {"type": "integer", "minimum": 1, "maximum": option.most}
+    return {"anyOf": [number, {"enum": list(option.words)}]} if option.words else number
 
 
 def _if(condition: _Schema, then: _Schema) -> _Schema:

@@ -48,9 +48,10 @@ def _found(policy: Policy) -> Iterator[tuple[str, str]]:
         yield name, f"rule '{name}' is never reached any more: rule '{earlier}' matches whenever it does"
     for name, use in [*((rule.name, rule.use) for rule in policy.rules), ("default", policy.default.use)]:
         staging = use.options.get("staging_mb") if use.backend == "hybrid" else None
-        if staging is not None and staging > _LARGEST_WRITE_MB:
+        if isinstance(staging, int) and staging > _LARGEST_WRITE_MB:
             yield (
                 name,
                 f"staging_mb {staging:,} takes more GPU memory from the KV cache than the largest write "
-                f"measured is long ({_LARGEST_WRITE_MB:,} MiB); 256 is what is used without it",
+                f"measured is long ({_LARGEST_WRITE_MB:,} MiB); auto, which is used without it, takes what "
+                "one step needs",
             )

@@ -10,10 +10,11 @@ from sglang_hicache.policy.vocabulary import NameProblem, check_name
 
 @dataclass(frozen=True)
 class Option:
-    """A whole number from 1 to ``most``; ``why`` says where the upper end comes from."""
+    """A whole number from 1 to ``most``, or one of ``words``; ``why`` says where the upper end comes from."""
 
     most: int
     why: str
+    words: tuple[str, ...] = ()
 
 
 # A full GB202 has 192 SMs (NVIDIA's RTX Blackwell whitepaper), more than any other of its GPUs.
@@ -21,7 +22,7 @@ _CTAS = Option(192, "no GPU has more SMs (a full GB202 has 192, a B200 148, an H
 # CUDA programming guide, technical specifications by compute capability: at most 32 resident blocks an SM.
 _BLOCKS = Option(192 * 32, "no GPU runs more thread blocks at once (192 SMs of 32 blocks)")
 _BATCH = Option(51_827, "a batch call of 51,828 copies crashed (vLLM #49276)")
-_STAGING = Option(288 * 1024, "no GPU has more memory (a B300 has 288 GB)")
+_STAGING = Option(288 * 1024, "no GPU has more memory (a B300 has 288 GB)", ("auto",))
 
 #: Options of the shipped backends; a third-party backend takes any option.
 BACKEND_OPTIONS: dict[str, dict[str, Option]] = {
@@ -38,7 +39,10 @@ def check_option(backend: str, name: str, value: object) -> None:
         return
     check_name(f"option of {backend}", name, known)
     option = known[name]
+    if value in option.words:
+        return
     if type(value) is not int or value < 1:
-        raise NameProblem(f"{name} must be a whole number above 0, not {shown(value)}")
+        what = " or ".join(("a whole number above 0", *option.words))
+        raise NameProblem(f"{name} must be {what}, not {shown(value)}")
     if value > option.most:
         raise NameProblem(f"{name} must be at most {option.most:,}, not {value:,}: {option.why}")

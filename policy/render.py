@@ -113,6 +113,8 @@ def _summary(shown: Explanation) -> list[tuple[str, str]]:
     if others := serving.other_pools(decision):
         waiting = " and ".join(decision.fences()) or "no forward"
         rows.append(("SGLang copies", f"pools of {', '.join(others)} itself; {waiting} would wait for that"))
+    if memory := words.memory_sentence(decision):
+        rows.append(("GPU memory", memory))
     options = {route.backend: route.options for route in decision.routes if route.options}
     rows += [("Options", f"{backend}: {_options(each)}") for backend, each in options.items()]
     return rows

@@ -40,6 +40,30 @@ def fence_sentence(decision: Decision) -> str:
     return " ".join([*sentences, _PRODUCER])
 
 
+def memory_sentence(decision: Decision) -> str | None:
+    """GPU memory that the decision takes; None where it takes none."""
+    # Here: it imports numpy, which nothing else of `explain` needs.
+    from sglang_hicache.io_backends.staging_size import DEFAULT_STAGING_MB, FREE_SHARE
+
+    rings = []
+    for route in decision.routes:
+        size = route.options.get("staging_mb", "auto")
+        if route.backend != "hybrid":
+            continue
+        if size != "auto":
+            rings.append(f"{size:,} MiB")
+        elif route.fence_forward:
+            rings.append(
+                "the rows of one step, and a seventh and 64 MiB more, at most 1/"
+                f"{FREE_SHARE} of what is free when serving starts, which the log says"
+            )
+        else:
+            rings.append(f"{DEFAULT_STAGING_MB} MiB")
+    if not rings:
+        return None
+    return f"hybrid's staging: {', and '.join(dict.fromkeys(rings))}"
+
+
 def forward_sentences(decision: Decision, facts: Facts) -> dict[str, str]:
     """For each kind of forward, whether it waits and for what; verification and drafts with speculative
     decoding.

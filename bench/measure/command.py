@@ -32,7 +32,7 @@ from sglang_hicache.policy.vocabulary import ATTENTION_BACKENDS, NameProblem, ch
 ALL = "all"
 
 bench = typer.Typer(
-    help="Measure write-back on this machine: bandwidth, submit, interference, fence, latency.",
+    help="Measure write-back on this machine: bandwidth, submit, interference, fence, latency, sustained.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -63,7 +63,11 @@ def _measurement(name: str, text: str) -> None:
             _many("NAME", "SGLang's attention backend, by which the policy sets fences."),
         ] = None,
         forward: Annotated[
-            list[str] | None, _many("NAME", "Stand-in of interference: gemm, attention, memory, decode.")
+            list[str] | None,
+            _many(
+                "NAME",
+                "Forwards of interference: gemm, attention, memory, decode; of sustained: prefill, mixed.",
+            ),
         ] = None,
         option: Annotated[
             list[str] | None, _many("BACKEND.NAME=N", "Option of a backend, such as hybrid.staging_mb=128.")
@@ -73,6 +77,7 @@ def _measurement(name: str, text: str) -> None:
         ] = None,
         repeats: Annotated[int, typer.Option(min=1, help="Repeats of each contender in each case.")] = 5,
         budget: Annotated[float, typer.Option(min=1, help="Seconds for all measurements together.")] = 300,
+        seconds: Annotated[float, typer.Option(min=0.1, help="Of each loop of sustained.")] = suite.SECONDS,
         quick: Annotated[bool, typer.Option("--quick", help="One or two cases of each measurement.")] = False,
         out: Annotated[
             Path | None,
@@ -93,7 +98,7 @@ def _measurement(name: str, text: str) -> None:
             ("model", model, tuple(MODELS)),
             ("layout", layout, LAYOUTS),
             ("attention backend", attention, ATTENTION_BACKENDS),
-            ("stand-in", forward, ("gemm", "attention", "memory", "decode")),
+            ("stand-in", forward, ("gemm", "attention", "memory", "decode", "prefill", "mixed")),
         ):
             _check(what, given, known)
         _positive("--page-size", page_size)
@@ -109,6 +114,7 @@ def _measurement(name: str, text: str) -> None:
             budget_s=budget,
             quick=quick,
             stand_ins=tuple(forward) if forward else None,
+            seconds=seconds,
         )
         if not any(ask.cases(each) for each in ask.measurements):
             refuse("no case is left: a write has fewer --tokens than a page has")
@@ -124,6 +130,7 @@ for _name, _text in {
     "interference": "Slow-down of a forward beside write-back that never stops.",
     "fence": "How long a forward waits that must not share the SMs with one write.",
     "latency": "Time until one small write is acknowledged.",
+    "sustained": "Whether write-back keeps pace with forwards back to back, and what that costs them.",
     ALL: "All of them.",
 }.items():
     _measurement(_name, _text)
@@ -298,8 +305,8 @@ def _contiguity(word: str | None) -> tuple[bool, ...]:
     return known[word]
 
 
-def _options(given: Sequence[str]) -> dict[str, dict[str, int]]:
-    found: dict[str, dict[str, int]] = {}
+def _options(given: Sequence[str]) -> dict[str, dict[str, int | str]]:
+    found: dict[str, dict[str, int | str]] = {}
     for text in given:
         path, _, value = text.partition("=")
         backend, _, name = path.partition(".")
@@ -309,7 +316,7 @@ def _options(given: Sequence[str]) -> dict[str, dict[str, int]]:
             check_option(backend, name, number)
         except NameProblem as error:
             refuse(f"--option {text}: {error}")
-        found.setdefault(backend, {})[name] = int(value)
+        found.setdefault(backend, {})[name] = number
     return found
 
 

@@ -12,7 +12,18 @@ LEAST_CHANGE = 0.02
 """A smaller change of the median is none. With five repeats on both sides, ranges that do not overlap come
 about by chance once in 126 comparisons (2 of the 252 ways to order ten equals), and a run has hundreds."""
 
-COMPARED = ("gb_per_s", "ms", "submit_us", "stall_ms", "held_ms", "ack_us", "slow_down", "values_us")
+SUSTAINED = ("kept_gb_per_s", "done_p50_ms", "done_p99_ms", "fence_ms", "waiting_mb")
+COMPARED = (
+    "gb_per_s",
+    "ms",
+    "submit_us",
+    "stall_ms",
+    "held_ms",
+    "ack_us",
+    "slow_down",
+    "values_us",
+    *SUSTAINED,
+)
 
 
 WORSE = ("slower", "fails")

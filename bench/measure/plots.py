@@ -51,6 +51,7 @@ def figures(run: Run) -> dict[str, Any]:
         "bandwidth": _bandwidth,
         "fence": _fence,
         "interference": _interference,
+        "sustained": _sustained,
     }
     found = {}
     for name, draw in made.items():
@@ -243,6 +244,34 @@ def _interference(run: Run, rows: Sequence[Row]) -> Any:
         axis.set_title(layout, fontsize=9)
         axis.grid(axis="y", alpha=0.25)
     legend(figure, list(axes.flat))
+    return figure
+
+
+def _sustained(run: Run, rows: Sequence[Row]) -> Any:
+    """Bytes not enqueued over the loop: a panel for each case and pattern of forwards."""
+    panels = list(dict.fromkeys((row.case, row.forward) for row in rows))
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = canvas(
+        run,
+        "Rows not enqueued, forwards back to back",
+        lines,
+        columns,
+        (3.8 * columns + 1.6, 3.0 * lines + 1),
+    )
+    flat = list(axes.flat)
+    for axis, (case, forward) in zip(flat, panels, strict=False):
+        for row in rows:
+            if (row.case, row.forward) == (case, forward) and row.series:
+                style = {**_style(row.contender), "marker": "", "linewidth": 1}
+                axis.plot([at / 1e3 for at, _ in row.series], [mb for _, mb in row.series], **style)
+        axis.set(xlabel="s", ylabel="MB")
+        axis.set_title(f"{case.model}, page {case.page_size}, {forward}", fontsize=8)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+    for axis in flat[len(panels) :]:
+        axis.set_axis_off()
+    legend(figure, flat[: len(panels)])
     return figure
 
 

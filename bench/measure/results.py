@@ -45,6 +45,23 @@ METRICS = {
     "ack_us": Metric("us", False, "from before the submission until the host sees the transfer complete"),
     "slow_down": Metric("x", False, "time of a forward beside write-back by its time alone"),
     "forward_ms": Metric("ms", False, "time of the forward beside write-back"),
+    "kept_gb_per_s": Metric(
+        "GB/s",
+        True,
+        "bytes of writes done, by time, in a loop of forwards after its start",
+    ),
+    "asked_gb_per_s": Metric("GB/s", True, "bytes that the forwards of the loop leave, without write-back"),
+    "cycle_ms": Metric("ms", False, "once through the pattern of forwards"),
+    "done_p50_ms": Metric("ms", False, "from a write's submission to its end, median of the loop's writes"),
+    "done_p99_ms": Metric("ms", False, "the same, 99th percentile"),
+    "after_forward_p50_ms": Metric(
+        "ms", False, "from the end of the forward that a write waits for to the write's end, median"
+    ),
+    "after_forward_p99_ms": Metric("ms", False, "the same, 99th percentile"),
+    "fence_ms": Metric("ms", False, "how long a forward of the loop waits for write-back, mean"),
+    "fence_max_ms": Metric("ms", False, "the same, longest"),
+    "held_mb": Metric("MB", False, "rows that were submitted and not done, most at any time"),
+    "waiting_mb": Metric("MB", False, "of these, rows not even enqueued, most at any launch of a forward"),
     "later_us": Metric("us", False, "time of the scheduler's thread for what submit left for later gaps"),
     "values_us": Metric("us", False, "the host's wait for device indices (device.host_values)"),
     "model_us": Metric(
@@ -83,7 +100,8 @@ class Row:
     """One contender in one case.
 
     Attributes:
-        measurement: ``bandwidth``, ``submit``, ``interference``, ``fence`` or ``latency``.
+        measurement: ``bandwidth``, ``submit``, ``interference``, ``fence``, ``latency`` or
+            ``sustained``.
         forward: what ran beside it, where something did.
         metrics: by name in :data:`METRICS`; empty where it could not be measured, with the ``reason``.
         backend: who moved the bytes: the contender itself, or what ``auto`` chose.
@@ -96,6 +114,8 @@ class Row:
         fastest_safe: of ``auto``: the fastest of the safe contenders.
         auto_right: of ``auto``: whether it chose that one, or was as fast within the spread.
         missed_by: of ``auto``: how much longer it took than that one, 0.1 for 10 %.
+        series: of ``sustained``: [ms since the loop began, MB not enqueued] before each forward, of the last
+            repeat.
     """
 
     measurement: str
@@ -113,6 +133,7 @@ class Row:
     auto_right: bool | None = None
     missed_by: float | None = None
     reason: str | None = None
+    series: list[list[float]] | None = None
 
     @property
     def key(self) -> tuple[str, Case, str | None, str]:

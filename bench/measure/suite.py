@@ -17,6 +17,7 @@ from sglang_hicache.bench.measure.judge import judge
 from sglang_hicache.bench.measure.one_write import MEASURED, Setting
 from sglang_hicache.bench.measure.results import Row, Run
 from sglang_hicache.bench.measure.submit import submit
+from sglang_hicache.bench.measure.sustained import SECONDS, sustained
 from sglang_hicache.bench.measure.timing import link_ceiling, memory_ceiling
 from sglang_hicache.policy.load import policy_in_force
 
@@ -57,10 +58,19 @@ GRIDS = {
     ),
     "submit": Grid(layouts=("page_first", "layer_first"), page_sizes=(1, 16, 64), tokens=(64, 4096)),
     "latency": Grid(page_sizes=(1, 16, 64), tokens=(64,), attention=("triton", "fa3")),
+    # Tokens are those of its patterns of forwards.
+    "sustained": Grid(models=("Qwen3-8B", "DeepSeek-V3"), page_sizes=(1, 64), attention=("fa3",)),
 }
 """What is measured on a GPU when nothing is said."""
 
-WEIGHTS = {"bandwidth": 5.0, "interference": 3.0, "fence": 1.5, "submit": 1.0, "latency": 0.5}
+WEIGHTS = {
+    "bandwidth": 5.0,
+    "interference": 3.0,
+    "fence": 1.5,
+    "submit": 1.0,
+    "latency": 0.5,
+    "sustained": 6.0,
+}
 """Shares of the time budget."""
 
 _CPU_TOKENS = {"bandwidth": (256,), "fence": (8, 64, 512), "interference": (256,), "latency": (64,)}
@@ -80,7 +90,8 @@ class Ask:
         repeats: of every contender in every case, after one to warm up.
         budget_s: seconds for all measurements together.
         quick: one case or two of each measurement.
-        stand_ins: the forwards of ``interference``; None for all.
+        stand_ins: the forwards of ``interference`` and ``sustained``, by first word; None for all.
+        seconds: of a loop of ``sustained``.
     """
 
     measurements: Sequence[str]
@@ -93,6 +104,7 @@ class Ask:
     budget_s: float = 300.0
     quick: bool = False
     stand_ins: tuple[str, ...] | None = None
+    seconds: float = SECONDS
 
     def cases(self, measurement: str) -> list[Case]:
         """The cases of one measurement."""
@@ -168,6 +180,8 @@ def _measurement(ask: Ask, setting: Setting, name: str, until: float, say: Say) 
 def _one_case(ask: Ask, setting: Setting, name: str, case: Case) -> list[Row]:
     if name == "interference":
         return interference(setting, case, ask.stand_ins)
+    if name == "sustained":
+        return sustained(setting, case, ask.stand_ins, ask.seconds)
     if name == "submit":
         return submit(setting, case)
     return MEASURED[name](setting, case)
@@ -190,6 +204,7 @@ SHOWN = {
     "interference": ("slow_down", "{:.2f}x"),
     "submit": ("submit_us", "{:.0f} us"),
     "latency": ("ack_us", "{:.0f} us"),
+    "sustained": ("kept_gb_per_s", "{:.2f} GB/s"),
 }
 """By measurement, the metric that is shown first, and how."""
 

@@ -71,6 +71,18 @@ def _latency(row: Row) -> str:
     return f"{row.metrics['ack_us'].median:,.0f} ±{_spread(row, 'ack_us')}"
 
 
+def _sustained(row: Row) -> str:
+    kept, asked = row.metrics["kept_gb_per_s"].median, row.metrics["asked_gb_per_s"].median
+    done = f"{row.metrics['done_p50_ms'].median:.0f}/{row.metrics['done_p99_ms'].median:.0f}"
+    after = "/".join(f"{row.metrics[f'after_forward_p{share}_ms'].median:.1f}" for share in (50, 99))
+    return (
+        f"{kept:.2f} of {asked:.2f}, {row.metrics['slow_down'].median:.3f}x, "
+        f"fence {row.metrics['fence_ms'].median:.2f}/{row.metrics['fence_max_ms'].median:.1f}, "
+        f"done {done}, {after}, waiting {row.metrics['waiting_mb'].median:,.0f}, "
+        f"held {row.metrics['held_mb'].median:,.0f}"
+    )
+
+
 def _spread(row: Row, metric: str) -> str:
     """Half of greatest less least, as a share of the median."""
     each = row.metrics[metric]
@@ -116,6 +128,16 @@ _SHAPES = {
         _latency,
         (),
         judged=True,
+    ),
+    "sustained": _Shape(
+        "Sustained: forwards back to back, each of which leaves rows to write",
+        _sustained,
+        (
+            "GB/s done of those asked for; time of the forwards by their time without write-back; ms that "
+            "one waits for write-back, mean/longest; ms from submission to done and from the end of the "
+            "forward in flight then to done, p50/p99 each; MB not enqueued and MB not done, most at any "
+            "time. SGLang's own copies run without a fence for forwards here.",
+        ),
     ),
 }
 _IDLE_NOTE = (

@@ -83,6 +83,10 @@ class Device(Protocol):
         (for the current stream's work without it)."""
         ...
 
+    def memory_free(self) -> int | None:
+        """Bytes of device memory that nobody has allocated; None where that bounds nothing."""
+        ...
+
     def allocate_staging(self, nbytes: int) -> Staging: ...
 
     def gather(

@@ -222,6 +222,10 @@ class CudaDevice:
             return np.asarray(indices.numpy(), dtype=np.int64)
         return self._index_reader().read(indices, after)
 
+    def memory_free(self) -> int:
+        """As the driver counts: what torch keeps for its next tensors is not free."""
+        return int(self._torch.cuda.mem_get_info()[0])
+
     def allocate_staging(self, nbytes: int) -> CudaStaging:
         return CudaStaging(self._torch, nbytes)
 

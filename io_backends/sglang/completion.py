@@ -20,6 +20,7 @@ def deferred(
     pending: Sequence[Pending],
     advance: Callable[[], None],
     flush: Callable[[], None],
+    seen_done: Callable[[], None] | None = None,
 ) -> Any:
     """An event of ``native``'s kind that becomes complete when everything in ``pending`` has run.
 
@@ -30,12 +31,13 @@ def deferred(
         pending: what is left.
         advance: called when SGLang polls, to enqueue what can be.
         flush: called when SGLang waits, to enqueue all of it.
+        seen_done: called once, when SGLang first sees it complete.
     """
     kind = type(native)
     if kind not in _types:
         _types[kind] = _deferred_type(kind)
     event = _types[kind](**({"enable_timing": True} if timing else {}))
-    event._defer(stream, pending, advance, flush)
+    event._defer(stream, pending, advance, flush, seen_done)
     return event
 
 
@@ -52,12 +54,16 @@ def _deferred_type(native: Any) -> Any:
             pending: Sequence[Pending],
             advance: Callable[[], None],
             flush: Callable[[], None],
+            seen_done: Callable[[], None] | None,
         ) -> None:
             self._pending = tuple(pending)
             self._left = len(pending)
             self._advance = advance
             self._flush_all = flush
+            self._seen_done = seen_done
             self._stream = stream
+            if not pending:
+                super().record(stream)
             for part in pending:
                 part.then(self._part_enqueued)
 
@@ -81,11 +87,20 @@ def _deferred_type(native: Any) -> Any:
             if self._left:
                 self._advance()
                 self._raise_if_failed()
-            return not self._left and bool(super().query())
+            done = not self._left and bool(super().query())
+            if done:
+                self._is_done()
+            return done
 
         def synchronize(self) -> None:
             self._flush()
             super().synchronize()
+            self._is_done()
+
+        def _is_done(self) -> None:
+            told, self._seen_done = self._seen_done, None
+            if told is not None:
+                told()
 
         def wait(self, stream: Stream = None) -> None:
             self._flush()

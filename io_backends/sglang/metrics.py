@@ -48,7 +48,6 @@ class _Written(NamedTuple):
     writes: Callable[[], None]
     entries: Callable[[float], None]
     short: Callable[[], None]
-    staging: Callable[[float], None] | None
 
 
 class Metrics:
@@ -109,6 +108,15 @@ class Metrics:
         )
         self._staging = gauge("staging_used_bytes", "Staging memory that is not drained yet.", "backend")
         self._staging_size = gauge("staging_total_bytes", "Staging memory.", "backend")
+        self._waiting = gauge(
+            "waiting_bytes",
+            "Bytes of rows that were given to write-back and wait for a gap between forwards.",
+            "backend",
+        )
+        self._oldest = gauge(
+            "oldest_write_timestamp_seconds",
+            "When the oldest write began that is not seen complete, seconds since 1970; 0 if there is none.",
+        )
         self._written: dict[tuple[str, str], _Written] = {}
         self._children: dict[tuple[Any, ...], Any] = {}
         self._timed: deque[tuple[Event, Event]] = deque()
@@ -124,22 +132,31 @@ class Metrics:
         known.entries(submission.copies)
         if short:
             known.short()
-        if known.staging is not None:
-            known.staging(backend.staging_bytes[0])
 
     def _written_by(self, backend: Any, pool: str) -> _Written:
         """Looked up once: that costs more than counting."""
-        staging = getattr(backend, "staging_bytes", None)
-        if staging is not None:
-            self._of(self._staging_size, backend=backend.name).set(staging[1])
         by = {"backend": backend.name, "pool": pool}
         return _Written(
             bytes=self._of(self._bytes, **by).inc,
             writes=self._of(self._writes, **by).inc,
             entries=self._of(self._entries, **by).inc,
             short=self._of(self._short, **by).inc,
-            staging=None if staging is None else self._of(self._staging, backend=backend.name).set,
         )
+
+    def on_its_way(self, staged: Mapping[str, tuple[int, int, int]], oldest: float) -> None:
+        """What is on its way now.
+
+        Args:
+            staged: bytes of staging memory in use and in all, and of rows that wait, by backend; all its
+                instances together.
+            oldest: when the oldest write began, seconds since 1970; 0: there is none.
+        """
+        for backend, (used, total, waiting) in staged.items():
+            if total:
+                self._of(self._staging, backend=backend).set(used)
+                self._of(self._staging_size, backend=backend).set(total)
+                self._of(self._waiting, backend=backend).set(waiting)
+        self._of(self._oldest).set(oldest)
 
     def fell_back(self, pool: str, reason: str) -> None:
         """SGLang's own copy wrote a pool."""

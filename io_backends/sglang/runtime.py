@@ -37,7 +37,7 @@ class Active:
     def fence_forward(self, batch: Any) -> None:
         """Before a forward is launched: wait for SM-side D2H work if the decision says so."""
         # The gap before this forward is where gathers of a long write may run.
-        self.writeback.advance()
+        self.writeback.before_forward()
         forwards = forwards_of(batch.forward_mode, speculative=self.speculative)
         waits = self.writeback.fences.before_forward(forwards, self.writeback.metrics)
         self.writeback.counters.forward_fences += bool(waits)
@@ -190,6 +190,14 @@ def _make_ready(scheduler: Any) -> None:
         if controller is not None:
             _prepare(controller, _active)
             unsafe.leave_out_sglangs(controller, _active.unsafe_fences)
+    _active.writeback.start(_step_tokens(scheduler))
+
+
+def _step_tokens(scheduler: Any) -> int:
+    """Tokens that a forward makes rows of at most: a chunk, or a prefill batch where none is chunked."""
+    chunk = getattr(scheduler, "chunked_prefill_size", None)
+    most = chunk if chunk and chunk > 0 else scheduler.max_prefill_tokens
+    return int(min(most, scheduler.max_total_num_tokens))
 
 
 def _prepare(controller: Any, active: Active) -> None:

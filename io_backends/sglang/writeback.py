@@ -9,6 +9,8 @@ path, which counts as SM work.
 from __future__ import annotations
 
 import functools
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,6 +29,8 @@ from sglang_hicache.io_backends.sglang.indices import PlainIndices, translated
 from sglang_hicache.io_backends.sglang.known_pools import KnownPools, label_of
 from sglang_hicache.io_backends.sglang.metrics import Metrics
 from sglang_hicache.io_backends.sglang.routes import Route, distinct, write_facts
+
+logger = logging.getLogger(__name__)
 
 UPSTREAM = "upstream"
 """Where a count by backend stands for SGLang's own path."""
@@ -65,12 +69,14 @@ class Write:
     Attributes:
         engine: SGLang's ``L2TransferEngine``.
         ready: events that its reads of device rows wait for.
+        gap: forwards that were launched before it.
         keep: what must stay alive until it is done.
         pending: what backends left of it for later gaps between forwards.
     """
 
     engine: Any
     ready: tuple[Event, ...]
+    gap: int = 0
     keep: list[object] = field(default_factory=list)
     pending: list[tuple[Backend, Pending]] = field(default_factory=list)
 
@@ -113,10 +119,14 @@ class WriteBack:
         self._forwards = frozenset[str]().union(*(route.forwards for route in routes))
         self._deferred: list[Write] = []
         """Writes of which something is pending, oldest first."""
+        self._gap = 0
+        """Counts forwards that were launched."""
         self.pools = KnownPools(device, self._backends)
         self._indices = PlainIndices(self.pools.serves)
         self.move_write_operation = self._indices.move_write_operation
         self._in_flight: deque[tuple[Any, Sequence[str], tuple[object, ...]]] = deque()
+        # When writes began that SGLang has not seen complete, seconds since 1970; with metrics only.
+        self._begun: deque[float] = deque()
         self.counters = Counters()
         self.metrics: Metrics | None = None
 
@@ -125,7 +135,7 @@ class WriteBack:
         device = self._device
         chosen = [self._choose(transfer, engine.io_backend) for transfer in transfers]
         # After that: moving indices is work on the current stream.
-        write = Write(engine, self.fences.ready())
+        write = Write(engine, self.fences.ready(), self._gap)
         for event in write.ready:
             device.wait(engine.device_to_host_stream, event)
         self.counters.producer_fences += self.fences.producer
@@ -150,6 +160,7 @@ class WriteBack:
         if write.pending:
             self._forget_enqueued()
             self._deferred.append(write)
+        if write.pending or self.metrics is not None:
             completion = completion._replace(
                 finish_event=deferred(
                     completion.finish_event,
@@ -158,26 +169,61 @@ class WriteBack:
                     [part for _, part in write.pending],
                     self.advance,
                     functools.partial(self._flush, write),
+                    self._seen_done if self.metrics is not None else None,
                 )
             )
         by = [UPSTREAM if route is None else route.backend.name for _, route, _ in chosen]
         self._keep(completion, by, tuple(write.keep))
         return completion
 
-    def advance(self) -> None:
-        """Enqueue what earlier writes left for a gap between forwards, if there is anything."""
+    def start(self, step_tokens: int) -> None:
+        """All pools that are known before serving are prepared, and SGLang has allocated its own memory.
+
+        Args:
+            step_tokens: that a forward makes rows of at most.
+        """
+        for backend in self._backends:
+            start = getattr(backend, "start", None)
+            if start is not None:
+                wait = any(route.forwards for route in self._routes if route.backend is backend)
+                line = start(step_tokens=step_tokens, forwards_wait=wait)
+                if line is not None:
+                    logger.info("hicache-io: %s", line)
+
+    def before_forward(self) -> None:
+        """A forward is about to be launched: the last chance for what runs in the gap before it.
+
+        What a write left in its first gap goes in the second one, if it must wait for the link there: so no
+        more than a forward's rows are ever left, and write-back keeps pace at the price of time.
+        """
+        self.advance(launching=True)
+        self._gap += 1
+        for backend in self._backends:
+            launched = getattr(backend, "launched", None)
+            if launched is not None:
+                launched()
+        if self.metrics is not None:
+            self._gauge()
+
+    def advance(self, *, launching: bool = False) -> None:
+        """Enqueue what earlier writes left for a gap between forwards, if there is anything.
+
+        Args:
+            launching: a forward is launched next; else SGLang polls.
+        """
         if not self._deferred:
             return
         ready: tuple[Event, ...] = ()
         blocked: list[Backend] = []
         for write in self._deferred:
+            late = launching and write.gap < self._gap
             for backend, part in write.pending:
                 if backend in blocked:
                     continue
                 # Nothing is recorded or waited for at a poll that finds no memory free.
-                if part.can_advance():
+                if part.can_advance() or (late and not part.enqueued()):
                     ready = ready or self.fences.ready()
-                    self._advance(write, backend, part, ready)
+                    self._advance(write, backend, part, ready, wait=late)
                 if not part.enqueued():
                     blocked.append(backend)
             if len(blocked) == len(self._backends):
@@ -233,6 +279,9 @@ class WriteBack:
             for _, part in write.pending:
                 part.abandon()
         self._deferred.clear()
+        self._begun.clear()  # SGLang forgets their completions too
+        if self.metrics is not None:
+            self._gauge()
 
     def _choose(self, transfer: Any, io_backend: str) -> tuple[Any, Route | None, bool]:
         """The way a pool's rows take, with the indices where that wants them, and whether by host slot.
@@ -334,12 +383,42 @@ class WriteBack:
             if self.metrics is not None and done.timing_enabled:
                 self.metrics.transferred(by, done.start_event.elapsed_time(done.finish_event) / 1e3)
         self._in_flight.append((completion, backends, objects))
+        if self.metrics is not None:
+            self._begun.append(time.time())
+            self._gauge()
+
+    def _seen_done(self) -> None:
+        """SGLang has seen a write complete. It looks at them in turn, so that it was the oldest one."""
+        if self._begun:
+            self._begun.popleft()
+        self._gauge()
+
+    def _gauge(self) -> None:
+        """What is on its way now.
+
+        SGLang's endpoint shows what was set last. So it is set whenever that changes: as a write begins, as a
+        forward is launched, and as SGLang sees a write complete, the last one before an idle time too.
+        """
+        assert self.metrics is not None
+        staged: dict[str, tuple[int, int, int]] = {}
+        for backend in self._backends:
+            used, total = getattr(backend, "staging_bytes", (0, 0))
+            waiting = getattr(backend, "waiting_bytes", 0)
+            before = staged.get(backend.name, (0, 0, 0))
+            staged[backend.name] = (before[0] + used, before[1] + total, before[2] + waiting)
+        self.metrics.on_its_way(staged, self._begun[0] if self._begun else 0.0)
 
     def summary(self) -> dict[str, Any]:
         """Counters and fallbacks, for ``/server_info``."""
         counters = asdict(self.counters)
         written_by = counters.pop("by_backend")
-        return {"counters": counters, "written_by": written_by, "fallbacks": self.pools.fallbacks()}
+        staging = sum(getattr(backend, "staging_bytes", (0, 0))[1] for backend in self._backends)
+        return {
+            "counters": counters,
+            "written_by": written_by,
+            "staging_bytes": staging,
+            "fallbacks": self.pools.fallbacks(),
+        }
 
 
 def _failed(write: Write) -> bool:

@@ -113,6 +113,9 @@ class VirtualDevice:
         self._reader.synchronize()
         return values[0]
 
+    def memory_free(self) -> None:
+        """It is ordinary memory."""
+
     def allocate_staging(self, nbytes: int) -> VirtualStaging:
         staging = VirtualStaging(nbytes)
         self._staging.append(self._gpu.memory.block(staging._memory, "staging"))

@@ -14,9 +14,11 @@ from sglang_hicache.bench.measure.cases import Case
 from sglang_hicache.bench.measure.contenders import names
 from sglang_hicache.bench.measure.devices import TimedCpu
 from sglang_hicache.bench.measure.one_write import Setting, bandwidth
+from sglang_hicache.bench.measure.patterns import PATTERNS
 from sglang_hicache.bench.measure.results import METRICS, WRONG, Row, Run
 from sglang_hicache.bench.measure.stand_ins import StandIn
 from sglang_hicache.bench.measure.suite import GRIDS, WEIGHTS, Ask, measure
+from sglang_hicache.bench.measure.sustained import CONTENDERS
 from sglang_hicache.bench.measure.timing import interleaved
 from sglang_hicache.io_backends import Submission, direct_copies, register_backend
 from sglang_hicache.io_backends.device.cpu import CpuStream
@@ -112,12 +114,12 @@ def test_every_measurement_has_a_row_for_every_contender() -> None:
     assert run.watermark
     for name in asked.measurements:
         rows = run.of(name)
-        assert {row.contender for row in rows} == set(names())
+        assert {row.contender for row in rows} == set(CONTENDERS if name == "sustained" else names())
         for row in rows:
             assert bool(row.metrics) != bool(row.reason), row
             assert set(row.metrics) <= set(METRICS)
             assert row.metrics or "SGLang" in str(row.reason)
-        for own in ("auto", *OWN_NAMES):
+        for own in {"auto", *OWN_NAMES} & {row.contender for row in rows}:
             mine = [row for row in rows if row.contender == own]
             assert all(row.checked and row.metrics for row in mine)
         assert any(text.startswith(name) for text in said)
@@ -132,6 +134,11 @@ def test_every_measurement_has_a_row_for_every_contender() -> None:
         "decode steps",
     }
     assert all("stall_ms" in row.metrics for row in run.of("fence") if row.metrics)
+    sustained = [row for row in run.of("sustained") if row.metrics]
+    assert {row.forward for row in sustained} == set(PATTERNS)
+    assert all({"kept_gb_per_s", "slow_down", "fence_ms", "held_mb"} <= set(row.metrics) for row in sustained)
+    assert all(row.series and len(row.series[0]) == 2 for row in sustained)
+    assert Run.from_dict(run.to_dict()).to_dict() == run.to_dict()
     assert all("ack_us" in row.metrics for row in run.of("latency") if row.metrics)
 
 

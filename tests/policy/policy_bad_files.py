@@ -391,7 +391,7 @@ BAD = {
     ),
     "a negative staging": (
         rule(use="{backend: hybrid, options: {staging_mb: -1}}"),
-        "5:48: staging_mb must be a whole number above 0, not -1",
+        "5:48: staging_mb must be a whole number above 0 or auto, not -1",
     ),
     "a batch that crashed": (
         rule(use="{backend: copy_engine, options: {max_copies_per_batch: 51828}}"),

@@ -143,7 +143,7 @@ def uses(draw: st.DrawFn, *, with_uses: bool = False) -> dict[str, Any]:
     if use["backend"] == "fenced_kernel" or draw(st.booleans()):
         use["fence_forward"] = draw(st.lists(st.sampled_from(words), unique=True))
     if use["backend"] == "hybrid" and draw(st.booleans()):
-        use["options"] = {"staging_mb": draw(st.integers(1, 4096))}
+        use["options"] = {"staging_mb": draw(st.one_of(st.just("auto"), st.integers(1, 4096)))}
     return use
 
 

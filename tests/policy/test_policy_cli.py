@@ -103,6 +103,20 @@ def test_explain_follows_a_policy_file(file: Path):
     assert explained(*GIVEN)["policy"] == "shipped default"
 
 
+def test_explain_says_what_gpu_memory_staging_takes(tmp_path: Path, file: Path):
+    assert "hybrid's staging: the rows of one step, and a seventh" in flat(run("explain", *GIVEN).stdout)
+    unfenced = ("--attention-backend", "triton", "--mem-layout", "page_first")
+    assert explained(*unfenced)["gpu_memory"] == "hybrid's staging: 256 MiB"
+    sized = tmp_path / "sized.yaml"
+    use = "{backend: hybrid, fence_forward: [extend], options: {staging_mb: SIZE}}"
+    for size, said in (("2048", "2,048 MiB"), ("auto", "the rows of one step")):
+        sized.write_text(rule(when="{gpu_arch: sm90}", use=use.replace("SIZE", size)))
+        assert explained(*GIVEN, "--policy", sized, "--backend", "hybrid")["gpu_memory"].startswith(
+            f"hybrid's staging: {said}"
+        )
+    assert explained(*GIVEN, "--policy", file)["gpu_memory"] is None
+
+
 def test_explain_with_a_backend_by_hand(file: Path):
     answer = explained(*GIVEN, "--policy", file, "--backend", "hybrid")
     assert (answer["backend"], answer["rule"], answer["fence_forward"]) == ("hybrid", "one", ["decode"])

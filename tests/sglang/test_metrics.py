@@ -55,7 +55,6 @@ def samples(registry: Any) -> dict[str, float]:
 
 class Backend:
     name = "hybrid"
-    staging_bytes = (3, 8)
 
 
 class TimedDevice:
@@ -86,9 +85,19 @@ def test_a_write_is_counted_by_backend_and_pool(metrics: Metrics, registry: Any)
         "copy_entries_total hybrid kv": 5,
         "copy_entries_total hybrid swa": 1,
         "short_entry_writes_total hybrid kv": 1,
+    }
+
+
+def test_what_is_on_its_way_is_set_by_backend(metrics: Metrics, registry: Any) -> None:
+    metrics.on_its_way({"hybrid": (3, 8, 5), "copy_engine": (0, 0, 0)}, 1.5)
+    assert samples(registry) == {
         "staging_used_bytes hybrid": 3,
         "staging_total_bytes hybrid": 8,
+        "waiting_bytes hybrid": 5,
+        "oldest_write_timestamp_seconds": 1.5,
     }
+    metrics.on_its_way({"hybrid": (0, 8, 0)}, 0.0)
+    assert samples(registry) == {"staging_total_bytes hybrid": 8}
 
 
 def test_a_label_of_the_operators_with_a_name_of_ours_gives_way(registry: Any) -> None:

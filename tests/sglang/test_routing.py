@@ -16,7 +16,7 @@ from sglang_hicache.io_backends.device.cpu import CpuDevice, CpuStream
 from sglang_hicache.io_backends.geometry import Component, PoolGeometry, host_strides
 from sglang_hicache.io_backends.hybrid import HybridBackend
 from sglang_hicache.io_backends.interface import OptionsError
-from sglang_hicache.io_backends.sglang import kernels, known_pools
+from sglang_hicache.io_backends.sglang import kernels, known_pools, writeback
 from sglang_hicache.io_backends.sglang.indices import PlainIndices
 from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError
 from sglang_hicache.io_backends.sglang.routes import Route, one_route, routes_of
@@ -255,7 +255,7 @@ class Part:
     def __init__(self) -> None:
         self.advanced: list[bool] = []
         self.ready: Any = None
-        self.abandoned = self.fails = self.failed = self.finishes = self.done = False
+        self.abandoned = self.fails = self.failed = self.finishes = self.done = self.blocked = False
         self._then: list[Any] = []
 
     def enqueued(self) -> bool:
@@ -264,7 +264,7 @@ class Part:
         return self.done or self.abandoned
 
     def can_advance(self) -> bool:
-        return not self.enqueued()
+        return not self.enqueued() and not self.blocked
 
     def advance(self, ready: tuple[Any, ...], *, wait: bool = False) -> str:
         self.advanced.append(wait)
@@ -566,6 +566,111 @@ class TestWhatIsLeftForLater:
         assert completion.finish_event.query()
         write.writeback.advance()
         assert [part.advanced for part in backend.left] == [[], []]
+
+
+class TestGaps:
+    """Where forwards wait, what a write leaves goes in the gaps before them."""
+
+    def test_what_is_left_in_a_writes_first_gap_waits_for_the_link_in_the_second(self) -> None:
+        backend = Later()
+        write = Write(one_route(backend, ("decode",)), HostPool())
+        write(indices(8, 9))
+        (first,) = backend.left
+        first.blocked = True
+        write.writeback.before_forward()
+        assert first.advanced == [], "nothing that its forward would wait for"
+        write(indices(10, 11))
+        write.writeback.advance()
+        assert first.advanced == [], "nor at a poll"
+        write.writeback.before_forward()
+        assert first.advanced == [True]
+        assert backend.left[1].advanced == [], "behind one that is not through, and in its own first gap"
+        first.done = True
+        write.writeback.advance()
+        write.writeback.before_forward()
+        assert first.advanced == [True]
+        assert backend.left[1].advanced == [False, True]
+
+    def test_backends_are_told_of_every_forward_after_the_last_chance(self) -> None:
+        backend = Later()
+        told: list[int] = []
+        backend.launched = lambda: told.append(len(backend.left[0].advanced))  # type: ignore[attr-defined]
+        write = Write(one_route(backend, ("decode",)), HostPool())
+        write(indices(8, 9))
+        for _ in range(2):
+            write.writeback.before_forward()
+        assert told == [1, 2]
+
+    def test_backends_are_started_with_the_fences_of_their_routes(self) -> None:
+        started: dict[str, Any] = {}
+
+        def note(name: str) -> Any:
+            def start(**named: Any) -> str:
+                started[name] = named
+                return f"{name} is ready"
+
+            return start
+
+        fenced, free = Named("fenced"), Named("free")
+        fenced.start, free.start = note("fenced"), note("free")  # type: ignore[attr-defined]
+        write = Write([Route(fenced, frozenset({"extend"}), long_entries), *one_route(free)], HostPool())
+        write.writeback.start(8192)
+        assert started == {
+            "fenced": {"step_tokens": 8192, "forwards_wait": True},
+            "free": {"step_tokens": 8192, "forwards_wait": False},
+        }
+
+
+class TestGauges:
+    """What metrics say is on its way."""
+
+    def test_instances_of_one_name_are_summed_and_the_oldest_write_is_dated(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        said: list[Any] = []
+        a, b = Later(), Later()
+        for backend, used in ((a, 1), (b, 10)):
+            backend.staging_bytes, backend.waiting_bytes = (used, 100), 3 * used  # type: ignore[attr-defined]
+        write = Write([Route(a, frozenset({"extend"}), long_entries), *one_route(b)], HostPool())
+        write.writeback.metrics = SimpleNamespace(  # type: ignore[assignment]
+            on_its_way=lambda *given: said.append(given), wrote=lambda *_, **__: None
+        )
+        clock = iter((5.0, 6.0))
+        monkeypatch.setattr(writeback.time, "time", lambda: next(clock))
+        staged = {"later": (11, 200, 33)}
+        first, second = write(indices(8, 9)), write(indices(10, 11))
+        assert said == [(staged, 5.0), (staged, 5.0)]
+        for part in b.left:
+            part.finishes = True
+        assert first.finish_event.query()
+        assert said[2:] == [(staged, 6.0)]
+        assert first.finish_event.query()
+        assert len(said) == 3, "once a write"
+        second.finish_event.synchronize()
+        assert said[3:] == [(staged, 0.0)], "true in the idle time that follows"
+        write.writeback.before_forward()
+        assert said[4:] == [(staged, 0.0)]
+
+    def test_a_write_of_which_nothing_is_left_is_seen_complete_too(self) -> None:
+        said: list[float] = []
+        write = Write(one_route(Named()), HostPool())
+        write.writeback.metrics = SimpleNamespace(  # type: ignore[assignment]
+            on_its_way=lambda _, oldest: said.append(oldest), wrote=lambda *_, **__: None
+        )
+        completion = write(indices(8, 9))
+        assert said[0] > 0
+        assert completion.finish_event.query()
+        assert said[1:] == [0.0]
+
+    def test_a_reset_forgets_what_sglang_forgets(self) -> None:
+        said: list[float] = []
+        write = Write(one_route(Named()), HostPool())
+        write.writeback.metrics = SimpleNamespace(  # type: ignore[assignment]
+            on_its_way=lambda _, oldest: said.append(oldest), wrote=lambda *_, **__: None
+        )
+        write(indices(8, 9))
+        write.writeback.abandon()
+        assert said[-1] == 0.0
 
 
 class TestInstances:

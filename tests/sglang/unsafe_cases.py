@@ -120,10 +120,33 @@ def test_a_scheduler_takes_sglangs_own_fence_away_too(
     fences: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     controller = SimpleNamespace(write_fence_stream="forward stream")
-    scheduler = SimpleNamespace(tree_cache=SimpleNamespace(cache_controller=controller))
-    active: Any = SimpleNamespace(unsafe_fences=fences, writeback=SimpleNamespace())
+    scheduler = SimpleNamespace(
+        tree_cache=SimpleNamespace(cache_controller=controller),
+        chunked_prefill_size=None,
+        max_prefill_tokens=100,
+        max_total_num_tokens=200,
+    )
+    started: list[int] = []
+    active: Any = SimpleNamespace(unsafe_fences=fences, writeback=SimpleNamespace(start=started.append))
     monkeypatch.setattr(runtime, "_active", active)
     monkeypatch.setattr(runtime, "_prepare", lambda *_: None)
     monkeypatch.setattr(runtime, "metrics_of", lambda _: None)
     runtime._make_ready(scheduler)
     assert controller.write_fence_stream == (None if fences == "none" else "forward stream")
+    assert started == [100]
+
+
+@pytest.mark.parametrize(
+    ("chunk", "prefill", "total", "tokens"),
+    [
+        (8192, 16384, 10**6, 8192),
+        (None, 16384, 10**6, 16384),
+        (-1, 16384, 10**6, 16384),
+        (8192, 16384, 999, 999),
+    ],
+)
+def test_tokens_of_a_step(chunk: int | None, prefill: int, total: int, tokens: int) -> None:
+    scheduler = SimpleNamespace(
+        chunked_prefill_size=chunk, max_prefill_tokens=prefill, max_total_num_tokens=total
+    )
+    assert runtime._step_tokens(scheduler) == tokens

@@ -1,0 +1,127 @@
+"""The ring that takes a step's rows in each gap, wherever in it the last gap ended."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pools import make_pool
+
+from sglang_hicache.bench.measure.cases import MODELS, Case, pool_of
+from sglang_hicache.io_backends.chunks import LEAD_BYTES, fine_lengths, ring_units
+from sglang_hicache.io_backends.device.cpu import CpuDevice
+from sglang_hicache.io_backends.hybrid import HybridBackend
+from sglang_hicache.io_backends.staged_plan import plan_write
+from sglang_hicache.io_backends.staging import Ring
+from sglang_hicache.io_backends.staging_size import DEFAULT_STAGING_MB, FREE_SHARE, staging_size
+
+MIB = 2**20
+
+
+@settings(max_examples=300, deadline=None)
+@given(total=st.integers(1, 10_000), ring=st.integers(2, 3_000), lead=st.integers(1, 2_000))
+def test_fine_chunks_are_the_write_and_any_two_neighbours_fit(total: int, ring: int, lead: int) -> None:
+    lengths = fine_lengths(total, ring, lead)
+    assert sum(lengths) == total
+    assert min(lengths) >= 1
+    assert max(lengths) <= ring // 2
+    assert max(lengths) <= max(ring // 8, lead)
+    later = lengths[1:] if total >= max(lead, 8) else lengths
+    assert max(later) - min(later) <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_gap_takes_a_steps_rows_of_every_pool(data: st.DataObject) -> None:
+    """Nothing ever drains as far as the host sees, and memory of the same gap is never given out again."""
+    shapes = data.draw(
+        st.lists(
+            st.tuples(
+                st.sampled_from(sorted(MODELS)),
+                st.sampled_from([("page_first", 1), ("layer_first", 16), ("page_first_direct", 64)]),
+            ),
+            min_size=1,
+            max_size=3,
+        )
+    )
+    pools = [pool_of(Case(model, layout, page, 16384, True)) for model, (layout, page) in shapes]
+    pages = data.draw(st.integers(1, 256))
+    size = staging_size(pools, 64 * pages, None)
+    ring = Ring(size.nbytes, lambda event: False)
+    for gap in range(8):
+        for pool in pools:
+            # A step's rows come in one write, or in a few.
+            cuts = data.draw(st.lists(st.integers(0, pages), max_size=2))
+            edges = [0, *sorted(cuts), pages]
+            for start, stop in pairwise(edges):
+                plan = plan_write(pool, np.arange((stop - start) * 64), ring.nbytes, fine=True)
+                for nth in range(len(plan)):
+                    taken = ring.take(plan[nth].room, gap=gap, before=gap)
+                    assert taken is not None, (gap, size)
+                    taken[0].drained = object()
+
+
+@settings(max_examples=200, deadline=None)
+@given(tokens=st.integers(1, 2**26), free=st.integers(0, 2**37))
+def test_it_takes_a_quarter_of_what_is_free_at_most_and_two_units_at_least(tokens: int, free: int) -> None:
+    pool = make_pool("page_first_direct", layers=2, page_size=4, row_bytes=(16, 16)).geometry
+    unbounded, bounded = staging_size([pool], tokens, None), staging_size([pool], tokens, free)
+    assert unbounded.nbytes >= max(DEFAULT_STAGING_MB * MIB, tokens * pool.bytes_per_token)
+    assert bounded.nbytes <= unbounded.nbytes
+    assert bounded.nbytes <= max(-(-(free // FREE_SHARE) // MIB) * MIB, LEAD_BYTES)
+    assert ring_units(pool, bounded.nbytes) >= 2
+    assert ("held to a quarter" in bounded.because) == (bounded.nbytes < unbounded.nbytes)
+
+
+def test_qwen3_8b_and_chunks_of_8192_tokens() -> None:
+    size = staging_size([pool_of(Case("Qwen3-8B", "page_first", 1, 8192, True))], 8192, 12 * 2**30)
+    assert size.nbytes == 1381 * MIB  # 1,152 MiB of rows, a seventh, and 64 MiB
+    assert size.because == "the rows of a step of 8,192 tokens, 147,456 bytes each"
+    held = staging_size([pool_of(Case("Qwen3-8B", "page_first", 1, 8192, True))], 8192, 2 * 2**30)
+    assert held.nbytes == 512 * MIB
+    assert "held to a quarter of the 2,048 MiB that were free" in held.because
+
+
+class Free(CpuDevice):
+    """A device that counts its memory."""
+
+    def memory_free(self) -> int:  # type: ignore[override]
+        return 2**30
+
+
+@pytest.mark.parametrize(
+    ("options", "forwards_wait", "megabytes"),
+    [
+        ({}, True, 256),
+        ({"staging_mb": "auto"}, True, 256),
+        ({}, False, DEFAULT_STAGING_MB),
+        ({"staging_mb": 3}, True, 3),
+    ],
+)
+def test_the_ring_is_allocated_once_when_serving_starts(
+    options: dict[str, object], forwards_wait: bool, megabytes: int
+) -> None:
+    backend = HybridBackend(Free(), options)
+    assert backend.start(step_tokens=8192, forwards_wait=forwards_wait) is None, "no pool is served"
+    for geometry in (make_pool("page_first", layers=2, page_size=1, row_bytes=(2**16, 2**16)).geometry,) * 2:
+        backend.prepare(geometry)
+    line = backend.start(step_tokens=8192, forwards_wait=forwards_wait)
+    assert backend.staging_bytes == (0, megabytes * MIB)
+    assert line is not None
+    assert line.startswith(f"hybrid stages {megabytes} MiB in GPU memory: ")
+    staging = backend._staging
+    assert staging is not None
+    backend.start(step_tokens=1, forwards_wait=forwards_wait)
+    assert backend._staging is staging
+
+
+def test_a_pool_that_is_seen_later_finds_staging_before_its_first_write() -> None:
+    """Allocating waits for the device: not while requests are served."""
+    backend = HybridBackend(Free(), {})
+    backend.start(step_tokens=8192, forwards_wait=True)
+    backend.prepare(make_pool("page_first", layers=2, page_size=1, row_bytes=(16, 16)).geometry)
+    assert backend._staging is not None
+    assert backend.staging_bytes == (0, DEFAULT_STAGING_MB * MIB)
