@@ -142,7 +142,7 @@ def simulate(
         stream = device.new_stream()
         tasks = {tokens: replace(task, stream=stream) for tokens, task in tasks.items()}
         writer = OwnWriter(tasks, one_route(backend, FORWARDS))
-    streams = tuple(device.new_stream() for _ in range(3))
+    streams = device.new_stream(), device.new_stream(), device.new_stream()
 
     def launch(step: Step) -> None:
         gpu.host_work("schedule", SCHEDULE_MS)
