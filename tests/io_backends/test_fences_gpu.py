@@ -81,13 +81,14 @@ class LeakyDevice(CudaDevice):
                 torch.cuda._sleep(LONG)
 
 
+@pytest.mark.parametrize("by_gaps", [False, True], ids=["at once", "gap by gap"])
 @pytest.mark.parametrize("fence", FENCES)
-def test_is_needed_and_there(fence: str) -> None:
+def test_is_needed_and_there(fence: str, by_gaps: bool) -> None:
     drop, slow = FENCES[fence]
-    wrong, dropped = wrong_bytes(drop, slow)
+    wrong, dropped = wrong_bytes(drop, slow, by_gaps)
     assert dropped, "this wait was never asked for"
     assert wrong, "left out, the wait was not missed: the test proves nothing"
-    assert wrong_bytes(None, slow) == (0, 0)
+    assert wrong_bytes(None, slow, by_gaps) == (0, 0)
 
 
 def test_the_copy_engine_reads_in_stream_order() -> None:
@@ -119,8 +120,13 @@ def test_the_copy_engine_reads_in_stream_order() -> None:
         torch.cuda.synchronize()
 
 
-def wrong_bytes(drop: tuple[str, str] | None, slow: str | None) -> tuple[int, int]:
-    """(bytes that are not the forward's rows, waits left out) after one write between two forwards."""
+def wrong_bytes(drop: tuple[str, str] | None, slow: str | None, by_gaps: bool) -> tuple[int, int]:
+    """(bytes that are not the forward's rows, waits left out) after one write between two forwards.
+
+    Args:
+        drop, slow: of the device.
+        by_gaps: as where forwards wait: what fits the ring, then behind the drains of each gap before.
+    """
     device = LeakyDevice(drop, slow)
     # 2 MiB through a ring of 1 MiB.
     pool = gpu_pool("page_first", layers=2, page_size=16, row_bytes=(1024,), pages=64, device_slots=1024)
@@ -145,11 +151,18 @@ def wrong_bytes(drop: tuple[str, str] | None, slow: str | None) -> tuple[int, in
     ready = device.record(forward)
     torch.cuda.Stream.wait_event(stream, ready)
     with device.use_stream(stream):
-        done = backend.submit(replace(transfer, ready=(ready,), indices_ready=ready), stream)
+        transfer = replace(transfer, ready=(ready,), indices_ready=ready, forwards_wait=by_gaps)
+        done = backend.submit(transfer, stream)
+    gathered = done.sm_done
+    assert (done.pending is not None) == by_gaps
+    while done.pending is not None and not done.pending.enqueued():
+        backend.launched()  # type: ignore[attr-defined]
+        gathered = done.pending.advance((device.record(forward),))
+        assert gathered is not None, "a gap takes memory that is not drained yet"
     finish = torch.cuda.Event()
     finish.record(stream)
     # The next forward overwrites the rows.
-    device.wait(forward, done.sm_done)
+    device.wait(forward, gathered)
     with device.use_stream(forward):
         for rows, old in zip(pool.rows[0], before, strict=True):
             rows.copy_(old)
