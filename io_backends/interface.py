@@ -34,8 +34,9 @@ class Transfer:
             transfer.
         indices_ready: the event among them that follows the work which made ``device_slots``; it waits for no
             forward, so whoever must wait on the host for the indices waits for this one only.
-        forwards_wait: whether forwards may wait for this transfer's SM work. Then that work must never wait
-            for the link to the host.
+        forwards_wait: whether forwards may wait for this transfer's SM work. Then, unless it is told to
+            (:meth:`Pending.advance`), that work must not wait for copies to the host that began in the same
+            gap between forwards.
         upstream_copy: SGLang's own copy of the same rows, enqueued on the current stream; ``block_quota=``
             limits the thread blocks of its JIT kernels.
     """
