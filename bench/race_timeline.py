@@ -61,8 +61,14 @@ def timelines(facts: Facts) -> dict[str, Timeline]:
         if cannot_serve_layout(name, cache.setup.mem_layout) is None:
             order = ModelOrder(model)
             decision = decide(policy_in_force(None), facts, backend=name)
+            # As a server starts: a ring for its step's rows, not the simulation's small one.
             Experiment(cache, decision, exclusive).run(
-                0, left_out("auto"), program, order=order, options=options
+                0,
+                left_out("auto"),
+                program,
+                order=order,
+                options=options,
+                mutate=lambda active: active.writeback.start(prompt),
             )
             runs[name] = order.timeline
     return runs
