@@ -1,8 +1,8 @@
 """The values of each fact that the rules of two policies tell apart: one of each is enough to compare them.
 
 Every condition cuts what its fact can be into values that satisfy it and values that do not. Two values that
-satisfy the same conditions are alike to all rules, so that a policy decides the same for both. What is left of a
-fact is a handful of classes; an unknown fact is one of them.
+satisfy the same conditions are alike to all rules, so that a policy decides the same for both. What is left
+of a fact is a handful of classes; an unknown fact is one of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from sglang_hicache.policy.vocabulary import NAMED, NO_SPECULATION
 
 _EITHER = "attention_backend"
 _SPECULATIVE = "speculative"
-# Values times conditions, and one on versions is eight others: a second of work. Policies in use have some hundred.
+# Values times conditions, and one on versions is eight others: a second of work. Policies in use have some
+# hundred.
 _MOST_TESTS = 500_000
 
 
@@ -29,8 +30,8 @@ class CannotCompareError(ValueError):
 
 @dataclass(frozen=True)
 class Literal:
-    """One fact in one condition: which of its classes satisfy it. ``speculative``: only where the backend may run,
-    that is not where it is known that nothing speculates.
+    """One fact in one condition: which of its classes satisfy it. ``speculative``: only where the backend may
+    run, that is not where it is known that nothing speculates.
     """
 
     variable: str
@@ -57,7 +58,8 @@ class Classes:
     """Classes of every fact and every write that the conditions of some rules tell apart.
 
     Attributes:
-        values: by fact, and by write condition, one value of each class; None stands for unknown, and is the last.
+        values: by fact, and by write condition, one value of each class; None stands for unknown, and is the
+            last.
         no_speculation: for each class of ``speculative``, whether it is known that nothing speculates.
     """
 
@@ -137,7 +139,8 @@ def _candidates(name: str, conditions: Sequence[Condition]) -> Iterator[FactValu
     for one in names:
         yield from sorted(one.values, key=lambda value: (known.index(value) if value in known else -1, value))
     if names or name == _SPECULATIVE:
-        # One that SGLang has and no rule names, for the reader; and one that nobody has heard of, as there may be.
+        # One that SGLang has and no rule names, for the reader; and one that nobody has heard of, as there
+        # may be.
         yield from known
         if name == "gpu_arch":
             yield from ("sm80", "sm90", "sm100", "cpu")
@@ -167,7 +170,8 @@ def _versions(name: str, conditions: Sequence[Versions]) -> Iterator[str]:
         if condition.spans is None:
             written = ", ".join(str(entry) for entry in condition.sets)
             raise CannotCompareError(
-                f"which versions {name} '{written}' takes is not compared: an epoch, a pre-release, a local version "
+                f"which versions {name} '{written}' takes is not compared: an epoch, a pre-release, a local "
+                "version "
                 "or ==="
             )
         depth = max(depth, condition.depth())

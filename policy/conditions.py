@@ -245,8 +245,8 @@ def _specifiers(entry: str) -> SpecifierSet:
 
 
 # Where a version stands among others: its release without trailing zeros, what of that release it is (a
-# pre-release, the release, a post-release, or what lies between it and the next release), and for a post-release
-# its number and whether it is that itself or its pre-releases.
+# pre-release, the release, a post-release, or what lies between it and the next release), and for a
+# post-release its number and whether it is that itself or its pre-releases.
 _Place = tuple[tuple[int, ...], int, int, int]
 VersionSpan = tuple[_Place, _Place | None]  # from, and up to without it; None: no upper end
 _PRE, _FINAL, _POST, _BETWEEN = range(4)

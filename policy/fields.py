@@ -28,8 +28,8 @@ MATCH = "match"  # of `unknown`: every condition of the rule
 DEFAULT = "default"  # of `extends`
 PROBLEM = "policy"  # the error type of `problem`, by which `load` knows it
 
-# One condition names at most so many values, of so many characters: more than anybody writes (SGLang has 27 attention
-# backends), and few enough for what compares every value with every other.
+# One condition names at most so many values, of so many characters: more than anybody writes (SGLang has 27
+# attention backends), and few enough for what compares every value with every other.
 MOST_ENTRIES = 64
 MOST_CHARACTERS = 256
 

@@ -35,8 +35,8 @@ class Origin:
 @dataclass(frozen=True)
 class Policy:
     """A policy that passed every check. ``source`` is the file it was read from, or "shipped default";
-    ``origins`` says, by rule name and for "default", where each rule comes from; ``below`` is what would be in
-    force without this layer, None for the shipped one.
+    ``origins`` says, by rule name and for "default", where each rule comes from; ``below`` is what would be
+    in force without this layer, None for the shipped one.
     """
 
     rules: tuple[Rule, ...]

@@ -114,9 +114,9 @@ def _without_user() -> Policy:
     if loss is not None:
         origin = policy.origins[loss.rule]
         advice = (
-            "a machine file must not: list these forwards in fence_forward (uses, where when names the attention "
-            "backends), also for copy_engine, or narrow when to servers and writes without that fence; what you "
-            "decide yourself belongs in a policy file of yours"
+            "a machine file must not: list these forwards in fence_forward (uses, where when names the "
+            "attention backends), also for copy_engine, or narrow when to servers and writes without that "
+            "fence; what you decide yourself belongs in a policy file of yours"
         )
         message = f"{in_words([loss], default_policy())}; {advice}"
         raise PolicyError(name, message, line=origin.line, column=origin.column)
@@ -148,15 +148,15 @@ def _read(name: str, *, trusted: bool = False) -> str:
 
 
 def _check_owner(name: str, status: os.stat_result) -> None:
-    """Refuse a file that others could have written, as ssh does with its own: it decides what a server runs."""
+    """Refuse a file that others could have written, as ssh does: it decides what a server runs."""
     if not stat.S_ISREG(status.st_mode):
         raise PolicyError(name, "is not a regular file, as a machine file must be")
     me, quoted = os.geteuid(), shlex.quote(name)
     if status.st_uid not in (0, me):
         raise PolicyError(
             name,
-            f"is owned by user {status.st_uid}, who is neither root nor the user that reads it ({me}), and could "
-            f"change it: chown {me} {quoted}",
+            f"is owned by user {status.st_uid}, who is neither root nor the user that reads it ({me}), and "
+            f"could change it: chown {me} {quoted}",
         )
     others = [
         who for who, bit in (("its group", stat.S_IWGRP), ("everybody", stat.S_IWOTH)) if status.st_mode & bit

@@ -1,15 +1,16 @@
 """What a layer of policy takes away: forwards that wait without it and do not wait with it.
 
-Compared is what happens, not how it is written: for every combination of facts, unknown ones included, and every
-write, the forwards that the policy below makes wait must wait under the policy as well. That covers each backend
-that can be asked for: ``auto`` takes the fences of the write's own route; a pool that this backend does not support
-goes through SGLang's own copy, and a backend given by name serves every write, behind the fences of all routes
-together. So a rule that chooses copy_engine must list its forwards too, though nothing waits for copy_engine itself.
+Compared is what happens, not how it is written: for every combination of facts, unknown ones included, and
+every write, the forwards that the policy below makes wait must wait under the policy as well. That covers
+each backend that can be asked for: ``auto`` takes the fences of the write's own route; a pool that this
+backend does not support goes through SGLang's own copy, and a backend given by name serves every write,
+behind the fences of all routes together. So a rule that chooses copy_engine must list its forwards too,
+though nothing waits for copy_engine itself.
 
-The search is complete. It asks, for a rule that fences below and one that decides above, whether one combination
-leads to both: it goes through the classes of one fact after the other (`classes`) and leaves a branch as soon as a
-condition fails there. Pairs of rules that both policies share in the same order cannot meet. What takes more than
-`MOST_STEPS` is not decided, and says so.
+The search is complete. It asks, for a rule that fences below and one that decides above, whether one
+combination leads to both: it goes through the classes of one fact after the other (`classes`) and leaves a
+branch as soon as a condition fails there. Pairs of rules that both policies share in the same order cannot
+meet. What takes more than `MOST_STEPS` is not decided, and says so.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class _Comparison:
                         yield self._loss(blamed, old, frozenset({forward}), state, by_hand=True)
 
     def _blamed(self, old: CompiledRule, new: CompiledRule) -> str:
-        """The rule to change: the one that decides now, or the one that took the place of the one that did."""
+        """The rule to change: the one that decides now, or what took the place of the one that did."""
         return self._names[old.name].name if new in self._shared and old.name in self._names else new.name
 
     def _loss(
@@ -123,10 +124,10 @@ class _Comparison:
             by_hand,
         )
 
-    # A state holds the class of some facts; what is not in it is open. `_clause` and `_rule` answer None then.
+    # A state holds the class of some facts; what is not in it is open, and so are rules that depend on it.
 
     def _may_lose(self, at: int, to: int) -> frozenset[str]:
-        """Forwards that rule `at` of `below` may fence and rule `to` of `above` not, by the conditions alone."""
+        """Forwards that rule `at` of `below` may fence and rule `to` of `above` not, by conditions alone."""
         old, new = self._below[at], self._above[to]
         self._count(at + to)
         clauses = (*old.server, *old.write, *new.server, *new.write)
@@ -158,8 +159,8 @@ class _Comparison:
     def _one_write(
         self, at: int, to: int, may: frozenset[str], state: dict[str, int]
     ) -> dict[str, int] | None:
-        """A state in which `below` decides by its rule `at` and `above` by its rule `to`, and one of the forwards
-        `may` is lost.
+        """A state in which `below` decides by its rule `at` and `above` by its rule `to`, and one of the
+        forwards `may` is lost.
         """
         old, new = self._below[at], self._above[to]
         self._count(at + to)
@@ -186,7 +187,9 @@ class _Comparison:
         return sorted(range(len(literal.holds)), key=lambda index: literal.holds[index] is not wanted)
 
     def _all_writes(self, at: int, forward: str, state: dict[str, int]) -> dict[str, int] | None:
-        """A state in which rule `at` is one of the routes of `below` and lists `forward`, and none of `above` does."""
+        """A state in which rule `at` is one of the routes of `below` and lists `forward`, and none of `above`
+        does.
+        """
         old = self._below[at]
         self._count(at + len(self._above))
         if forward not in self._most(old, state):
@@ -312,8 +315,8 @@ def in_words(taken: Sequence[Loss], below: Policy) -> str:
         waits = "no longer wait" if len(loss.forwards) > 1 else "no longer waits"
         of = "the default" if loss.of == DEFAULT_RULE else f"rule '{loss.of}'"
         parts.append(
-            f"{' and '.join(loss.forwards)} {waits} for D2H work on the SMs with {loss.example()} ({of} of the "
-            f"{below.layer(loss.of)} makes {'them' if len(loss.forwards) > 1 else 'it'} wait)"
+            f"{' and '.join(loss.forwards)} {waits} for D2H work on the SMs with {loss.example()} ({of} of "
+            f"the {below.layer(loss.of)} makes {'them' if len(loss.forwards) > 1 else 'it'} wait)"
         )
     return f"{what} takes {'a fence' if len(taken) == 1 else 'fences'} away: {'; '.join(parts)}"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import unicodedata
 
-# Control characters move a cursor, colour or erase; format characters (bidirectional overrides among them) change
-# the order in which others are shown, or are not seen; separators end a line. Joiners belong to words of some
-# scripts.
+# Control characters move a cursor, colour or erase; format characters (bidirectional overrides among them)
+# change the order in which others are shown, or are not seen; separators end a line. Joiners belong to words
+# of some scripts.
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _JOINERS = "\u200c\u200d"
 

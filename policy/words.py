@@ -134,7 +134,10 @@ def unknown_note(decision: Decision, policy: Policy, facts: Facts) -> str | None
 def lost_sentence(lost: tuple[str, ...], policy: Policy) -> str:
     """What a file of the user takes away on one server."""
     verb = "wait" if len(lost) > 1 else "waits"
-    return f"{policy.source} takes a fence away here: without it {forwards_in_words(lost)} {verb} for D2H work on the SMs"
+    return (
+        f"{policy.source} takes a fence away here: without it {forwards_in_words(lost)} {verb} for D2H work "
+        "on the SMs"
+    )
 
 
 def forwards_in_words(forwards: tuple[str, ...]) -> str:

@@ -16,12 +16,11 @@ from sglang_hicache.policy.errors import PolicyError
 from sglang_hicache.policy.fields import Step, shown
 from sglang_hicache.policy.text import code_point, unsafe_character
 
-
-# Far beyond any policy (the deepest place of the format, an option, is in five), and where ruamel.yaml is still
-# quick: its scanner's time grows with the square of the depth.
+# Far beyond any policy (the deepest place of the format, an option, is in five), and where ruamel.yaml is
+# still quick: its scanner's time grows with the square of the depth.
 MOST_LEVELS = 32
-# Values of a file with its aliases written out: a third party's options may hold aliases of aliases, and what prints
-# a policy writes them all.
+# Values of a file with its aliases written out: a third party's options may hold aliases of aliases, and what
+# prints a policy writes them all.
 MOST_VALUES = 100_000
 _LARGEST_NUMBER = 2**63 - 1
 
@@ -31,8 +30,8 @@ class _NoPolicyError(ComposerError):
 
 
 class _PolicyComposer(Composer):
-    """Composes no tree that is deep, and no mapping with a key that is more than a word: ruamel cannot construct
-    all of these.
+    """Composes no tree that is deep, and no mapping with a key that is more than a word: ruamel cannot
+    construct all of these.
     """
 
     def __init__(self, loader: Any = None) -> None:
@@ -92,8 +91,8 @@ class Plain:
     def __init__(self, tree: Any, filename: str) -> None:
         self._tree = tree
         self._filename = filename
-        # By identity: an alias is converted once, so that a few lines of nested aliases stay a few objects. With
-        # how many values each stands for when its aliases are written out.
+        # By identity: an alias is converted once, so that a few lines of nested aliases stay a few objects.
+        # With how many values each stands for when its aliases are written out.
         self._done: dict[int, tuple[Any, int] | None] = {}
 
     def convert(self, node: Any, path: tuple[Step, ...]) -> Any:

@@ -199,7 +199,7 @@ def install(text: str, path: Path, environment: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write `text`; whatever the umask, nobody but the owner may change it: the policy refuses such a file."""
+    """Write `text` for its owner alone to change, whatever the umask: the policy refuses other files."""
     path.touch(0o644)
     path.chmod(0o644)
     path.write_text(text, encoding="utf-8")

@@ -374,9 +374,9 @@ def test_validate_warns_of_what_works_and_may_not_be_meant(file: Path, tmp_path:
     fenced = tmp_path / "fenced.yaml"
     fenced.write_text(
         rule(
-            when="{gpu_arch: [sm90, sm100, sm103]}\n  unknown: match",
+            when="{gpu_arch: [sm90, sm100, sm103]}",
             use="{backend: hybrid, fence_forward: [extend, decode]}",
-        )
+        ).replace("  use:", "  unknown: match\n  use:", 1)
     )
     assert run("policy", "validate", fenced).stderr == ""
     fenced.write_text(rule(when="{gpu_arch: sm80}", use="{backend: hybrid, options: {staging_mb: 9000}}"))

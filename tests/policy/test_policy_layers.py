@@ -236,7 +236,8 @@ def test_a_machine_file_of_somebody_else_is_refused(machine: Path, monkeypatch: 
         with pytest.raises(PolicyError) as caught:
             policy_in_force()
         assert str(caught.value) == (
-            f"{machine}: is owned by user {owner}, who is neither root nor the user that reads it ({reader}), and "
+            f"{machine}: is owned by user {owner}, who is neither root nor the user that reads it "
+            f"({reader}), and "
             f"could change it: chown {reader} {machine}"
         )
     monkeypatch.setattr(os, "geteuid", lambda: owner)

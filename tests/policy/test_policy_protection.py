@@ -1,4 +1,6 @@
-"""What a layer takes away: found whatever way it goes, and only then. The machine's layer must not; yours may."""
+"""What a layer takes away: found whatever way it goes, and only then. The machine's layer must not; yours
+may.
+"""
 
 from __future__ import annotations
 
@@ -90,11 +92,13 @@ TAKES = {
     ),
     "Blackwell narrowed": (
         "{name: trtllm-on-blackwell, when: {attention_backend: [dsa, trtllm_mha, trtllm_mla], gpu_arch: "
-        "[sm100]}, unknown: [attention_backend, gpu_arch], use: {backend: hybrid, fence_forward: uses}, because: m}",
+        "[sm100]}, unknown: [attention_backend, gpu_arch], use: {backend: hybrid, fence_forward: uses}, "
+        "because: m}",
         ["rule 'trtllm-on-blackwell' takes a fence away", "gpu_arch sm103"],
     ),
     "Blackwell shadowed": (
-        "{name: m, when: {gpu_arch: sm103, attention_backend: trtllm_mha}, use: {backend: hybrid}, because: m}",
+        "{name: m, when: {gpu_arch: sm103, attention_backend: trtllm_mha}, use: {backend: hybrid}, because: "
+        "m}",
         ["rule 'm' takes a fence away", "trtllm_mha", "(rule 'trtllm-on-blackwell' of the shipped default"],
     ),
     "Blackwell shadowed for some writes": (
@@ -107,7 +111,8 @@ TAKES = {
         ["rule 'fa3-on-hopper' takes a fence away", "unknown"],
     ),
     "one forward only": (
-        f"{{name: m, when: {{{FA3}, gpu_arch: sm90}}, use: {{backend: hybrid, fence_forward: extend}}, because: m}}",
+        f"{{name: m, when: {{{FA3}, gpu_arch: sm90}}, use: {{backend: hybrid, fence_forward: extend}}, "
+        f"because: m}}",
         ["decode no longer waits"],
     ),
     "copy_engine without the fences of its fallback": (
@@ -190,7 +195,8 @@ def test_a_machine_file_between_is_held_to_the_same(machine: Path):
         "{name: m, when: {gpu_arch: [sm80, sm89]}, use: {backend: copy_engine}, because: m}",
         "{name: m, when: {prefill_attention_backend: triton, decode_attention_backend: triton, speculative: "
         "none, write_tokens: '>=64'}, use: {backend: copy_engine}, because: m}",
-        "{name: layer-first-short-copies, when: {mem_layout: layer_first}, use: {backend: copy_engine}, because: m}",
+        "{name: layer-first-short-copies, when: {mem_layout: layer_first}, use: {backend: copy_engine}, "
+        "because: m}",
         "{name: m, when: {gpu_arch: sm80, sgl_kernel: '>=0.4'}, use: {backend: hybrid}, because: m}",
     ],
 )
@@ -354,7 +360,8 @@ def test_what_is_too_much_to_compare_is_refused(machine: Path):
         for n in range(400)
     ]
     versions = [
-        f"{{name: v{n}, when: {{gpu_arch: sm80, sgl_kernel: '>=0.{n}.{n}.{n}'}}, use: {{backend: hybrid}}, because: m}}"
+        f"{{name: v{n}, when: {{gpu_arch: sm80, sgl_kernel: '>=0.{n}.{n}.{n}'}}, use: {{backend: hybrid}}, "
+        f"because: m}}"
         for n in range(400, 0, -1)
     ]
     machine.write_text(extending(*versions))
