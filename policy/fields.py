@@ -12,8 +12,9 @@ from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from sglang_hicache.io_backends.registry import AUTO, UPSTREAM_NAMES, available_backends
-from sglang_hicache.policy.conditions import Numbers, Versions
+from sglang_hicache.policy.conditions import Numbers
 from sglang_hicache.policy.text import code_point, unsafe_character
+from sglang_hicache.policy.versions import Versions
 from sglang_hicache.policy.vocabulary import (
     FORWARDS,
     NameProblem,
