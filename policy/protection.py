@@ -325,9 +325,14 @@ def lost_here(policy: Policy, facts: Facts, *, backend: str) -> tuple[str, ...]:
     """The forwards that wait on this server for some write without the user's file, and with it need not."""
     if policy.below is None or all(origin.layer != USER for origin in policy.origins.values()):
         return ()
-    before = decide(policy.below, facts, backend=backend).fences()
-    routes = decide(policy, facts, backend=backend).routes
-    return tuple(each for each in before if any(each not in route.fence_forward for route in routes))
+    before, after = (decide(each, facts, backend=backend) for each in (policy.below, policy))
+    if [(each.when, each.fence_forward) for each in before.routes] == [
+        (each.when, each.fence_forward) for each in after.routes
+    ]:
+        return ()
+    return tuple(
+        each for each in before.fences() if any(each not in route.fence_forward for route in after.routes)
+    )
 
 
 def _word(value: FactValue) -> str:
