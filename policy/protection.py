@@ -22,7 +22,7 @@ from sglang_hicache.policy.classes import CannotCompareError, Classes, Clause, C
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import FACT_NAMES, Facts, FactValue
 from sglang_hicache.policy.layers import DEFAULT_RULE, USER, Policy
-from sglang_hicache.policy.schema import is_about_writes
+from sglang_hicache.policy.schema import Default, Rule, is_about_writes
 from sglang_hicache.policy.vocabulary import FORWARDS
 
 #: Rules looked at in a whole comparison: about two seconds.
@@ -71,7 +71,7 @@ class _Comparison:
         classes = Classes([*below.rules, *above.rules])
         self._values, self._no_speculation = classes.values, classes.no_speculation
         self._speculating = Literal("speculative", tuple(not each for each in self._no_speculation), False)
-        chosen = [*below.rules, below.default, *above.rules, above.default]
+        chosen: list[Rule | Default] = [*below.rules, below.default, *above.rules, above.default]
         compiled = {id(each): classes.compile(each) for each in chosen}
         self._below = [compiled[id(each)] for each in (*below.rules, below.default)]
         self._above = [compiled[id(each)] for each in (*above.rules, above.default)]
