@@ -18,12 +18,15 @@ def unsafe_character(text: str, *, allowed: str = "") -> str | None:
     return next((each for each in text if _is_unsafe(each) and each not in allowed), None)
 
 
-def printable(text: str) -> str:
-    """`text` on one line, with unsafe characters as escapes such as ``\\x1b`` and ``\\u202e``."""
-    if unsafe_character(text) is None:
+def printable(text: str, *, allowed: str = "") -> str:
+    """`text` with unsafe characters but `allowed` ones as escapes such as ``\\x1b`` and ``\\u202e``."""
+    if unsafe_character(text, allowed=allowed) is None:
         return text
     return "".join(
-        each.encode("unicode_escape", "surrogatepass").decode() if _is_unsafe(each) else each for each in text
+        each.encode("unicode_escape", "surrogatepass").decode()
+        if _is_unsafe(each) and each not in allowed
+        else each
+        for each in text
     )
 
 
