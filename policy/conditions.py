@@ -8,15 +8,12 @@ rules that can never match before a server starts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from packaging.specifiers import InvalidSpecifier, Specifier, SpecifierSet
-from packaging.version import InvalidVersion, Version
-
 from sglang_hicache.policy.facts import FactValue
+from sglang_hicache.policy.versions import Versions
 from sglang_hicache.policy.vocabulary import (
     COUNTED,
     FLAGS,
@@ -165,100 +162,6 @@ class Flags:
 
     def within(self, other: Flags) -> bool:
         return self.values <= other.values
-
-
-@dataclass(frozen=True)
-class Versions:
-    """Versions that satisfy any of some PEP 440 specifier sets; pre-releases count like any other version."""
-
-    sets: tuple[SpecifierSet, ...]
-
-    @classmethod
-    def of(cls, entries: Iterable[str]) -> Versions:
-        """Any of `entries`. Raises NameProblem for one that is not a specifier."""
-        return cls(tuple(_specifiers(entry) for entry in entries))
-
-    def holds(self, value: FactValue) -> bool:
-        if not isinstance(value, str):
-            return False
-        try:
-            version = Version(value)
-        except InvalidVersion:
-            return False
-        return self._accepts(version)
-
-    def is_empty(self) -> bool:
-        return self._decidable() and not any(self._accepts(version) for version in _probes(self.sets))
-
-    def within(self, other: Versions) -> bool:
-        if {str(entry) for entry in self.sets} <= {str(entry) for entry in other.sets}:
-            return True
-        if not (self._decidable() and other._decidable()):
-            return False
-        return all(other._accepts(v) for v in _probes(self.sets + other.sets) if self._accepts(v))
-
-    def _accepts(self, version: Version) -> bool:
-        return any(entry.contains(version, prereleases=True) for entry in self.sets)
-
-    def _decidable(self) -> bool:
-        """Whether the probes below cover these sets: plain and post releases, no epoch, and no ``===``."""
-        return all(_boundary(part) is not None for entry in self.sets for part in entry)
-
-
-def _specifiers(entry: str) -> SpecifierSet:
-    try:
-        found = SpecifierSet(entry)
-    except InvalidSpecifier:
-        hint = None
-        with suppress(InvalidVersion):
-            hint = f"=={Version(entry)}"  # a bare version: the operator was left out
-        raise NameProblem(
-            f"'{entry}' is not a version specifier (PEP 440), such as '>=0.3,<0.5'", hint
-        ) from None
-    if not len(found):
-        raise NameProblem("an empty version specifier; leave the condition out to accept every version")
-    return found
-
-
-def _boundary(part: Specifier) -> Version | None:
-    """The version at which `part` changes its answer, or None for one that the probes do not handle."""
-    if part.operator == "===":
-        return None
-    version = Version(part.version.removesuffix(".*"))
-    return None if version.epoch or version.pre or version.is_devrelease or version.local else version
-
-
-def _probes(sets: Iterable[SpecifierSet]) -> Iterator[Version]:
-    """Versions, at least one in every region between two neighbouring boundaries of `sets`.
-
-    A region starts at a boundary, at a post release after one, just after all its post releases, or where the
-    prefix of ``==1.2.*`` or ``~=1.2`` ends; the lowest and a high version complete the list.
-    """
-    yield Version("0.dev0")
-    yield Version("0")
-    highest = 0
-    for part in (part for entry in sets for part in entry):
-        version = _boundary(part)
-        if version is None:  # the callers have asked _decidable
-            continue
-        release = version.release
-        highest = max(highest, *release)
-        dotted = ".".join(map(str, release))
-        yield Version(f"{dotted}.dev0")
-        yield Version(dotted)
-        yield version
-        # Among one release's post releases: from the first on, and from the one after this boundary on. Each
-        # has a .dev0 before it, which "> the one before" accepts and ">= this one" does not.
-        for post in (0, version.post or 0, (version.post or 0) + 1):
-            yield Version(f"{dotted}.post{post}.dev0")
-            yield Version(f"{dotted}.post{post}")
-        yield Version(f"{dotted}.0.0.0.1")
-        for end in range(1, len(release) + 1):
-            ended = ".".join(map(str, (*release[: end - 1], release[end - 1] + 1)))
-            yield Version(f"{ended}.dev0")
-            yield Version(ended)
-            yield Version(f"{ended}.0.0.0.1")
-    yield Version(str(highest + 2))
 
 
 def condition(key: str, values: Iterable[int | str | bool]) -> Condition:

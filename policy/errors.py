@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang_hicache.policy.text import printable
 from sglang_hicache.policy.vocabulary import with_hint
 
 
 class PolicyError(ValueError):
     """A policy file that cannot be used. ``line`` and ``column`` start at 1, and are None when the file
     itself is the trouble; ``hint`` is the nearest valid name or None. ``str()`` is the one line a user sees.
+    What a file says is quoted in it: control characters are shown as escapes in every part.
     """
 
     def __init__(
@@ -21,6 +23,8 @@ class PolicyError(ValueError):
         column: int | None = None,
         hint: str | None = None,
     ) -> None:
+        filename, message = printable(filename), printable(message)
+        hint = None if hint is None else printable(hint)
         place = filename if line is None else f"{filename}:{line}:{column}"
         super().__init__(f"{place}: {with_hint(message, hint)}")
         self.filename = filename

@@ -10,6 +10,7 @@ from sglang_hicache.policy.cost import cost
 from sglang_hicache.policy.decide import Decision, decide
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.layers import Policy
+from sglang_hicache.policy.protection import lost_here
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Explanation:
     """A decision with the policy and the facts that it was made from, and what a server would make of it.
 
     ``refused`` says why a server would not start, ``fallback`` who copies a pool that a chosen backend
-    cannot.
+    cannot; ``lost`` names the forwards that a file of the user lets run which wait without it.
     """
 
     policy: Policy
@@ -25,6 +26,7 @@ class Explanation:
     decision: Decision
     refused: str | None
     fallback: str | None
+    lost: tuple[str, ...]
 
     @classmethod
     def of(cls, policy: Policy, facts: Facts, *, backend: str) -> Self:
@@ -36,6 +38,7 @@ class Explanation:
             decision,
             serving.refusal(decision, facts, backend=backend),
             serving.fallback(decision, facts, backend=backend),
+            lost_here(policy, facts, backend=backend),
         )
 
     def careful(self) -> str | None:
@@ -53,5 +56,6 @@ class Explanation:
             "undecided": list(words.might_match(self.decision, self.policy, self.facts)),
             "refused": self.refused,
             "fallback": self.fallback,
+            "lost": list(self.lost),
             "other_pools": serving.other_pools(self.decision),
         }

@@ -12,7 +12,9 @@ from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from sglang_hicache.io_backends.registry import AUTO, UPSTREAM_NAMES, available_backends
-from sglang_hicache.policy.conditions import Numbers, Versions
+from sglang_hicache.policy.conditions import Numbers
+from sglang_hicache.policy.text import code_point, unsafe_character
+from sglang_hicache.policy.versions import Versions
 from sglang_hicache.policy.vocabulary import (
     FORWARDS,
     NameProblem,
@@ -26,6 +28,11 @@ USES = "uses"
 MATCH = "match"  # of `unknown`: every condition of the rule
 DEFAULT = "default"  # of `extends`
 PROBLEM = "policy"  # the error type of `problem`, by which `load` knows it
+
+# One condition names at most so many values, of so many characters: more than anybody writes (SGLang has 27
+# attention backends), and few enough for what compares every value with every other.
+MOST_ENTRIES = 64
+MOST_CHARACTERS = 256
 
 Step = str | int
 _Entry = TypeVar("_Entry")
@@ -117,12 +124,14 @@ def texts(what: str, example: str) -> BeforeValidator:
     return _condition(what, example, check)
 
 
-def text(what: str) -> BeforeValidator:
-    """A text that is not empty."""
+def text(what: str, *, most: int | None = None) -> BeforeValidator:
+    """A text that is not empty, of at most `most` characters."""
 
     def validate(value: object) -> str:
         if not isinstance(value, str) or not value.strip():
             raise problem(f"{what} must be a text that is not empty")
+        if most is not None and len(value) > most:
+            raise problem(f"{what} has {len(value):,} characters; at most {most} are read")
         # A long text is folded over lines in the file; people and logs read it as one line.
         return " ".join(value.split())
 
@@ -203,6 +212,8 @@ def extends(value: object) -> str:
     """``default``, or the name of a policy file."""
     if not isinstance(value, str) or not value.strip():
         raise problem(f"extends takes {DEFAULT}, or the name of a policy file, not {shown(value)}")
+    if (found := unsafe_character(value)) is not None:
+        raise problem(f"extends has the character {code_point(found)}; it takes one line")
     return value
 
 
@@ -241,12 +252,28 @@ def _entries(value: object, what: str) -> Iterator[tuple[object, tuple[Step, ...
     if value is None:
         raise problem(f"{what} is empty; leave it out, or give it a value")
     if not isinstance(value, (list, tuple)):
-        yield value, ()
+        yield _short(value, what, ()), ()
         return
     if not value:
         raise problem(f"{what} is an empty list: this rule can never match")
+    if len(value) > MOST_ENTRIES:
+        raise problem(f"{what} lists {len(value):,} values; at most {MOST_ENTRIES} are read")
     for index, entry in enumerate(value):
-        yield entry, (index,)
+        yield _short(entry, what, (index,)), (index,)
+
+
+def _short(entry: object, what: str, at: tuple[Step, ...]) -> object:
+    """`entry`, unless it is a text that no name, comparison or specifier is as long as, or has lines."""
+    if isinstance(entry, str):
+        _check_short(entry, what, at)
+    return entry
+
+
+def _check_short(word: str, what: str, at: tuple[Step, ...] = ()) -> None:
+    if len(word) > MOST_CHARACTERS:
+        raise problem(f"{what} has {len(word):,} characters; at most {MOST_CHARACTERS} are read", at=at)
+    if (found := unsafe_character(word)) is not None:  # a line end or a tab: others are in no policy at all
+        raise problem(f"{what} has the character {code_point(found)}; it takes one line", at=at)
 
 
 def _checked(check: Callable[[_Entry], object], entry: _Entry, at: tuple[Step, ...]) -> None:

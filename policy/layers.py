@@ -7,7 +7,7 @@ that rule's place instead, so that what was put before it stays before it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sglang_hicache.policy.fields import Step
 from sglang_hicache.policy.reach import Reach, shadows
@@ -35,13 +35,15 @@ class Origin:
 @dataclass(frozen=True)
 class Policy:
     """A policy that passed every check. ``source`` is the file it was read from, or "shipped default";
-    ``origins`` says, by rule name and for "default", where each rule comes from.
+    ``origins`` says, by rule name and for "default", where each rule comes from; ``below`` is what would be
+    in force without this layer, None for the shipped one.
     """
 
     rules: tuple[Rule, ...]
     default: Default
     source: str
     origins: Mapping[str, Origin]
+    below: Policy | None = field(default=None, repr=False, compare=False)
 
     def layer(self, rule: str) -> str:
         """The layer of the rule of that name, or of "default"."""

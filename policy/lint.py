@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_hicache.policy.layers import Origin, Policy, covered
-from sglang_hicache.policy.protection import unprotected
+from sglang_hicache.policy.classes import CannotCompareError
+from sglang_hicache.policy.layers import DEFAULT_RULE, Origin, Policy, covered
+from sglang_hicache.policy.protection import Loss, in_words, losses
 
 # The largest write of bench/results/2026-11-23-h200/gpu.json: 32,768 tokens of Qwen3-8B, 147,456 bytes each.
 _LARGEST_WRITE_MB = 32_768 * 147_456 // 2**20
@@ -43,7 +44,7 @@ def warnings(policy: Policy) -> list[PolicyWarning]:
 
 
 def _found(policy: Policy) -> Iterator[tuple[str, str]]:
-    yield from unprotected(policy)
+    yield from _taken_away(policy)
     for name, earlier in covered(policy).items():
         yield name, f"rule '{name}' is never reached any more: rule '{earlier}' matches whenever it does"
     for name, use in [*((rule.name, rule.use) for rule in policy.rules), ("default", policy.default.use)]:
@@ -55,3 +56,24 @@ def _found(policy: Policy) -> Iterator[tuple[str, str]]:
                 f"measured is long ({_LARGEST_WRITE_MB:,} MiB); auto, which is used without it, takes what "
                 "one step needs",
             )
+
+
+def _taken_away(policy: Policy) -> Iterator[tuple[str, str]]:
+    """Fences of the layers below that a user's file does without, which is for its author to decide."""
+    if policy.below is None:
+        return
+    by_rule: dict[str, list[Loss]] = {}
+    unsure = None
+    try:
+        for loss in losses(policy.below, policy):
+            by_rule.setdefault(loss.rule, []).append(loss)
+    except CannotCompareError as error:
+        unsure = error
+    for name, taken in by_rule.items():
+        yield name, in_words(taken, policy.below)
+    if unsure is not None:
+        first = policy.rules[0].name if policy.rules else DEFAULT_RULE
+        yield (
+            first,
+            f"whether this policy takes {'more' if by_rule else 'a fence'} away is not known: {unsure}",
+        )

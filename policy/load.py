@@ -8,13 +8,17 @@ of a file is reported: the next is often its consequence.
 from __future__ import annotations
 
 import os
+import shlex
+import stat
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from sglang_hicache.policy.classes import CannotCompareError
 from sglang_hicache.policy.errors import PolicyError
 from sglang_hicache.policy.fields import DEFAULT, Step
 from sglang_hicache.policy.layers import (
@@ -27,8 +31,9 @@ from sglang_hicache.policy.layers import (
     RuleProblem,
     combine,
 )
-from sglang_hicache.policy.protection import unprotected
+from sglang_hicache.policy.protection import in_words, losses
 from sglang_hicache.policy.schema import PolicyFile
+from sglang_hicache.policy.text import code_point, unsafe_character
 from sglang_hicache.policy.wording import first_problem
 from sglang_hicache.policy.yaml_text import Plain, parse, place
 
@@ -36,6 +41,9 @@ from sglang_hicache.policy.yaml_text import Plain, parse, place
 POLICY_VARIABLE = "SGLANG_HICACHE_IO_POLICY"
 #: Names the machine file, which `hicache-io calibrate` writes; set but empty: there is none.
 MACHINE_VARIABLE = "SGLANG_HICACHE_IO_MACHINE_POLICY"
+
+#: Twenty times the shipped policy, and a second to read.
+MOST_BYTES = 256 * 1024
 
 _ErrorAt = Callable[[str, tuple[Step, ...]], PolicyError]
 
@@ -95,24 +103,40 @@ def _without_user() -> Policy:
     if path is None:
         return default_policy()
     name = str(path)
-    policy = _build(_read(name), name, MACHINE, (path.resolve(),))
-    for rule, why in unprotected(policy):
-        origin = policy.origins[rule]
-        if origin.layer == MACHINE:
-            # A person may do without the shipped protection; what a program measured for speed may not.
-            advice = (
-                "a machine file must not (a rule of a shipped one's name takes that one's place, behind "
-                "the rules for safety)"
-            )
-            raise PolicyError(name, f"{why}; {advice}", line=origin.line, column=origin.column)
+    policy = _build(_read(name, trusted=True), name, MACHINE, (path.resolve(),))
+    # A person may do without a fence; what a program measured for speed may not.
+    try:
+        loss = next(losses(default_policy(), policy), None)
+    except CannotCompareError as error:
+        raise PolicyError(
+            name, f"whether this machine file takes a fence away cannot be decided: {error}; write it simpler"
+        ) from None
+    if loss is not None:
+        origin = policy.origins[loss.rule]
+        advice = (
+            "a machine file must not: list these forwards in fence_forward (uses, where when names the "
+            "attention backends), also for copy_engine, or narrow when to servers and writes without that "
+            "fence; what you decide yourself belongs in a policy file of yours"
+        )
+        message = f"{in_words([loss], default_policy())}; {advice}"
+        raise PolicyError(name, message, line=origin.line, column=origin.column)
     return policy
 
 
-def _read(name: str) -> str:
+def _read(name: str, *, trusted: bool = False) -> str:
+    """The text of file `name`. With `trusted`, only of a file that nobody else can write."""
     if not name:  # an unset shell variable; as a path it would be the current directory
         raise PolicyError("policy file", "the name is empty")
+    if (found := unsafe_character(name)) is not None:
+        raise PolicyError(name, f"the file's name has the character {code_point(found)}")
     try:
-        return Path(name).read_text(encoding="utf-8")
+        with open(name, "rb") as stream:
+            if trusted:
+                _check_owner(name, os.fstat(stream.fileno()))
+            data = stream.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise PolicyError(name, f"is larger than {MOST_BYTES // 1024} KiB, which no policy is")
+        return data.decode("utf-8")
     except FileNotFoundError:
         raise PolicyError(name, "there is no such file") from None
     except IsADirectoryError:
@@ -121,6 +145,26 @@ def _read(name: str) -> str:
         raise PolicyError(name, f"is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise PolicyError(name, f"cannot be read: {error.strerror}") from None
+
+
+def _check_owner(name: str, status: os.stat_result) -> None:
+    """Refuse a file that others could have written, as ssh does: it decides what a server runs."""
+    if not stat.S_ISREG(status.st_mode):
+        raise PolicyError(name, "is not a regular file, as a machine file must be")
+    me, quoted = os.geteuid(), shlex.quote(name)
+    if status.st_uid not in (0, me):
+        raise PolicyError(
+            name,
+            f"is owned by user {status.st_uid}, who is neither root nor the user that reads it ({me}), and "
+            f"could change it: chown {me} {quoted}",
+        )
+    others = [
+        who for who, bit in (("its group", stat.S_IWGRP), ("everybody", stat.S_IWOTH)) if status.st_mode & bit
+    ]
+    if others:
+        raise PolicyError(
+            name, f"can be written by {' and '.join(others)}, not by its owner alone: chmod go-w {quoted}"
+        )
 
 
 def _build(text: str, filename: str, layer: str, through: tuple[Path, ...]) -> Policy:
@@ -154,9 +198,14 @@ def _build(text: str, filename: str, layer: str, through: tuple[Path, ...]) -> P
     if file.default is not None:
         origins[DEFAULT_RULE] = Origin(layer, filename, *place(tree, ("default",), key=True))
     try:
-        return combine(file, SHIPPED if layer == SHIPPED else filename, origins, base)
+        policy = combine(file, SHIPPED if layer == SHIPPED else filename, origins, base)
     except RuleProblem as error:
         raise error_at(str(error), error.path) from None
+    if layer == SHIPPED:
+        return policy
+    # Other files of the user are of this layer, too.
+    below = base if file.extends == DEFAULT else base.below if base else default_policy()
+    return replace(policy, below=below)
 
 
 def _base(

@@ -102,6 +102,8 @@ def _summary(shown: Explanation) -> list[tuple[str, str]]:
         rows.append(("A server", f"would refuse this: {shown.refused}"))
     if shown.fallback:
         rows.append(("Pools", shown.fallback))
+    if shown.lost:
+        rows.append(("Careful", words.lost_sentence(shown.lost, shown.policy)))
     if note := shown.careful():
         rows.append(("Careful", note))
     rows.append(("Fences", words.fence_sentence(decision)))

@@ -18,6 +18,9 @@ from sglang_hicache.policy.options import check_option
 from sglang_hicache.policy.reach import never_matches
 from sglang_hicache.policy.vocabulary import ATTENTION_BACKENDS, NAMED, NameProblem, nearest
 
+#: Each rule is compared with every one before it, when it is read and when a server starts.
+MOST_RULES = 500
+
 _Names = tuple[str, ...]
 _Numbers = tuple[int | str, ...]
 _Flags = tuple[bool, ...]
@@ -118,7 +121,7 @@ class Rule(_Strict):
     ``unmeasured`` the parts of the rule that rest on no measurement, by path.
     """
 
-    name: Annotated[str, fields.text("name")]
+    name: Annotated[str, fields.text("name", most=fields.MOST_CHARACTERS)]
     when: When
     unknown: Annotated[tuple[str, ...], BeforeValidator(fields.unknown)] = ()
     use: Use
@@ -188,6 +191,8 @@ class PolicyFile(_Strict):
             raise problem("'default' is missing", at=("default",))
         seen: set[str] = set()
         for index, rule in enumerate(self.rules):
+            if index == MOST_RULES:
+                raise problem(f"a policy has at most {MOST_RULES} rules", at=("rules", index))
             if rule.name in seen:
                 raise problem(f"a second rule with the name '{rule.name}'", at=("rules", index, "name"))
             seen.add(rule.name)

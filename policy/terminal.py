@@ -7,11 +7,12 @@ rich's markup or as a terminal's commands they end the program, or hide what was
 from __future__ import annotations
 
 import sys
-import unicodedata
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
+
+from sglang_hicache.policy.text import printable as escaped
 
 
 class _PlainConsole(Console):
@@ -34,13 +35,8 @@ def console(*, stderr: bool = False, columns: int | None = None) -> Console:
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters, line ends and tabs excepted, as Python's escapes."""
-    return "".join(
-        each
-        if each in "\n\t" or unicodedata.category(each)[0] != "C"
-        else each.encode("unicode_escape").decode("ascii")
-        for each in text
-    )
+    """``text`` with what a terminal obeys or hides, line ends and tabs excepted, as Python's escapes."""
+    return escaped(text, allowed="\n\t")
 
 
 def styled(*parts: str | tuple[str, str]) -> Text:

@@ -131,6 +131,15 @@ def unknown_note(decision: Decision, policy: Policy, facts: Facts) -> str | None
     return " ".join(notes) or None
 
 
+def lost_sentence(lost: tuple[str, ...], policy: Policy) -> str:
+    """What a file of the user takes away on one server."""
+    verb = "wait" if len(lost) > 1 else "waits"
+    return (
+        f"{policy.source} takes a fence away here: without it {forwards_in_words(lost)} {verb} for D2H work "
+        "on the SMs"
+    )
+
+
 def forwards_in_words(forwards: tuple[str, ...]) -> str:
     """``extend`` and ``decode`` as operators call them, joined."""
     return " and ".join(_FORWARD_WORDS[forward] for forward in forwards)

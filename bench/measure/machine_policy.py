@@ -86,7 +86,9 @@ def rules(
     cpu = environment["ran_on"] == "CPU"
     arch = "cpu" if cpu else str(environment["gpu_arch"])
     attention = list(without_fences(default_policy(), arch, kv_kind))
-    where = {"gpu_arch": ["cpu"], "device": ["cpu"]} if cpu else {"gpu_name": [environment["gpu"]]}
+    # The architecture too: which attention backends need a fence depends on it.
+    where = {"device": ["cpu"]} if cpu else {"gpu_name": [environment["gpu"]]}
+    where = {"gpu_arch": [arch], **where}
     made = []
     for layout, parts in found.items():
         # The longest entries first: each rule takes what those before it left, the last one everything.
@@ -176,7 +178,7 @@ def check(text: str) -> Policy:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "machine.yaml"
-        path.write_text(text, encoding="utf-8")
+        _write(path, text)
         with _environment({MACHINE_VARIABLE: str(path), POLICY_VARIABLE: ""}):
             return policy_in_force()
 
@@ -192,8 +194,15 @@ def install(text: str, path: Path, environment: Mapping[str, Any]) -> None:
         raise NotInstallableError(f"{path} is the machine's policy file: {CPU_WATERMARK}")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    _write(part, text)
     part.replace(path)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write `text` for its owner alone to change, whatever the umask: the policy refuses other files."""
+    path.touch(0o644)
+    path.chmod(0o644)
+    path.write_text(text, encoding="utf-8")
 
 
 @contextmanager

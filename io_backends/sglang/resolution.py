@@ -21,6 +21,8 @@ from sglang_hicache.io_backends.sglang.server_facts import resolved_facts, view
 from sglang_hicache.policy.decide import Decision, decide
 from sglang_hicache.policy.errors import PolicyError
 from sglang_hicache.policy.load import policy_in_force
+from sglang_hicache.policy.protection import lost_here
+from sglang_hicache.policy.words import lost_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +109,12 @@ def _prepare(server_args: Any) -> bool:
 def _decide(server_args: Any, name: str) -> None:
     facts = resolved_facts(server_args)
     fences = asked(server_args).experiment.fences
-    decided = decide(policy_in_force(asked(server_args).policy), facts, backend=name)
+    policy = policy_in_force(asked(server_args).policy)
+    decided = decide(policy, facts, backend=name)
     unsafe.check_decision(decided, name)
     decision = unsafe.applied(decided, fences)
+    if lost := lost_here(policy, facts, backend=name):
+        logger.warning("%s: %s", _SOURCE, lost_sentence(lost, policy))
     # SGLang may have changed the layout (storage backends do).
     _refuse_layout(name, decision, str(facts.value("mem_layout")))
     problem = versions.check_points(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping
 from itertools import pairwise
@@ -23,8 +24,8 @@ from sglang_hicache.bench.measure.calibration import (
 )
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.load import default_policy
-from sglang_hicache.policy.protection import unprotected
+from sglang_hicache.policy.load import default_policy, policy_in_force
+from sglang_hicache.policy.protection import losses
 from sglang_hicache.policy.routes import WriteFacts
 
 SIZES = [2**n for n in range(11, 19)]
@@ -250,6 +251,7 @@ def test_the_rules_hold_for_this_gpu_and_what_was_measured_only() -> None:
     assert text is not None
     for other in (
         {"gpu_name": "NVIDIA H100 80GB HBM3"},
+        {"gpu_arch": "sm100"},
         {"kv_kind": "mla"},
         {"mem_layout": "page_first_direct"},
         {"attention_backend": "fa3"},
@@ -262,8 +264,7 @@ def test_the_rules_hold_for_this_gpu_and_what_was_measured_only() -> None:
 def test_no_protection_is_taken_away() -> None:
     text = calibrated(sweeps()).text()
     assert text is not None
-    policy = machine_policy.check(text)
-    assert not [name for name, _ in unprotected(policy) if name.startswith("calibrated")]
+    assert not list(losses(default_policy(), machine_policy.check(text)))
     assert "fa3" not in machine_policy.without_fences(default_policy(), "sm90", "mha")
     assert "triton" in machine_policy.without_fences(default_policy(), "sm90", "mha")
 
@@ -306,6 +307,14 @@ def test_rules_from_a_cpu_say_so_hold_for_no_gpu_and_are_not_installed(
     assert (tmp_path / "other.yaml").read_text() == text
     good = calibrated(sweeps()).text()
     assert good is not None
-    machine_policy.install(good, machine, GPU)
+    before = os.umask(
+        0
+    )  # as wide as it gets: the machine's file is read only if its owner alone can write it
+    try:
+        machine_policy.install(good, machine, GPU)
+        assert machine_policy.check(good).source
+    finally:
+        os.umask(before)
     assert machine.read_text() == good
+    assert policy_in_force().layer("calibrated-layer-first-copy-engine") == "machine file"
     assert not list(tmp_path.glob("*.part"))

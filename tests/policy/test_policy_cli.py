@@ -365,22 +365,27 @@ def test_validate_a_good_file(file: Path):
 
 def test_validate_warns_of_what_works_and_may_not_be_meant(file: Path, tmp_path: Path):
     shown = run("policy", "validate", file)
-    sentence = (
-        "lets {} by fa3 on sm90 run beside D2H work on the SMs: fence_forward does not list them, and the "
-        "shipped policy does (#20611)"
-    )
     # The file's own rule fences decode; its default is never asked on sm90.
-    assert shown.stderr == f"{file}:3:9: warning: rule 'one' {sentence.format('extend')}\n"
+    rule_one, default = shown.stderr.splitlines()
+    assert rule_one.startswith(f"{file}:3:9: warning: rule 'one' takes fences away: extend no longer waits ")
+    assert "gpu_arch sm90" in rule_one
+    assert default.startswith(f"{file}:7:1: warning: the default takes fences away: ")
+    assert "gpu_arch sm90" not in default
     fenced = tmp_path / "fenced.yaml"
-    fenced.write_text(rule(when="{attention_backend: fa3}", use="{backend: hybrid, fence_forward: uses}"))
+    fenced.write_text(
+        rule(
+            when="{gpu_arch: [sm90, sm100, sm103]}",
+            use="{backend: hybrid, fence_forward: [extend, decode]}",
+        ).replace("  use:", "  unknown: match\n  use:", 1)
+    )
     assert run("policy", "validate", fenced).stderr == ""
-    fenced.write_text(rule(when="{attention_backend: fa3}", use="{backend: hybrid}"))
-    assert "rule 'one' lets extend and decode by fa3" in run("policy", "validate", fenced).stderr
     fenced.write_text(rule(when="{gpu_arch: sm80}", use="{backend: hybrid, options: {staging_mb: 9000}}"))
     answer = json.loads(run("policy", "validate", fenced, "--json").stdout)
-    assert [each["message"].split(" by fa3")[0].split(" takes")[0] for each in answer["warnings"]] == [
+    assert [
+        each["message"].split(" fences away")[0].split(" takes more")[0] for each in answer["warnings"]
+    ] == [
         "staging_mb 9,000",
-        "the default lets extend and decode",
+        "the default takes",
     ]
     over = tmp_path / "over.yaml"
     over.write_text(

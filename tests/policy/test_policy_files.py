@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
 
@@ -242,12 +245,175 @@ def test_no_error_shows_the_libraries_behind_it():
 def test_nested_aliases_stay_small():
     """Ten levels of ten aliases are ten thousand million values to anyone who copies them."""
     levels = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 11)]
-    assert error_of("version: 1\n" + "\n".join(levels) + "\n").startswith("p.yaml:2:1: unknown key 'a0'")
+    assert error_of("version: 1\n" + "\n".join(levels[:4]) + "\n").startswith("p.yaml:2:1: unknown key 'a0'")
+    assert error_of("version: 1\n" + "\n".join(levels) + "\n") == (
+        "p.yaml:7:5: its aliases stand for more than 100,000 values"
+    )
 
 
-def test_a_file_nested_beyond_reason():
-    text = "version: 1\nrules: " + "[" * 500 + "]" * 500
-    assert error_of(text) == "p.yaml:1:1: is nested too deeply for a policy"
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("[" * 3000 + "]" * 3000, "2:39"),
+        ("[" * 3000, "2:39"),
+        ("{a: " * 3000 + "}" * 3000, "2:129"),
+        ("\n" + "".join(" " * n + "a:\n" for n in range(1, 500)), "33:32"),
+        ("\n" + "- " * 500 + "x", "3:63"),
+        ("? " * 500 + "x", None),
+    ],
+    ids=["lists", "open lists", "mappings", "lines", "dashes", "keys"],
+)
+def test_a_file_nested_beyond_reason(text: str, place: str | None):
+    """ruamel's scanner alone takes the square of the depth: 3,000 lists were 10 s."""
+    before = time.process_time()
+    said = error_of("version: 1\nrules: " + text)
+    assert time.process_time() - before < 4
+    if place is not None:
+        assert said == f"p.yaml:{place}: is nested more than 32 levels deep, too deeply for a policy"
+
+
+@pytest.mark.parametrize(
+    "key", ["{a: b}", "[a, b]", "{a: {b: [c]}}", "[{a: b}]", "[[a]]", "{}", "[]", "&x {a: b}", "!!set {a}"]
+)
+@pytest.mark.parametrize("text", ["version: 1\n? {}\n: c\n", rule(when="{? {}\n : c}"), "? {}\n"])
+def test_a_key_that_is_no_word(key: str, text: str):
+    said = error_of(text.replace("? {}", f"? {key}"))
+    assert re.match(r"p\.yaml:\d+:\d+: a (mapping|list) is no key of a policy; a key is a word$", said), said
+
+
+def test_an_alias_of_a_mapping_is_no_key_either():
+    assert error_of("version: 1\na: &x {b: c}\n*x : d\n") == (
+        "p.yaml:3:1: a mapping is no key of a policy; a key is a word"
+    )
+
+
+# A terminal would obey the first three, and show the others as something else, or not at all.
+UNSAFE = ["\x1b", "\x00", "\x9b", "\u202e", "\u2066", "\u200b", "\u2028", "\ufeff", "\ud800", "\U000e0041"]
+
+
+@pytest.mark.parametrize("character", UNSAFE)
+@pytest.mark.parametrize(
+    "text",
+    [
+        rule(name="TEXT"),
+        rule().replace("seen", "TEXT"),
+        rule(when="{gpu_name: TEXT}"),
+        rule(when="{TEXT: sm90}"),
+        rule(use="{backend: TEXT}"),
+        rule(use="{backend: hybrid, options: {TEXT: 1}}"),
+        rule().replace("  use:", "  unmeasured: {when.gpu_arch: TEXT}\n  use:", 1),
+        rule().replace("rules:", "extends: TEXT\nrules:", 1),
+        "version: TEXT\n",
+        "TEXT: 1\n",
+    ],
+)
+def test_no_text_of_a_policy_can_hold_what_a_terminal_obeys(text: str, character: str):
+    said = error_of(
+        text.replace("TEXT", f'"a{character.encode("unicode_escape", "surrogatepass").decode()}b"')
+    )
+    assert "cannot stand in a policy" in said
+    assert f"U+{ord(character):04X}" in said
+    assert character not in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "version: 1\nrules: *a\u202eb\n",
+        "version: 1\n\u202ea: 1\n\u202ea: 2\n",
+        "version: 1\nrules: !\u202ea! x\n",
+        "version: 1\nrules: \u202e]\n",
+        "a\x85b: 1\n",
+    ],
+)
+def test_what_an_error_quotes_is_shown_as_escapes(text: str):
+    said = error_of(text)
+    assert "\u202e" not in said
+    assert "\x85" not in said
+
+
+def test_a_name_of_a_file_is_held_to_the_same(tmp_path: Path):
+    with pytest.raises(PolicyError) as caught:
+        load_policy(tmp_path / "a\x1b[31mb.yaml")
+    assert str(caught.value).endswith("a\\x1b[31mb.yaml: the file's name has the character U+001B")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("gpu_name takes one line", rule(when='{gpu_name: "a\\nb"}')),
+        ("extends", 'version: 1\nextends: "a\\tb"\nrules: []\n'),
+    ],
+)
+def test_a_name_has_one_line(name: str, text: str):
+    assert "it takes one line" in error_of(text)
+
+
+def test_a_reason_may_have_lines_and_joiners():
+    text = rule().replace("because: seen", "because: |\n    first\n    \tsecond \u06cc\u200c\u0647")
+    assert load_policy_text(text, "p.yaml").rules[0].because == "first second \u06cc\u200c\u0647"
+
+
+def test_a_file_that_is_too_large(tmp_path: Path):
+    path = tmp_path / "p.yaml"
+    path.write_text(rule() + "#" * 256 * 1024)
+    with pytest.raises(PolicyError, match="is larger than 256 KiB, which no policy is"):
+        load_policy(path)
+    with pytest.raises(PolicyError, match="is larger than 256 KiB"):
+        load_policy("/dev/zero")
+
+
+def many_rules(condition: Callable[[int], str], count: int) -> str:
+    rules = "".join(
+        f"- {{name: r{n}, when: {{{condition(n)}}}, use: {{backend: hybrid}}, because: x}}\n"
+        for n in range(count)
+    )
+    return with_rules(rules)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        many_rules(lambda n: f"sglang: ==0.5.{n}", 300),
+        many_rules(lambda n: f"sglang: '>=0.5.{n},<0.5.{n + 2}'", 300),
+        many_rules(lambda n: f"page_size: {n + 1}", 500),
+        many_rules(lambda n: f"write_tokens: '>={n + 1},<{n + 3}'", 500),
+        many_rules(lambda n: f"gpu_name: gpu {n}", 500),
+    ],
+    ids=["versions", "ranges of versions", "page sizes", "tokens", "names"],
+)
+def test_many_rules_are_read_in_moments(text: str):
+    """Half of it is ruamel's parser. 300 ranges of versions were 13 s."""
+    before = time.process_time()
+    load_policy_text(text, "p.yaml")
+    assert time.process_time() - before < 5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (many_rules(lambda n: f"page_size: {n + 1}", 501), "503:3: a policy has at most 500 rules"),
+        (
+            rule(when="{page_size: '" + ",".join(f"!={n}" for n in range(5000)) + "'}"),
+            "4:21: page_size has 33,889 characters; at most 256 are read",
+        ),
+        (
+            rule(when="{page_size: [" + ",".join(map(str, range(1, 66))) + "]}"),
+            "4:21: page_size lists 65 values; at most 64 are read",
+        ),
+        (rule(name="n" * 300), "3:9: name has 300 characters; at most 256 are read"),
+        (
+            rule(when="{page_size: 0x" + "F" * 5000 + "}"),
+            "4:21: a number that is too large for anything in a policy",
+        ),
+        ("version: 1\n0x" + "F" * 100 + ": 1\n", "2:1: the key a number is not a word"),
+    ],
+    ids=["rules", "a comparison", "a list", "a name", "a number", "a number as a key"],
+)
+def test_what_is_larger_than_any_policy_is_refused(text: str, message: str):
+    before = time.process_time()
+    assert error_of(text) == f"p.yaml:{message}"
+    assert time.process_time() - before < 5
 
 
 def test_a_date_that_is_none():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,8 @@ def test_a_difference_may_cover_what_it_extends(file: Path):
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "machine.yaml"
+    path.touch()
+    path.chmod(0o644)  # whatever the umask is
     monkeypatch.setenv(MACHINE, str(path))
     return path
 
@@ -184,12 +187,6 @@ def test_the_machine_file_is_between(machine: Path, file: Path):
             written("m: kv_kind: mla -> hybrid", extends="other.yaml"),
             "2:10: a machine file must say 'extends: default': it adds to the shipped rules",
         ),
-        (
-            written("m: gpu_arch: sm90 -> copy_engine"),
-            "4:10: rule 'm' lets extend and decode by fa3 on sm90 run beside D2H work on the SMs: "
-            "fence_forward does not list them, and the shipped policy does (#20611); a machine file must "
-            "not (a rule of a shipped one's name takes that one's place, behind the rules for safety)",
-        ),
     ],
 )
 def test_a_machine_file_only_adds(machine: Path, text: str, message: str):
@@ -207,6 +204,69 @@ def test_a_machine_file_may_replace_a_rule_for_speed(machine: Path):
     assert decide(found, FA3).rule == "fa3-on-hopper"
 
 
+@pytest.mark.parametrize(
+    ("mode", "who"), [(0o664, "its group"), (0o646, "everybody"), (0o777, "its group and everybody")]
+)
+def test_a_machine_file_that_others_can_write_is_refused(machine: Path, mode: int, who: str):
+    """As ssh does with its own configuration; root's processes are held to it, too."""
+    machine.write_text(written())
+    machine.chmod(mode)
+    with pytest.raises(PolicyError) as caught:
+        policy_in_force()
+    assert str(caught.value) == (
+        f"{machine}: can be written by {who}, not by its owner alone: chmod go-w {machine}"
+    )
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o600, 0o444, 0o755])
+def test_a_machine_file_that_its_owner_alone_can_write_is_read(machine: Path, mode: int):
+    machine.write_text(written())
+    machine.chmod(mode)
+    assert names(policy_in_force()) == SHIPPED
+
+
+def test_a_machine_file_of_somebody_else_is_refused(machine: Path, monkeypatch: pytest.MonkeyPatch):
+    machine.write_text(written())
+    owner = machine.stat().st_uid
+    if owner == 0:  # these tests run as root: give the file to somebody
+        owner = 12345
+        os.chown(machine, owner, -1)
+    for reader in (0, owner + 1):
+        monkeypatch.setattr(os, "geteuid", lambda reader=reader: reader)
+        with pytest.raises(PolicyError) as caught:
+            policy_in_force()
+        assert str(caught.value) == (
+            f"{machine}: is owned by user {owner}, who is neither root nor the user that reads it "
+            f"({reader}), and "
+            f"could change it: chown {reader} {machine}"
+        )
+    monkeypatch.setattr(os, "geteuid", lambda: owner)
+    assert names(policy_in_force()) == SHIPPED
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to root")
+def test_a_machine_file_of_root_is_read_by_everybody(machine: Path, monkeypatch: pytest.MonkeyPatch):
+    machine.write_text(written())
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert names(policy_in_force()) == SHIPPED
+
+
+def test_the_command_in_the_message_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "my machine.yaml"
+    path.write_text(written())
+    path.chmod(0o666)
+    monkeypatch.setenv(MACHINE, str(path))
+    with pytest.raises(PolicyError) as caught:
+        policy_in_force()
+    assert str(caught.value).endswith(f"chmod go-w '{path}'")
+
+
+def test_a_machine_file_is_a_regular_file(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(MACHINE, "/dev/null")
+    with pytest.raises(PolicyError, match="/dev/null: is not a regular file, as a machine file must be"):
+        policy_in_force()
+
+
 def test_where_the_machine_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(MACHINE)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
@@ -215,6 +275,7 @@ def test_where_the_machine_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert policy_in_force() == default_policy()  # none is there
     path.parent.mkdir()
     path.write_text(written("measured: gpu_arch: sm80 -> copy_engine"))
+    path.chmod(0o644)
     assert names(policy_in_force()) == ["measured", *SHIPPED]
     monkeypatch.setenv(MACHINE, "")
     assert policy_in_force() == default_policy()

@@ -18,7 +18,6 @@ from policy_strategies import ATTENTION_KEYS, FACT_VALUES, given, writes
 from sglang_hicache.policy.decide import Decision, decide
 from sglang_hicache.policy.facts import Facts, FactValue
 from sglang_hicache.policy.load import default_policy
-from sglang_hicache.policy.protection import unprotected
 from sglang_hicache.policy.routes import WriteFacts
 from sglang_hicache.policy.schema import Default, Rule
 from sglang_hicache.policy.vocabulary import ATTENTION_BACKENDS, MEM_LAYOUTS
@@ -125,10 +124,6 @@ def test_versions_do_not_lift_the_fence():
     ):
         known = {"sgl_kernel": kernel, "sglang": sglang, "fa3_binary": fa3}
         assert decided(attention_backend="fa3", gpu_arch="sm90", **known).fences() == ("extend", "decode")
-
-
-def test_no_rule_takes_away_its_own_protection():
-    assert list(unprotected(SHIPPED)) == []
 
 
 # Layout, page size, row bytes, entry bytes -> backend, where no forward waits and where one must (fa3, sm90).
