@@ -8,7 +8,6 @@ new one fails the test: read it, and write down what it is.
 from __future__ import annotations
 
 import ast
-import re
 from functools import cache
 from pathlib import Path
 
@@ -27,19 +26,23 @@ ELSEWHERE = (
     "mem_cache/memory_pool_host.py",
 )
 
-COPIES = re.compile(
-    r"submit_device_to_host|backup_from_device\w*|get_cpu_copy|(jit_)?transfer_(kv|hicache)\w*"
-)
-"""Functions that copy rows of a device pool."""
+COPIES = ("submit_device_to_host", "backup_from_device", "get_cpu_copy", "transfer_kv", "transfer_hicache")
+"""What functions that copy rows of a device pool have in their names."""
 
-MEMORY = re.compile(
-    r"[kv]+_buffer|index_k_with_scale_buffer|get_(contiguous|state)_buf_infos|get_device_pool_infos|"
-    r"get_(kv|key|value|index_k_with_scale)_buffer"
+MEMORY = (
+    "k_buffer",
+    "v_buffer",
+    "kv_buffer",
+    "index_k_with_scale_buffer",
+    "get_contiguous_buf_infos",
+    "get_state_buf_infos",
+    "get_device_pool_infos",
+    "get_kv_buffer",
+    "get_key_buffer",
+    "get_value_buffer",
+    "get_index_k_with_scale_buffer",
 )
 """Attributes that give a pool's memory: whoever has it can copy from it by means of his own."""
-
-PARTS = ("device_to_host", "backup_from", "cpu_copy", "transfer_", "_buf", "pool_infos")
-"""What a name of either kind has in it: files without one are not parsed."""
 
 HOOKED = "asks the engine: passes the hook"
 WAITS = (
@@ -93,7 +96,6 @@ HOLDERS: dict[str, list[str]] = {
         "mem_cache/deepseek_v4_memory_pool.py",
         "mem_cache/dsa_cache_layer_split.py",
         "mem_cache/dsv41_request_window.py",
-        "mem_cache/hisparse_memory_pool.py",
         "mem_cache/memory_pool.py",
         "mem_cache/minimax_m3_nvfp4_pool.py",
         "mem_cache/page_interleave_pool.py",
@@ -149,44 +151,41 @@ def readers(version: str) -> tuple[frozenset[tuple[str, str]], frozenset[str]]:
     assert root.is_dir(), f"SGLang {version} is not unpacked: run `make versions`"
     for path in root.rglob("*.py"):
         name = path.relative_to(root).as_posix()
-        text = path.read_text(encoding="utf-8-sig") if not name.startswith(ELSEWHERE) else ""
-        if not any(part in text for part in PARTS):
-            continue
-        for function, node in nodes(ast.parse(text)):
-            if isinstance(node, ast.Call) and COPIES.fullmatch(name_of(node.func)):
-                callers.add((name, function))
-            if MEMORY.fullmatch(taken(node)):
-                holders.add(name)
+        if not name.startswith(ELSEWHERE):
+            functions, holds = readers_in(path.read_text(encoding="utf-8-sig"))
+            callers.update((name, function) for function in functions)
+            holders.update([name] if holds else [])
     return frozenset(callers), frozenset(holders)
 
 
-def nodes(node: ast.AST) -> list[tuple[str, ast.AST]]:
-    """Every node with the qualified name of the function that it is in."""
-    found: list[tuple[str, ast.AST]] = []
-    left = [("", node)]
+@cache
+def readers_in(text: str) -> tuple[frozenset[str], bool]:
+    """Functions that call for a copy, and whether anything takes memory."""
+    if not any(part in text for part in (*COPIES, *MEMORY)):
+        return frozenset(), False
+    callers: set[str] = set()
+    holds = False
+    left: list[tuple[str, ast.AST]] = [("", ast.parse(text))]
     while left:
         function, node = left.pop()
-        for child in ast.iter_child_nodes(node):
-            scope = function
-            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                scope = f"{function}.{child.name}".lstrip(".")
-            found.append((scope, child))
-            left.append((scope, child))
-    return found
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            function = f"{function}.{node.name}".lstrip(".")
+        elif isinstance(node, ast.Call):
+            called = name_of(node.func)
+            if any(part in called for part in COPIES):
+                callers.add(function)
+            # getattr(pool, "k_buffer", None)
+            named = node.args[1] if called in ("getattr", "hasattr") and len(node.args) > 1 else None
+            holds = holds or getattr(named, "value", None) in MEMORY
+        elif isinstance(node, ast.Attribute):
+            holds = holds or node.attr in MEMORY
+        left += [(function, child) for child in ast.iter_child_nodes(node)]
+    return frozenset(callers), holds
 
 
 def name_of(node: ast.AST) -> str:
     """What is called: ``f`` or ``x.f``."""
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
-
-
-def taken(node: ast.AST) -> str:
-    """The attribute that is read, also by ``getattr(x, "name")``."""
-    if isinstance(node, ast.Attribute):
-        return node.attr
-    if isinstance(node, ast.Call) and name_of(node.func) in ("getattr", "hasattr") and len(node.args) > 1:
-        return str(getattr(node.args[1], "value", ""))
-    return ""
 
 
 def reviewed_callers() -> set[tuple[str, str]]:
@@ -236,7 +235,7 @@ def test_copies_to_plain_tensors_wait_for_the_device(version: str) -> None:
         path = WHEELS / version / "sglang/srt/mem_cache" / name
         if not path.is_file():
             continue
-        for _, node in nodes(ast.parse(path.read_text(encoding="utf-8-sig"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8-sig"))):
             if not isinstance(node, ast.FunctionDef) or node.name != "get_cpu_copy":
                 continue
             calls = [each for each in ast.walk(node) if isinstance(each, ast.Call)]

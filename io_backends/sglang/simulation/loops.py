@@ -137,7 +137,9 @@ class Callers:
         elif how == 2:
             event.wait(self.forward_stream)
         elif how == 3:
-            event.wait()
+            # On whichever stream is current, as where a load is submitted.
+            with gpu.stream(self._cache.controller.l2_transfer_engine.host_to_device_stream):
+                event.wait()
         elif self._cache.tree.cache_controller is self._cache.controller:
             self._cache.tree.writing_check(write_back=True)
 
