@@ -27,7 +27,7 @@ ELSEWHERE = (
 )
 
 COPIES = ("submit_device_to_host", "backup_from_device", "get_cpu_copy", "transfer_kv", "transfer_hicache")
-"""What functions that copy rows of a device pool have in their names."""
+"""How names of functions that copy rows of a device pool begin (``jit_`` left out)."""
 
 MEMORY = (
     "k_buffer",
@@ -172,7 +172,7 @@ def readers_in(text: str) -> tuple[frozenset[str], bool]:
             function = f"{function}.{node.name}".lstrip(".")
         elif isinstance(node, ast.Call):
             called = name_of(node.func)
-            if any(part in called for part in COPIES):
+            if called.removeprefix("jit_").startswith(COPIES):
                 callers.add(function)
             # getattr(pool, "k_buffer", None)
             named = node.args[1] if called in ("getattr", "hasattr") and len(node.args) > 1 else None
@@ -239,7 +239,11 @@ def test_copies_to_plain_tensors_wait_for_the_device(version: str) -> None:
             if not isinstance(node, ast.FunctionDef) or node.name != "get_cpu_copy":
                 continue
             calls = [each for each in ast.walk(node) if isinstance(each, ast.Call)]
-            copies = [each.lineno for each in calls if name_of(each.func) in ("to", "cpu")]
+            copies = [
+                each.lineno
+                for each in calls
+                if name_of(each.func) == "to" and getattr(each.args[0], "value", None) == "cpu"
+            ]
             waits = [each.lineno for each in calls if name_of(each.func) == "synchronize"]
             if copies:
                 waiting += 1

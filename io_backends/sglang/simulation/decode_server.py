@@ -32,8 +32,8 @@ class DecodeServer(Scheduler):
         return super().idle and not self._arriving
 
     def add(self, name: str, tokens: Sequence[int], output: int) -> None:
-        """As much is generated as asked: rows that are decoded here are what leaves."""
-        prompt = max(1, len(tokens) // 2)
+        """Most of what is asked is generated instead: rows that are decoded here are what leaves."""
+        prompt = max(1, len(tokens) // 4)
         super().add(name, tokens[:prompt], output + len(tokens) - prompt)
 
     def _next_batch(self) -> Batch | None:
@@ -178,7 +178,7 @@ class Offload(DecodeServer):
         self._cache.restart(None)
         self._cache.tree.disable = True
         # SGLANG_HICACHE_DECODE_OFFLOAD_STRIDE
-        self._manager.offload_stride = self._rng.choice((1, 2, 6)) * self._manager.page_size
+        self._manager.offload_stride = self._rng.choice((1, 2, 5)) * self._manager.page_size
 
     @property
     def _manager(self) -> Any:
