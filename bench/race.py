@@ -28,7 +28,7 @@ from sglang_hicache.policy.facts import Facts, detect
 from sglang_hicache.policy.load import PolicyError, policy_in_force
 from sglang_hicache.policy.serving import refusal
 from sglang_hicache.policy.terminal import console as console_of
-from sglang_hicache.policy.vocabulary import NameProblem, check_fact
+from sglang_hicache.policy.vocabulary import NameProblem, check_fact, check_name
 
 # What is said goes to standard error, so that --json has standard output for itself.
 console = console_of(stderr=True, columns=160)
@@ -62,6 +62,15 @@ def race(
     backend: Annotated[
         str, typer.Option(help="Who writes back: ours, auto, or SGLang's own kernel or direct, untouched.")
     ] = AUTO,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="How the server runs forwards and asks for writes: overlap (if nothing is said), pipeline, "
+            "synchronize, offload, retraction, no-overlap, speculative; several, or all.",
+            show_default=False,
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many orders and workloads to try.")] = 200,
     seed: Annotated[int | None, typer.Option(min=0, help="Replay this one alone.")] = None,
     program: Annotated[
@@ -102,7 +111,7 @@ def race(
 ) -> None:
     """Look for missing fences, without a GPU: SGLang's own cache and pools on a virtual device.
 
-    A modelled scheduler under overlap, its forwards, writes and loads, in many orders; every row is checked.
+    A modelled scheduler, its forwards, writes and loads, in many orders; every row is checked.
     What is drawn or traced takes its times from a cost model, not from a measurement.
 
     Exit status 0: no race and every row right; 1: there are some; 2: the input is wrong.
@@ -125,25 +134,30 @@ def race(
     from sglang_hicache.io_backends.sglang.simulation.experiment import left_out
     from sglang_hicache.io_backends.sglang.simulation.published import SIMULATED, published
 
-    if published().version.partition("+")[0] not in SIMULATED:
+    version_ = published().version.partition("+")[0]
+    if version_ not in SIMULATED:
         _refuse(f"SGLang {published().version} is not simulated; these are: {', '.join(SIMULATED)}")
+    modes = _modes(mode, version_)
     try:
         actions = None if program is None else workload.from_text(program)
     except ValueError as error:
         _refuse(str(error))
     own = decision.backend in UPSTREAM_NAMES
     console.print(f"{published()}. Virtual device; no GPU is used.")
-    experiment = setups.experiment(
-        facts, None if own else decision, fences.value, decision.backend if own else "kernel"
-    )
     result = race_result.Result()
-    began = time.monotonic()
     chosen = range(seeds) if seed is None else [seed]
-    for each in track(chosen, "seeds", console=console, transient=True, disable=not console.is_terminal):
-        result.add(experiment.run(each, left_out(fences.value), actions))
-    result.seconds = time.monotonic() - began
+    for name in modes:
+        experiment = setups.experiment(
+            facts, None if own else decision, fences.value, decision.backend if own else "kernel", name
+        )
+        began = time.monotonic()
+        for each in track(chosen, name, console=console, transient=True, disable=not console.is_terminal):
+            result.add(experiment.run(each, left_out(fences.value), actions), name)
+        result.seconds += time.monotonic() - began
     what = f"{backend}, fences {fences.value}" + ("" if own or backend != AUTO else f" ({_routes(decision)})")
-    replay = _replay(race_result.first_bad_seed(result))
+    if mode:
+        what += f", mode{'s' if len(modes) > 1 else ''} {', '.join(modes)}"
+    replay = _replay(race_result.first_bad(result))
     if result.races:
         console.print(race_result.table(result))
     console.print(race_result.verdict(result, what))
@@ -155,6 +169,7 @@ def race(
         about = {
             "backend": backend,
             "fences": fences.value,
+            "modes": list(modes),
             "exclusive_forwards": list(setups.exclusive_forwards(facts)),
             "sglang": published().to_dict(),
             "versions": {name: version(name) for name in ("sglang-hicache-io", "torch", "numpy")},
@@ -195,6 +210,24 @@ def _decide(
     if problem is not None:
         _refuse(problem)
     return facts, decision
+
+
+def _modes(asked: Sequence[str] | None, version_: str) -> tuple[str, ...]:
+    """The modes that were asked for. Exits for one that is not there."""
+    from sglang_hicache.io_backends.sglang.simulation.modes import MODES
+    from sglang_hicache.io_backends.sglang.simulation.published import SIMULATED
+
+    wanted = dict.fromkeys(asked or ["overlap"])
+    if "all" in wanted:
+        wanted = dict.fromkeys(MODES)
+    try:
+        for name in wanted:
+            check_name("mode", name, (*MODES, "all"))
+    except NameProblem as error:
+        _refuse(str(error))
+    if list(wanted) != ["overlap"] and version_ != SIMULATED[-1]:
+        _refuse(f"of SGLang {version_} only mode overlap is simulated; the others: of {SIMULATED[-1]}")
+    return tuple(wanted)
 
 
 def _defaults(known: dict[str, Any]) -> dict[str, Any]:
@@ -247,11 +280,14 @@ def _without(arguments: Sequence[str], *options: str) -> list[str]:
     return kept
 
 
-def _replay(seed: int | None) -> list[str] | None:
+def _replay(bad: tuple[str, int] | None) -> list[str] | None:
     """The command that runs one seed as this run did."""
-    if seed is None:
+    if bad is None:
         return None
-    again = _without(sys.argv[1:], "--seeds", "--seed", "--trace", "--plot")
+    mode, seed = bad
+    again = _without(sys.argv[1:], "--seeds", "--seed", "--trace", "--plot", "--mode")
+    if mode != "overlap":
+        again += ["--mode", mode]
     elsewhere = ["--sglang-path", os.environ[_SGLANG_PATH]] if _SGLANG_PATH in os.environ else []
     return ["hicache-io", *again, *elsewhere, "--seed", str(seed)]
 

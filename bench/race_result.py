@@ -18,36 +18,50 @@ from sglang_hicache.policy.terminal import styled
 
 @dataclass(slots=True)
 class Found:
-    """One race between two places in the program: as first seen, in which seeds, how often."""
+    """One race between two places in the program: as first seen, in which mode and seeds, how often."""
 
     race: Race
+    mode: str = "overlap"
     seeds: list[int] = field(default_factory=list)
     count: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.race.to_dict(), "count": self.count, "seeds": self.seeds}
+        return {**self.race.to_dict(), "mode": self.mode, "count": self.count, "seeds": self.seeds}
 
 
 @dataclass(slots=True)
 class Result:
-    """All seeds of one experiment.
+    """All seeds of one experiment, in one mode or several.
 
     Attributes:
-        runs: as they came.
+        runs: as they came, in each mode.
         seconds: of wall time, SGLang's import left out.
     """
 
-    runs: list[Run] = field(default_factory=list)
+    runs: dict[str, list[Run]] = field(default_factory=dict)
     seconds: float = 0.0
     _found: dict[tuple[str, ...], Found] = field(default_factory=dict)
 
-    def add(self, run: Run) -> None:
-        self.runs.append(run)
+    def add(self, run: Run, mode: str = "overlap") -> None:
+        self.runs.setdefault(mode, []).append(run)
         for race in run.races:
-            key = (race.kind, *_place(race.first), *_place(race.second))
-            found = self._found.setdefault(key, Found(race))
+            key = (mode, race.kind, *_place(race.first), *_place(race.second))
+            found = self._found.setdefault(key, Found(race, mode))
             found.seeds.append(run.seed)
             found.count += race.count
+
+    @property
+    def seeds(self) -> int:
+        """Of each mode."""
+        return max(map(len, self.runs.values()))
+
+    @property
+    def writes(self) -> int:
+        return sum(run.writes for runs in self.runs.values() for run in runs)
+
+    @property
+    def loads(self) -> int:
+        return sum(run.loads for runs in self.runs.values() for run in runs)
 
     @property
     def races(self) -> list[Found]:
@@ -59,11 +73,17 @@ class Result:
         return sorted({found.race.kind for found in self._found.values()})
 
     @property
-    def corrupted(self) -> list[dict[str, int]]:
+    def corrupted(self) -> list[dict[str, Any]]:
         """Seeds in which rows were wrong."""
         return [
-            {"seed": run.seed, "host_rows": run.wrong_rows, "rows_read_by_forwards": run.wrong_reads}
-            for run in self.runs
+            {
+                "mode": mode,
+                "seed": run.seed,
+                "host_rows": run.wrong_rows,
+                "rows_read_by_forwards": run.wrong_reads,
+            }
+            for mode, runs in self.runs.items()
+            for run in runs
             if run.wrong_rows or run.wrong_reads
         ]
 
@@ -76,9 +96,9 @@ class Result:
             "races": [found.to_dict() for found in self.races],
             "kinds": self.kinds,
             "corrupted": self.corrupted,
-            "seeds": len(self.runs),
-            "writes": sum(run.writes for run in self.runs),
-            "loads": sum(run.loads for run in self.runs),
+            "seeds": self.seeds,
+            "writes": self.writes,
+            "loads": self.loads,
             "seconds": round(self.seconds, 1),
         }
 
@@ -95,14 +115,15 @@ def table(result: Result) -> Table:
     shown.add_column("not ordered before", overflow="fold")
     shown.add_column("the fence that is missing", overflow="fold")
     shown.add_column("seeds", justify="right")
+    several = len(result.runs) > 1
     for found in result.races:
         race = found.race
         shown.add_row(
-            race.kind,
+            f"{race.kind}\n{found.mode}" if several else race.kind,
             _side(race.first),
             _side(race.second),
             race.fence,
-            f"{len(found.seeds)} of {len(result.runs)}\nfirst: {found.seeds[0]}",
+            f"{len(found.seeds)} of {result.seeds}\nfirst: {found.seeds[0]}",
         )
     return shown
 
@@ -114,11 +135,9 @@ def _side(side: Side) -> str:
 
 def verdict(result: Result, what: str) -> Text:
     """One line, and how to look closer at one seed."""
-    seeds = f"{len(result.runs)} seeds" if len(result.runs) != 1 else f"seed {result.runs[0].seed}"
-    writes = sum(run.writes for run in result.runs)
-    scope = (
-        f"{seeds}, {writes:,} writes, {sum(run.loads for run in result.runs):,} loads, {result.seconds:.0f} s"
-    )
+    first = next(iter(result.runs.values()))[0]
+    seeds = f"{result.seeds} seeds" if result.seeds != 1 else f"seed {first.seed}"
+    scope = f"{seeds}, {result.writes:,} writes, {result.loads:,} loads, {result.seconds:.0f} s"
     if result.good:
         return styled(("Good", "green"), f": {what}: no race, and every row right ({scope}).")
     kinds = ", ".join(result.kinds) or "no race"
@@ -132,11 +151,11 @@ def verdict(result: Result, what: str) -> Text:
     return styled(("Races", "bold red"), f": {what}: {kinds}{bytes_} ({scope}).")
 
 
-def first_bad_seed(result: Result) -> int | None:
-    """The seed to replay: one with wrong rows if there is one."""
+def first_bad(result: Result) -> tuple[str, int] | None:
+    """The mode and seed to replay: one with wrong rows if there is one."""
     if result.corrupted:
-        return result.corrupted[0]["seed"]
-    return min((found.seeds[0] for found in result.races), default=None)
+        return result.corrupted[0]["mode"], result.corrupted[0]["seed"]
+    return min(((found.mode, found.seeds[0]) for found in result.races), key=lambda bad: bad[1], default=None)
 
 
 def as_json(result: Result, about: Mapping[str, Any], replay: Sequence[str] | None) -> dict[str, Any]:

@@ -25,6 +25,11 @@ def test_fences_and_races() -> None:
 
 
 @pytest.mark.timeout(1800)
+def test_every_mode() -> None:
+    run_cases(HERE / "race_mode_cases.py", {})
+
+
+@pytest.mark.timeout(1800)
 def test_any_program() -> None:
     run_cases(HERE / "race_programs.py", {})
 
@@ -78,6 +83,22 @@ def test_a_good_run_says_so_and_draws(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_modes_are_run_together() -> None:
+    done = race("--seeds", "2", "--json", "--mode", "retraction", "--mode", "no-overlap", status=0)
+    found = json.loads(done.stdout)
+    assert found["modes"] == ["retraction", "no-overlap"]
+    assert found["seeds"] == 2
+    assert found["races"] == []
+    assert "modes retraction, no-overlap" in done.stderr
+    bad = race("--seeds", "2", "--json", "--mode", "no-overlap", "--backend", "kernel", status=1)
+    found = json.loads(bad.stdout)
+    assert {each["mode"] for each in found["races"]} == {"no-overlap"}
+    assert found["replay"].split()[2:] == [
+        *("--json", "--backend", "kernel", "--mode", "no-overlap"),
+        *("--seed", str(found["races"][0]["seeds"][0])),
+    ]
+
+
 def test_a_release_that_is_not_simulated() -> None:
     tree = VERSIONS / "0.5.18"
     if not (tree / ".complete").exists():
@@ -91,6 +112,7 @@ def test_a_release_that_is_not_simulated() -> None:
         (["--backend", "hybird"], "did you mean 'hybrid'?"),
         (["--backend", "kernel", "--fences", "both"], "has no fence for forwards"),
         (["--mem-layout", "page_head"], "have no stand-in"),
+        (["--mode", "pipelines"], "did you mean 'pipeline'?"),
         (["--gpu-arch", "hopper"], "unknown GPU architecture"),
         (["--sglang-path", "nowhere"], "holds no sglang/"),
         (["--seed", "1", "--program", "dance"], "is not an action"),

@@ -17,7 +17,7 @@ class Batch:
     decoding: Sequence[Any] = ()
     chunked: Any = None
     hicache_consumer_index: int = -1
-    sampled: list[int] = field(default_factory=list)
+    sampled: list[list[int]] = field(default_factory=list)
     copy_done: Any = None
     read_done: Any = None
 

@@ -16,6 +16,7 @@ from sglang_hicache.io_backends.sglang.pools import host_buffers
 from sglang_hicache.io_backends.sglang.simulation import machine
 from sglang_hicache.io_backends.sglang.simulation.forward import Ints, Memory, Words
 from sglang_hicache.io_backends.sglang.simulation.kernels import PagedRows, Rows
+from sglang_hicache.io_backends.sglang.simulation.offload import offload_manager, restart_offload
 from sglang_hicache.io_backends.sglang.simulation.published import published
 from sglang_hicache.io_backends.virtual import gpu
 from sglang_hicache.io_backends.virtual.ranges import ByteRanges
@@ -32,6 +33,8 @@ class Setup:
         kv_kind, mem_layout, page_size, gpu_arch: as in the policy's facts.
         io_backend: what SGLang itself is told.
         draft: whether a draft model has a pool of its own, written with the target's.
+        eagle: whether it is EAGLE's, and decodes with the target.
+        offload: whether a decode server offloads by a controller and a host pool of its own, beside the tree.
         layers: of the target.
         pages: of the device pool.
         host_ratio: the host pool's size, in device pools.
@@ -43,6 +46,8 @@ class Setup:
     gpu_arch: str
     io_backend: str
     draft: bool = True
+    eagle: bool = False
+    offload: bool = False
     layers: int = 2
     pages: int = 16
     host_ratio: float = 4.0
@@ -58,7 +63,8 @@ class Cache:
 
     Attributes:
         tree: ``UnifiedRadixCache``.
-        controller: its ``HybridCacheController``.
+        offload: ``DecodeKVCacheOffloadManager``, or None.
+        controller: the ``HiCacheController`` of whichever writes to the host.
         allocator, requests: the device pool's allocator, and the table of requests.
         layers: device memory of each layer, the draft's last.
     """
@@ -90,14 +96,20 @@ class Cache:
             token_to_kv_pool_allocator=self.allocator,
             page_size=setup.page_size,
             tree_components=(ComponentType.FULL,),
+            is_eagle=setup.eagle,
         )
         self.tree = UnifiedRadixCache(params)
-        self.tree.init_hicache(server_args, params)
-        self.controller = self.tree.cache_controller
         device_pools = [self.device_pool]
-        if setup.draft:
-            device_pools.append(self._add_draft())
-        self.host_pools = [entry.host_pool for entry in self.controller.mem_pool_host.entries]
+        self.offload = offload_manager(self) if setup.offload else None
+        if self.offload is None:
+            self.tree.init_hicache(server_args, params)
+            self.controller = self.tree.cache_controller
+            if setup.draft:
+                device_pools.append(self._add_draft())
+            self.host_pools = [entry.host_pool for entry in self.controller.mem_pool_host.entries]
+        else:
+            self.controller = self.offload.cache_controller
+            self.host_pools = [self.offload.decode_host_mem_pool]
         self.layers = _layers(device_pools)
         self._host_layers = _host_layers(self.host_pools)
 
@@ -111,20 +123,24 @@ class Cache:
             self.tree.register_sidecar_pool(spec, entry)
         return pool
 
-    def restart(self, forward_stream: Any) -> None:
+    def restart(self, forward_stream: Any | None) -> None:
         """As after a start of the server, on the present virtual device.
 
         The forward stream is handed over as ``Scheduler.__init__`` (managers/scheduler.py) does, to the
-        fences that this version of SGLang has.
+        fences that this version of SGLang has; None: it hands none over.
         """
         from sglang.srt.managers.cache_controller import LayerDoneCounter
         from sglang.srt.mem_cache.l2_transfer import L2TransferEngine
 
         controller = self.controller
         vars(controller).pop("reset", None)
+        vars(self.tree).pop("_pp_sync", None)
+        self.tree.disable, self.tree.pp_rank, self.tree.pp_size = False, 0, 1
         self.tree.reset()
         self.requests.clear()
         self.allocator.clear()
+        if self.offload is not None:
+            restart_offload(self.offload)
         controller.l2_transfer_engine = engine = L2TransferEngine(self.setup.io_backend)
         engine.device_to_host_stream.name = "transfer"
         engine.host_to_device_stream.name = "load"
@@ -201,6 +217,8 @@ def _publish(setup: Setup) -> Any:
         hicache_io_backend=setup.io_backend,
         hicache_write_policy="write_through",
         page_size=setup.page_size,
+        speculative_algorithm="EAGLE" if setup.eagle else None,
+        disaggregation_decode_enable_offload_kvcache=setup.offload,
     )
     publish(server_args, role="scheduler")
     return server_args

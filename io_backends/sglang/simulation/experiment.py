@@ -11,7 +11,7 @@ from typing import Any, Literal
 from sglang_hicache.io_backends.sglang.simulation import hooks
 from sglang_hicache.io_backends.sglang.simulation.batches import Options
 from sglang_hicache.io_backends.sglang.simulation.cache import Cache
-from sglang_hicache.io_backends.sglang.simulation.scheduler import VOCABULARY, Scheduler
+from sglang_hicache.io_backends.sglang.simulation.scheduler import Scheduler
 from sglang_hicache.io_backends.sglang.simulation.workload import Action, Player, program
 from sglang_hicache.io_backends.virtual import gpu
 from sglang_hicache.io_backends.virtual.order import Order
@@ -34,7 +34,8 @@ def left_out(fences: Fences) -> LeaveOut:
 
     def leave_out(waiting: Any, recorded_on: Any, site: str) -> bool:
         producer = waiting.name in D2H_STREAMS and recorded_on.name in PRODUCERS
-        forward = waiting.name == "forward" and recorded_on.name in D2H_STREAMS
+        # Without overlap forwards run on the schedule stream.
+        forward = waiting.name in PRODUCERS and recorded_on.name in D2H_STREAMS
         return (producer and fences == "none") or (forward and fences in ("none", "producer"))
 
     return leave_out
@@ -67,6 +68,7 @@ class Experiment:
         decision: this project's hooks do what it says; None: SGLang alone.
         exclusive: of ``extend`` and ``decode``, the forwards that must not share the SMs with write-back
         work.
+        scheduler: which loop runs; see :mod:`~.modes`.
         unsafe_fences: ``--hicache-io-unsafe-fences``.
     """
 
@@ -75,6 +77,7 @@ class Experiment:
         cache: Cache,
         decision: Decision | None,
         exclusive: Iterable[str],
+        scheduler: type[Scheduler] = Scheduler,
         *,
         unsafe_fences: str | None = None,
     ) -> None:
@@ -82,6 +85,7 @@ class Experiment:
         self.decision = decision
         self._unsafe_fences = unsafe_fences
         self._exclusive = frozenset(exclusive)
+        self._scheduler = scheduler
 
     def run(
         self,
@@ -108,7 +112,7 @@ class Experiment:
         chosen = Options(
             chunk=rng.choice((0, 2, 3)) * unit, mixed=rng.random() < 0.5, exclusive=self._exclusive
         )
-        scheduler = Scheduler(self.cache, options or chosen, sample=lambda: rng.randrange(VOCABULARY))
+        scheduler = self._scheduler(self.cache, options or chosen, rng)
         if self.decision is not None:
             mutate(hooks.attach(scheduler, self.cache, self.decision, self._unsafe_fences))
         scheduler.ledger.watch()

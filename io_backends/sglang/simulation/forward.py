@@ -7,7 +7,7 @@ host, says by itself whether it is the right one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,9 +103,11 @@ class Forward:
         self._waits = waits
         self.wrong_reads = 0
 
-    def launch_layers(self, batch: Batch) -> None:
-        for layer, (memories, wait) in enumerate(zip(self._layers, self._waits, strict=True)):
-            wait()
+    def launch_layers(self, batch: Batch, layers: Iterable[int] | None = None) -> None:
+        """``layers``: without it all of them, the draft's behind the target's."""
+        for layer in range(len(self._layers)) if layers is None else layers:
+            memories = self._layers[layer]
+            self._waits[layer]()
             work = [
                 *(functools.partial(memory.write, batch.written, batch.written_tags) for memory in memories),
                 *(functools.partial(self._read, memory, batch) for memory in memories),

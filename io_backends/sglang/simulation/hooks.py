@@ -37,7 +37,7 @@ def attach(
 
     fences = Fences(device, scheduler, producer=unsafe.keeps_producer_fence(unsafe_fences))
     writeback = WriteBack(device, routes_of(decision, make), fences)
-    active = Active(decision, device, writeback, scheduler, speculative=False)
+    active = Active(decision, device, writeback, scheduler, speculative=scheduler.speculative)
     runtime._active = active
     controller = cache.controller
     engine = controller.l2_transfer_engine

@@ -63,6 +63,10 @@ class Ledger:
         self.loads += 1
         return submit(transfers, **named)
 
+    def ignore(self, host_indices: Any) -> None:
+        """Nobody will read these host rows."""
+        self._host[_slots(host_indices)] = 0
+
     def check_acknowledged(self) -> None:
         """SGLang has polled: look at the rows of each write that it has taken as done since the last call."""
         waiting = {id(ack.finish_event) for ack in self._cache.controller.ack_write_queue}
@@ -91,6 +95,7 @@ class Ledger:
         gpu.gpu.checker.free("rows of the cache", "reset", (), memory=self._cache.device_bytes())
 
     def _check(self, host: Ints) -> None:
+        host = host[self._host[host] != 0]
         if len(host):
             gpu.gpu.host_access("look at host rows", reads=self._cache.host_bytes(host))
             self.wrong_rows += self._cache.wrong_on_host(host, self._host[host])

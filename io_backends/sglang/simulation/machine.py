@@ -95,7 +95,7 @@ def install() -> None:
     """Do all of it. Idempotent."""
     from sglang.kernels.ops.kvcache import hicache
     from sglang.srt.managers import cache_controller
-    from sglang.srt.mem_cache import l2_transfer
+    from sglang.srt.mem_cache import l2_transfer, unified_radix_cache
     from sglang.srt.mem_cache.pool_host import common, mha, mla
 
     if hicache.load_jit is kernels.load_jit:
@@ -115,6 +115,10 @@ def install() -> None:
             setattr(module, name, function)
     common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate_host_memory
     _merge_on_device(cache_controller.CacheOperation)
+    # Of a retraction, which merges nothing.
+    unified_radix_cache.CacheOperation = lambda *args, **named: _on_gpu(
+        cache_controller.CacheOperation(*args, **named)
+    )
 
 
 def set_arch(arch: str) -> None:
@@ -134,22 +138,21 @@ def _allocate_host_memory(
 
 
 def _merge_on_device(operation: Any) -> None:
-    """On a GPU the indices of a merged operation are made by work on the schedule stream."""
     merge = operation.merge_ops
+    operation.merge_ops = staticmethod(lambda operations: _on_gpu(merge(operations)))
 
-    def merge_ops(operations: list[Any]) -> Any:
-        merged = merge(operations)
-        merged.device_indices = on_device(merged.device_indices, "device indices")
-        merged.host_indices = merged.host_indices.as_subclass(HostTensor)
-        if merged.pool_transfers:
-            merged.pool_transfers = [
-                replace(
-                    each,
-                    device_indices=on_device(each.device_indices, "device indices"),
-                    host_indices=each.host_indices.as_subclass(HostTensor),
-                )
-                for each in merged.pool_transfers
-            ]
-        return merged
 
-    operation.merge_ops = staticmethod(merge_ops)
+def _on_gpu(operation: Any) -> Any:
+    """On a GPU the indices of an operation are made by work on the schedule stream."""
+
+    def convert(of: Any) -> dict[str, Any]:
+        return {
+            "device_indices": on_device(of.device_indices, "device indices"),
+            "host_indices": of.host_indices.as_subclass(HostTensor),
+        }
+
+    for name, indices in convert(operation).items():
+        setattr(operation, name, indices)
+    if operation.pool_transfers:
+        operation.pool_transfers = [replace(each, **convert(each)) for each in operation.pool_transfers]
+    return operation

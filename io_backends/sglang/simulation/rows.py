@@ -67,6 +67,18 @@ class Rows:
         request.kv.kv_committed_len += 1
         return at, at + 1
 
+    def reserve(self, request: Any, length: int) -> None:
+        """``alloc_for_spec_decode``: rows up to ``length``, whole pages.
+
+        Raises:
+            RuntimeError: they are not to be had.
+        """
+        row, start = self.of(request), request.kv.kv_allocated_len
+        slots = iter(self._allocate(max(0, length - self.whole_pages(start))))
+        for at in range(start, length):
+            row[at] = next(slots) if self.whole_pages(start) <= at else row[at - 1] + 1
+        request.kv.kv_allocated_len = max(start, length)
+
     def needed_to_grow(self, requests: list[Any]) -> int:
         """Rows that one more token of each takes from the pool."""
         return self.page_size * sum(each.kv.kv_committed_len % self.page_size == 0 for each in requests)

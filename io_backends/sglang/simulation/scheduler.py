@@ -8,9 +8,10 @@ without its many budgets, and allocation of rows by whole pages. Comments name t
 
 from __future__ import annotations
 
+import random
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,28 +35,32 @@ class Scheduler:
     Args:
         cache: restarted by this.
         options: see there.
-        sample: the next token.
+        rng: of tokens, and of what others decide.
 
     Attributes:
         enable_overlap, forward_stream: as of SGLang's ``Scheduler``, for the forward fence.
+        speculative: whether ``spec_algorithm`` is one.
+        max_running: requests that decode together.
         before_forward: called with each batch before it is launched, as hooks before ``run_batch`` are.
     """
 
     enable_overlap = True
+    speculative = False
+    max_running = MAX_RUNNING
 
-    def __init__(self, cache: Cache, options: Options, sample: Callable[[], int]) -> None:
+    def __init__(self, cache: Cache, options: Options, rng: random.Random) -> None:
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
         self._modes = ForwardMode
         self._cache = cache
         self._options = options
-        self._sample = sample
+        self._rng = rng
         # Scheduler.init_overlap and run_event_loop: three streams, none of them the legacy one.
         self.schedule_stream = _stream("schedule")
         self.forward_stream = _stream("forward")
         self.copy_stream = _stream("results")
         gpu.set_stream(self.schedule_stream)
-        cache.restart(self.forward_stream)
+        self._restart()
         self.ledger = Ledger(cache)
         self._rows = Rows(cache)
         self.before_forward: Callable[[Batch], None] = lambda batch: None
@@ -70,6 +75,10 @@ class Scheduler:
         self._promised = 0
         self._forward = model.Forward(cache.layers, self._waits_of_layers())
 
+    def _restart(self) -> None:
+        """``init_cache``: the forward stream goes to the cache's controller as the stream to wait for."""
+        self._cache.restart(self.forward_stream)
+
     @property
     def wrong_reads(self) -> int:
         """Rows of a context that held something else when a forward read them."""
@@ -79,6 +88,11 @@ class Scheduler:
     def idle(self) -> bool:
         """``is_fully_idle``."""
         return not (self.waiting or self._running or self._chunked or self._last or self._results)
+
+    @property
+    def running(self) -> list[Any]:
+        """Requests that decode."""
+        return self._running
 
     def add(self, name: str, tokens: Sequence[int], output: int) -> None:
         """A request arrives."""
@@ -98,7 +112,7 @@ class Scheduler:
         """``abort_request`` of the nth request there is, wherever it is."""
         from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-        there = [*self._running, *([self._chunked] if self._chunked else []), *self.waiting]
+        there = [*self.running, *([self._chunked] if self._chunked else []), *self.waiting]
         if not there:
             return
         request = there[nth % len(there)]
@@ -181,7 +195,7 @@ class Scheduler:
                 if request.extend_end == len(request.full_untruncated_fill_ids):
                     self._chunked = None
         for request in list(self.waiting):
-            if left < self._rows.page_size or len(self._running) + len(admitted) >= MAX_RUNNING:
+            if left < self._rows.page_size or len(self._running) + len(admitted) >= self.max_running:
                 break
             if self._chunked is not None or not self._admit(request, left):
                 break
@@ -262,19 +276,27 @@ class Scheduler:
         from sglang.srt.managers.schedule_batch import FINISH_ABORT
         from sglang.srt.mem_cache.common import release_kv_cache
 
-        tree = self._cache.tree
-        while self._running:
-            if self._rows.needed_to_grow(self._running) <= self._rows.free:
-                return
+        while self._must_retract():
             request = self._running.pop()
-            if self._running:
-                release_kv_cache(request, tree, checkpoint=False)
+            if self._running and self._retracted_is_saved(request):
+                release_kv_cache(request, self._cache.tree, checkpoint=False)
                 request.reset_for_retract()
                 self._tokens[request.rid] = [*request.origin_input_ids, *request.output_ids]
-                self.waiting.insert(0, request)
+                self._requeue(request)
             else:
                 request.finished_reason = FINISH_ABORT()
-                release_kv_cache(request, tree, checkpoint=False)
+                release_kv_cache(request, self._cache.tree, checkpoint=False)
+
+    def _must_retract(self) -> bool:
+        return bool(self._running) and self._rows.needed_to_grow(self._running) > self._rows.free
+
+    def _retracted_is_saved(self, request: Any) -> bool:
+        """Whether it can go on later; here it is computed again."""
+        return True
+
+    def _requeue(self, request: Any) -> None:
+        """``_add_request_to_queue`` of one that was retracted."""
+        self.waiting.insert(0, request)
 
     def _run_batch(self, batch: Batch) -> None:
         """``run_batch``, the part under ``enable_overlap``."""
@@ -282,35 +304,49 @@ class Scheduler:
         described = self._describe(batch)
         with gpu.stream(self.forward_stream):
             self.forward_stream.wait_stream(self.schedule_stream)
-            # tp_worker.py: set_hicache_consumer
-            self._cache.controller.layer_done_counter.set_consumer(batch.hicache_consumer_index)
-            gpu.current_stream().launch(Operation(f"{described.name}, metadata"))
-            if batch.forward_mode.is_decode():
-                # decode_cuda_graph_runner.py: _publish_read_done
-                batch.read_done = self.forward_stream.record_event()
-            self._forward.launch_layers(described)
+            self._launch(batch, described)
             # _copy_result_to_cpu
             self.copy_stream.wait_stream(self.forward_stream)
-        with gpu.stream(self.copy_stream):
-            gpu.current_stream().launch(Operation("results to the host", engine="copy_d2h"))
-            batch.copy_done = self.copy_stream.record_event()
+        self._copy_results(batch, self.copy_stream)
+
+    def _launch(self, batch: Batch, described: model.Batch) -> None:
+        """``forward_batch_generation``, on the current stream."""
+        # tp_worker.py: set_hicache_consumer
+        self._cache.controller.layer_done_counter.set_consumer(batch.hicache_consumer_index)
+        gpu.current_stream().launch(Operation(f"{described.name}, metadata"))
+        if batch.forward_mode.is_decode():
+            # decode_cuda_graph_runner.py: _publish_read_done
+            batch.read_done = gpu.current_stream().record_event()
+        self._forward.launch_layers(described)
+
+    def _copy_results(self, batch: Batch, stream: gpu.Stream) -> None:
+        """``GenerationBatchResult.copy_to_cpu``."""
+        stream.launch(Operation("results to the host", engine="copy_d2h"))
+        batch.copy_done = stream.record_event()
 
     def _describe(self, batch: Batch) -> model.Batch:
+        """What the forward works on; samples what it will give."""
+        computed = {}
+        for request, (_, stop) in zip(batch.requests, batch.spans, strict=True):
+            tokens = self._tokens[request.rid]
+            computed[request.rid] = tokens[:stop]
+            finished_prompt = batch.chunked is not request
+            batch.sampled.append([self._rng.randrange(VOCABULARY)] if finished_prompt else [])
+            tokens += batch.sampled[-1]
+        return self._described(batch, computed)
+
+    def _described(self, batch: Batch, computed: Mapping[str, Sequence[int]]) -> model.Batch:
+        """``computed``: of each request, its tokens up to the last that this forward writes."""
         written: list[torch.Tensor] = []
         read: list[torch.Tensor] = []
         written_tags, read_tags = [], []
         for request, (start, stop) in zip(batch.requests, batch.spans, strict=True):
-            tokens = self._tokens[request.rid]
-            tags = model.contents(tokens[:stop], np.arange(stop))
+            tags = model.contents(computed[request.rid], np.arange(stop))
             row = self._rows.of(request)
             written.append(row[start:stop])
             read.append(row[:stop])
             written_tags.append(tags[start:])
             read_tags.append(tags)
-            finished_prompt = batch.chunked is not request
-            batch.sampled.append(self._sample() if finished_prompt else -1)
-            if finished_prompt:
-                tokens.append(batch.sampled[-1])
         kind = "decode" if batch.forward_mode.is_decode() else "extend"
         slots = torch.cat(written).numpy().astype(np.int64)
         tags = np.concatenate(written_tags)
@@ -342,23 +378,26 @@ class Scheduler:
         ``_decode``.
         """
         batch.copy_done.synchronize()
-        for request, token in zip(batch.requests, batch.sampled, strict=True):
+        for request, sampled in zip(batch.requests, batch.sampled, strict=True):
             if request.inflight_middle_chunks > 0 and request not in batch.decoding:
                 request.inflight_middle_chunks -= 1
             elif not request.finished() and not request.is_retracted:
-                self._commit(request, token, prefilled=request not in batch.decoding)
+                self._commit(request, sampled, prefilled=request not in batch.decoding)
         # Submit this batch's queued host backups before the next scheduler step.
         self._cache.tree.flush_pending_backups()
 
-    def _commit(self, request: Any, token: int, *, prefilled: bool) -> None:
-        from sglang.srt.mem_cache.common import release_kv_cache
-
-        request.output_ids.append(token)
-        request.update_finish_state()
+    def _commit(self, request: Any, sampled: list[int], *, prefilled: bool) -> None:
+        request.output_ids.extend(sampled)
+        request.update_finish_state(len(sampled))
         if request.finished():
-            release_kv_cache(request, self._cache.tree, checkpoint=True)
+            self._release_finished(request)
         elif prefilled:
             self._checkpoint(request)
+
+    def _release_finished(self, request: Any) -> None:
+        from sglang.srt.mem_cache.common import release_kv_cache
+
+        release_kv_cache(request, self._cache.tree, checkpoint=True)
 
     def _waits_of_layers(self) -> list[Callable[[], None]]:
         """memory_pool.py: ``get_key_buffer`` waits for the layer's load; a draft for the last

@@ -7,6 +7,7 @@ from dataclasses import replace
 from sglang_hicache.io_backends.sglang.simulation.cache import Cache, Setup
 from sglang_hicache.io_backends.sglang.simulation.experiment import Experiment, Fences
 from sglang_hicache.io_backends.sglang.simulation.forward import is_exclusive
+from sglang_hicache.io_backends.sglang.simulation.modes import MODES
 from sglang_hicache.policy.decide import Decision
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.vocabulary import FORWARDS
@@ -49,10 +50,14 @@ def setup_of(facts: Facts, io_backend: str) -> Setup:
 
 
 def experiment(
-    facts: Facts, decision: Decision | None, fences: Fences, io_backend: str = "kernel"
+    facts: Facts, decision: Decision | None, fences: Fences, io_backend: str = "kernel", mode: str = "overlap"
 ) -> Experiment:
     """Builds SGLang's cache, which takes a moment, and what is to be done to it."""
-    cache = Cache(setup_of(facts, io_backend))
+    chosen = MODES[mode]
+    cache = Cache(chosen.setup_of(setup_of(facts, io_backend)))
     return Experiment(
-        cache, None if decision is None else fenced(decision, fences), exclusive_forwards(facts)
+        cache,
+        None if decision is None else fenced(decision, fences),
+        exclusive_forwards(facts),
+        chosen.scheduler,
     )
