@@ -28,7 +28,7 @@ class Step:
 
     Attributes:
         name: of the cell.
-        arms, workloads, rounds, at_once: see `run.Ask`.
+        arms, workloads, rounds, at_once, enough_s: see `run.Ask`.
         model: a name of `models.NAMES`.
         page_size, layout, pool_tokens, ratio, tp, deterministic: see `Cell`.
         options: of every server.
@@ -39,6 +39,8 @@ class Step:
     workloads: Sequence[str] = ("chat", "prefill")
     rounds: int = 2
     at_once: int = 8
+    # ``direct`` with pages of 1 takes 30 s for a turn of chat, 100 for one of prefill: others 5.
+    enough_s: float = 60
     model: str = models.HEAVY
     page_size: int = 64
     layout: str = "page_first"
@@ -86,7 +88,7 @@ def _by_page(name: str, pages: Sequence[int], step: Step) -> list[Step]:
 
 
 PLANS: dict[str, list[Step]] = {
-    "first": _by_page("kvheavy", (1, 64), Step("", LIMIT)),
+    "first": _by_page("kvheavy", (1, 64), Step("", LIMIT, rounds=3)),
     # The pool and the load of shared/gpu_servers; host memory for three host pools at a time.
     "as-by-hand": _by_page(
         "kvheavy",

@@ -9,6 +9,8 @@ from pathlib import Path
 from sglang_hicache.bench import targets
 from sglang_hicache.bench.gpu_table import fence_table, steps_table, tables, waits_table
 from sglang_hicache.bench.measure import results
+from sglang_hicache.bench.serve import result
+from sglang_hicache.bench.serve_table import speed_table, verified_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,6 +35,22 @@ def test_the_gpu_tables_are_made_from_the_saved_run() -> None:
 def test_the_targets_are_held_against_the_saved_run() -> None:
     ((path, text),) = re.findall(r"<!-- gpu_targets (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
     assert text == targets.table(results.load(ROOT / path))
+
+
+def test_the_tables_of_servers_are_made_from_the_saved_runs() -> None:
+    ((path, text),) = re.findall(r"<!-- serve_table (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert text == speed_table(result.load(ROOT / path))
+    ((paths, text),) = re.findall(r"<!-- serve_verified (.+?) -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert text == verified_table([result.load(ROOT / path) for path in paths.split()])
+
+
+def test_saved_server_figures_are_from_a_gpu() -> None:
+    saved = [path for path in (ROOT / "bench" / "results").rglob("*.json") if result.is_one(path)]
+    assert saved
+    for path in saved:
+        found = result.load(path)
+        assert found.environment["ran_on"] == "GPU"
+        assert found.watermark is None
 
 
 def test_saved_gpu_figures_say_that_they_are_from_a_gpu_and_every_byte_was_right() -> None:

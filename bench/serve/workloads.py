@@ -7,6 +7,7 @@ tokens and grow and shrink with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -143,10 +144,15 @@ def _chat(pool_tokens: int, vocab_size: int, seed: int) -> Workload:
 
 
 def _prefill(pool_tokens: int, vocab_size: int, seed: int) -> Workload:
-    """48 prompts of 8,192 tokens, none like another, one token answered, 4 at once."""
+    """240 prompts of 8,192 tokens, none like another, one token answered, 4 at once.
+
+    An H100 that has nothing to write takes 50 of them a second of a small model, and a turn should last
+    seconds; 48 where the pool is small.
+    """
     draw = _Draw(vocab_size, seed)
     length = min(8192, pool_tokens // 8)
-    made = [[Turn(draw.ids(draw.near(length)), 1)] for _ in range(max(4, 6 * pool_tokens // length))]
+    pools = 30 if pool_tokens >= 32_768 else 6
+    made = [[Turn(draw.ids(draw.near(length)), 1)] for _ in range(max(4, pools * pool_tokens // length))]
     says = f"new prompts of {length:,} tokens, one token answered"
     return Workload("prefill", says, (Lane("prefill", made, 4),))
 
@@ -198,10 +204,25 @@ def maker(name: str) -> Make:
     return partial(_MADE[name])
 
 
-def warm_up(workload: Workload, conversations: int = 4, turns: int = 2) -> Workload:
-    """The beginning of a workload: enough that everything has been compiled that it needs."""
+def warm_up(workload: Workload, tokens: int = 0, conversations: int = 4, turns: int = 2) -> Workload:
+    """The beginning of a workload: what each server is asked before anything is measured.
+
+    Args:
+        workload: all of it.
+        tokens: distinct tokens that are wanted of it, as far as it has them: those of the host pool have every
+            row of both tiers used once, under load of the kind that is measured. 0: only enough that all
+            has been compiled.
+        conversations, turns: of each lane where ``tokens`` is 0.
+    """
+    if not tokens:
+        lanes = [
+            Lane(lane.name, [each[:turns] for each in lane.conversations[:conversations]], lane.clients)
+            for lane in workload.lanes
+        ]
+        return Workload(workload.name, workload.says, lanes)
+    share = min(1.0, tokens / workload.distinct_tokens())
     lanes = [
-        Lane(lane.name, [each[:turns] for each in lane.conversations[:conversations]], lane.clients)
+        Lane(lane.name, lane.conversations[: math.ceil(share * len(lane.conversations))], lane.clients)
         for lane in workload.lanes
     ]
     return Workload(workload.name, workload.says, lanes)

@@ -183,7 +183,7 @@ def test_who_is_killed_loses_the_part_that_ran(name: str, parts: dict[str, float
 def test_patterns_that_the_time_budget_does_not_hold_are_rows_that_say_so(parts: dict[str, float]) -> None:
     parts["prefill 25 ms"] = 30.0
     small = {"models": ("tiny",), "page_sizes": (4, 8)}
-    # 10, 10, 30, 10 s for each page; after 90 s the third of page 8 has taken 30 s, which is more than is left.
+    # 10, 10, 30, 10 s for each page; then the third of page 8 took 30 s: more than is left.
     run = measure(Ask(("sustained",), cpu=True, only=small, budget_s=115), lambda *_: None)
     assert [row.forward for row in run.rows] == [*PATTERNS, *PATTERNS]
     assert [row.reason for row in run.rows] == [None] * 7 + ["the time budget was spent"]

@@ -92,6 +92,17 @@ def test_a_server_that_will_not_flush_says_why(tmp_path: Any) -> None:
             run.flush(server)
 
 
+def test_a_server_that_cannot_freeze_its_collector_says_why(tmp_path: Any) -> None:
+    (tmp_path / "log").write_text("")
+    server = serving.Server([], log=tmp_path / "log")
+    with FakeServer() as fake:
+        server.url = fake.url
+        run.freeze_gc(server)
+        assert fake.frozen == 1
+    with pytest.raises(serving.ServerError, match="POST /freeze_gc"):
+        run.freeze_gc(server)  # it is gone
+
+
 def test_metrics_are_read_over_http() -> None:
     with FakeServer() as server:
         server.metrics = lambda: (

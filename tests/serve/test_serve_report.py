@@ -20,6 +20,7 @@ from sglang_hicache.bench.serve.arms import Cell
 from sglang_hicache.bench.serve.models import Model
 from sglang_hicache.bench.serve.result import CPU_WATERMARK, ArmFacts, CellResult, Result
 from sglang_hicache.bench.serve.scrape import Written
+from sglang_hicache.bench.serve_table import verified_table
 from sglang_hicache.bench.serving import ServerError
 
 MODEL = Model("deepseek-v2-lite", "/somewhere/of/this/machine/deepseek-v2-lite", 512)
@@ -196,6 +197,27 @@ def test_outputs_must_be_right_and_a_damaged_one_must_differ() -> None:
     # Nothing came from the host: being right says nothing about the write-back.
     cell.turns = [turn("auto", compared=2, same=2, host_tokens=0)]
     assert ["no token came back from the host" in text for text in found.problems()] == [True]
+
+
+def test_only_what_served_without_an_error_is_verified() -> None:
+    found = a_result()
+    found.environment |= {
+        "gpu": "G",
+        "sglang": "0.5.23",
+        "date": "2026-11-26 14:00",
+        "command": "python -m x first",
+    }
+    (cell,) = found.cells
+    cell.arms["auto"] = ArmFacts(server={"attention_backend": "fa3", "plugin": {"backend": "hybrid"}})
+    cell.turns = [turn("auto", compared=2, same=2)]
+    row = verified_table([found]).splitlines()[2]
+    assert "| fa3 | deepseek-v2-lite | `page_first_direct` | 64 | 2 | `hybrid` | 2 of 2 |" in row
+    assert "`python -m x first --cell a-cell-page64`" in row
+    for bad in ({"errors": 1}, {"compared": 2, "same": 1}):
+        cell.turns = [turn("auto", compared=2, same=2), turn("auto", 1, **bad)]
+        assert len(verified_table([found]).splitlines()) == 2
+    cell.turns = []
+    assert len(verified_table([found]).splitlines()) == 2
 
 
 def test_pictures_show_every_arm() -> None:

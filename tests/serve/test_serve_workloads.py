@@ -87,6 +87,23 @@ def test_a_warm_up_is_the_beginning() -> None:
     assert isinstance(begun, Workload)
 
 
+@pytest.mark.parametrize("name", workloads.NAMES)
+def test_a_warm_up_of_the_host_pool_has_as_many_tokens_or_all(name: str) -> None:
+    made = workloads.maker(name)(49_152, 512, 0)
+    begun = workloads.warm_up(made, 3 * 49_152)
+    assert begun.distinct_tokens() >= min(3 * 49_152, made.distinct_tokens())
+    for lane, whole in zip(begun.lanes, made.lanes, strict=True):
+        assert lane.conversations == whole.conversations[: len(lane.conversations)]
+        assert lane.clients == whole.clients
+    assert begun.distinct_tokens() < 1.3 * 3 * 49_152
+    assert workloads.warm_up(made, 10**9).requests == made.requests
+
+
+def test_a_prefill_turn_is_long_where_the_pool_is_that_of_a_gpu() -> None:
+    assert workloads.maker("prefill")(49_152, 512, 0).requests == 240
+    assert workloads.maker("prefill")(2048, 512, 0).requests == 48
+
+
 def test_an_unknown_workload_gets_the_nearest_name() -> None:
     with pytest.raises(NameProblem, match="did you mean 'prefill'"):
         workloads.maker("prefil")

@@ -47,6 +47,7 @@ class FakeServer:
         prompts: what was asked, in the order of arrival.
         metrics: text of ``/metrics/``.
         flushed: how often ``/flush_cache`` was asked for, which answers with ``flush_status``.
+        frozen: how often ``/freeze_gc`` was.
     """
 
     def __init__(self, model: Model = right, **info: Any) -> None:
@@ -65,6 +66,7 @@ class FakeServer:
         self.prompts: list[list[int]] = []
         self.host_tokens, self.device_tokens = 5, 3
         self.flushed = 0
+        self.frozen = 0
         self.flush_status = 200
         self.metrics: Callable[[], str] = lambda: ""
         self.info: dict[str, Any] | bytes = {
@@ -111,6 +113,7 @@ class FakeServer:
         app.router.add_get("/health", self._health)
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/flush_cache", self._flush_cache)
+        app.router.add_post("/freeze_gc", self._freeze_gc)
         app.router.add_get("/metrics/", self._metrics)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -127,6 +130,10 @@ class FakeServer:
     async def _flush_cache(self, request: web.Request) -> web.Response:
         self.flushed += 1
         return web.Response(status=self.flush_status, text="requests are running")
+
+    async def _freeze_gc(self, request: web.Request) -> web.Response:
+        self.frozen += 1
+        return web.Response()
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(text=self.metrics())
