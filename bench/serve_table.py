@@ -41,8 +41,8 @@ def speed_table(found: Result, workload: str = "chat") -> str:
     rounds = sorted({each.rounds for cell in cells for each in cell.sums() if each.workload == workload})
     shape = cells[0].workloads[workload]
     lines = [
-        f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}, torch {machine['torch']}, SGLang "
-        f"{machine['sglang']}, {machine['date'][:10]}. Model {cells[0].cell['model']['name']}, one GPU, `"
+        f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}, torch {machine['torch']}, "
+        f"SGLang {machine['sglang']}, {machine['date'][:10]}. Model {cells[0].cell['model']['name']}, one GPU, `"
         f"{cells[0].cell['mem_layout']}`, {' '.join(cells[0].cell['more'][:2])}; {shape['says']}; "
         f"{' or '.join(map(str, rounds))} rounds.",
         "",
