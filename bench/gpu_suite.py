@@ -116,7 +116,7 @@ def run_sanitizer(args: argparse.Namespace) -> Part:
 
 
 def run_bench(args: argparse.Namespace) -> Part:
-    """The measurements; figures are saved after each."""
+    """The measurements; figures are saved after each case."""
     ask = suite.Ask(
         measurements=tuple(args.measure or suite.GRIDS),
         cpu=args.cpu,

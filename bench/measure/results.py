@@ -292,9 +292,16 @@ def _csv_row(run: Run, row: Row) -> dict[str, Any]:
 
 
 def save(run: Run, folder: Path, stem: str = "bench") -> list[Path]:
-    """``stem.json`` and ``stem.csv`` in ``folder``; returns their paths."""
+    """``stem.json`` and ``stem.csv`` in ``folder``; returns their paths.
+
+    Each is replaced as a whole: who is killed in the middle leaves the earlier one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    as_json, as_csv = folder / f"{stem}.json", folder / f"{stem}.csv"
-    as_json.write_text(json.dumps(run.to_dict(), indent=1) + "\n", encoding="utf-8")
-    as_csv.write_text(to_csv(run), encoding="utf-8")
-    return [as_json, as_csv]
+    texts = {"json": json.dumps(run.to_dict(), indent=1) + "\n", "csv": to_csv(run)}
+    paths = []
+    for kind, text in texts.items():
+        path = folder / f"{stem}.{kind}"
+        part = path.with_suffix(".part")
+        part.write_text(text, encoding="utf-8")
+        paths.append(part.replace(path))
+    return paths

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from sglang_hicache.bench.measure.judge import judge
 from sglang_hicache.bench.measure.one_write import MEASURED, Setting
 from sglang_hicache.bench.measure.results import Row, Run
 from sglang_hicache.bench.measure.submit import submit
-from sglang_hicache.bench.measure.sustained import SECONDS, sustained
+from sglang_hicache.bench.measure.sustained import SECONDS, chosen, sustained
 from sglang_hicache.bench.measure.timing import link_ceiling, memory_ceiling
 from sglang_hicache.policy.load import policy_in_force
 
@@ -125,8 +125,11 @@ class Ask:
 
 
 def measure(ask: Ask, say: Say, save: Callable[[Run], None] = lambda run: None) -> Run:
-    """Everything that was asked for; ``save`` is called after each measurement, so that a late failure costs
-    no earlier figures.
+    """Everything that was asked for; ``save`` is called after each part of it (a case, of ``sustained`` a
+    pattern of it), so that who is killed loses no more than the part that ran.
+
+    Each measurement has its share of the time budget, and what others left of theirs. A part is not begun
+    where the one before it took longer than what is left; it is a row that says so.
 
     Raises:
         DeviceUnavailableError: there is no GPU and ``cpu`` is not set.
@@ -152,36 +155,45 @@ def measure(ask: Ask, say: Say, save: Callable[[Run], None] = lambda run: None) 
     for index, name in enumerate(ask.measurements):
         left = sum(WEIGHTS[each] for each in ask.measurements[index:])
         until = time.monotonic() + max(0.0, deadline - time.monotonic()) * WEIGHTS[name] / left
-        rows_found = _measurement(ask, setting, name, until, say)
-        judge(rows_found)
-        run.rows += rows_found
-        save(run)
+        for found in _measurement(ask, setting, name, until, say):
+            judge(found)
+            run.rows += found
+            save(run)
     return run
 
 
-def _measurement(ask: Ask, setting: Setting, name: str, until: float, say: Say) -> list[Row]:
+def _measurement(ask: Ask, setting: Setting, name: str, until: float, say: Say) -> Iterator[list[Row]]:
+    """The rows of each part, as soon as it is measured."""
     cases = ask.cases(name)
     if name == "submit" and ask.cpu:
-        return _submit_idle(ask, cases, say)
-    rows: list[Row] = []
-    for index, case in enumerate(cases):
-        if time.monotonic() > until:
-            rows.append(Row(name, case, "all", reason="the time budget was spent"))
+        yield _submit_idle(ask, cases, say)
+        return
+    parts = [(case, forward) for case in cases for forward in _forwards(ask, name)]
+    took = 0.0
+    for index, (case, forward) in enumerate(parts):
+        began = time.monotonic()
+        if began + took > until:
+            yield [Row(name, case, "all", forward=forward, reason="the time budget was spent")]
             continue
         try:
-            found = _one_case(ask, setting, name, case)
+            found = _part(ask, setting, name, case, forward)
         except Exception as error:  # a case that cannot be set up is a row with a reason
-            found = [Row(name, case, "all", reason=reason_of(error))]
-        rows += found
-        say(_line(name, case, found), index + 1, len(cases))
-    return rows
+            found = [Row(name, case, "all", forward=forward, reason=reason_of(error))]
+        took = time.monotonic() - began
+        yield found
+        say(_line(name, case, found), index + 1, len(parts))
 
 
-def _one_case(ask: Ask, setting: Setting, name: str, case: Case) -> list[Row]:
+def _forwards(ask: Ask, name: str) -> Sequence[str | None]:
+    """The forwards of which each is a part of its own: those of ``sustained`` take a minute or two."""
+    return chosen(ask.stand_ins) if name == "sustained" else [None]
+
+
+def _part(ask: Ask, setting: Setting, name: str, case: Case, forward: str | None) -> list[Row]:
     if name == "interference":
         return interference(setting, case, ask.stand_ins)
-    if name == "sustained":
-        return sustained(setting, case, ask.stand_ins, ask.seconds)
+    if forward is not None:
+        return sustained(setting, case, forward, ask.seconds)
     if name == "submit":
         return submit(setting, case)
     return MEASURED[name](setting, case)

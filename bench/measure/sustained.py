@@ -63,29 +63,29 @@ class _TorchIds:
         self._host[step % 2].copy_(self._ids[step % 2], non_blocking=True)
 
 
-def sustained(
-    setting: Setting, case: Case, only: tuple[str, ...] | None = None, seconds: float = SECONDS
-) -> list[Row]:
-    """Every pattern beside every contender.
+def chosen(only: tuple[str, ...] | None = None) -> list[str]:
+    """Names of the patterns, or of those whose first word is in ``only``."""
+    return [name for name in PATTERNS if only is None or name.split()[0] in only]
+
+
+def sustained(setting: Setting, case: Case, name: str, seconds: float = SECONDS) -> list[Row]:
+    """A pattern beside every contender.
 
     Args:
-        only: the first words of patterns' names.
+        setting: of the run.
+        case: its tokens are the pattern's.
+        name: of the pattern.
         seconds: of a loop; on a CPU the fewest cycles.
     """
     on_cpu = setting.device.where == "cpu"
-    rows: list[Row] = []
-    forwards = _forwards(setting.device)
-    for name, pattern in PATTERNS.items():
-        if only is not None and name.split()[0] not in only:
-            continue
-        if on_cpu:
-            pattern = tuple(replace(step, tokens=max(1, step.tokens // _CPU_SHARE)) for step in pattern)
-        pattern = whole_pages(pattern, case.page_size)
-        cycle_s = sum(step.ms for step in pattern) / 1e3
-        cycles = LEAST_CYCLES if on_cpu else max(LEAST_CYCLES, math.ceil(seconds / cycle_s))
-        largest = max(step.tokens for step in pattern)
-        rows += _pattern(setting, replace(case, tokens=largest), name, pattern, cycles, forwards)
-    return rows
+    pattern = PATTERNS[name]
+    if on_cpu:
+        pattern = tuple(replace(step, tokens=max(1, step.tokens // _CPU_SHARE)) for step in pattern)
+    pattern = whole_pages(pattern, case.page_size)
+    cycle_s = sum(step.ms for step in pattern) / 1e3
+    cycles = LEAST_CYCLES if on_cpu else max(LEAST_CYCLES, math.ceil(seconds / cycle_s))
+    largest = max(step.tokens for step in pattern)
+    return _pattern(setting, replace(case, tokens=largest), name, pattern, cycles, _forwards(setting.device))
 
 
 def _pattern(

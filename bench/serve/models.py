@@ -58,8 +58,12 @@ MLAHEAVY: dict[str, Any] = {
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
-    # No layer has experts.
+    # No layer has experts. SGLang reads what it would need of them all the same, and transformers' class for
+    # this model has no default for the last two.
     "first_k_dense_replace": 27,
+    "num_experts_per_tok": 6,
+    "moe_layer_freq": 1,
+    "scoring_func": "softmax",
     "vocab_size": 512,
     "max_position_embeddings": 40960,
     "initializer_range": 0.1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -91,7 +92,7 @@ class CellResult:
 
     def problems(self) -> list[str]:
         """What must not be: servers that did not start, errors, and outputs that differ or do not differ."""
-        found = [f"{name}: {arm.problem.splitlines()[0]}" for name, arm in self.arms.items() if arm.problem]
+        found = [f"{name}: {_in_one_line(arm.problem)}" for name, arm in self.arms.items() if arm.problem]
         for each in self.sums():
             where = f"{each.arm}, {each.workload}"
             if each.errors:
@@ -101,6 +102,18 @@ class CellResult:
                 found.append(f"{where}: no round was finished")
             found += [f"{where}: {why}" for why in _wrong_outputs(each)]
         return found
+
+
+_EXCEPTION = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|Timeout|Failed)\b(?:: .*)?")
+"""The line that ends a traceback; or what names an exception in a line of a log."""
+
+
+def _in_one_line(problem: str) -> str:
+    """What failed, and of the server's last lines the one that says why: an exception's, else the last."""
+    what, *log = (line.strip() for line in problem.splitlines())
+    why = next((line for line in reversed(log) if _EXCEPTION.match(line)), None)
+    why = why or next((line for line in reversed(log) if _EXCEPTION.search(line)), log[-1] if log else None)
+    return what if why is None else f"{what}: {why}"
 
 
 def _wrong_outputs(each: Sum) -> list[str]:

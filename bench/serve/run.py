@@ -16,7 +16,7 @@ from typing import Any
 
 from sglang_hicache.bench import serving, tiny_model
 from sglang_hicache.bench.identity import plugin_state
-from sglang_hicache.bench.serve import public, scrape, workloads
+from sglang_hicache.bench.serve import models, public, scrape, workloads
 from sglang_hicache.bench.serve.account import Turn, turn_of
 from sglang_hicache.bench.serve.arms import NONE, Cell, server_args, server_env
 from sglang_hicache.bench.serve.load import Loaded, ask
@@ -199,7 +199,9 @@ def _start(
 def _engine_env(cell: Cell, logs: Path) -> dict[str, str]:
     if not cell.cpu_engine:
         return {}
-    return {**serving.cpu_engine_env(logs / "libcuda"), **tiny_model.environment()}
+    # Its variables leave out every other architecture.
+    tiny = tiny_model.environment() if cell.model.name == models.TINY else {}
+    return {**serving.cpu_engine_env(logs / "libcuda"), **tiny}
 
 
 def _load_group(

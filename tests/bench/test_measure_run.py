@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from sglang_hicache.bench.measure.contenders import names
 from sglang_hicache.bench.measure.devices import TimedCpu
 from sglang_hicache.bench.measure.one_write import Setting, bandwidth
 from sglang_hicache.bench.measure.patterns import PATTERNS
-from sglang_hicache.bench.measure.results import METRICS, WRONG, Row, Run
+from sglang_hicache.bench.measure.results import METRICS, WRONG, Row, Run, Spread, load, save
 from sglang_hicache.bench.measure.stand_ins import StandIn
 from sglang_hicache.bench.measure.suite import GRIDS, WEIGHTS, Ask, measure
 from sglang_hicache.bench.measure.sustained import CONTENDERS
@@ -148,6 +150,43 @@ def test_cases_beyond_the_time_budget_are_rows_that_say_so() -> None:
     run = measure(Ask(("latency",), cpu=True, only=small, budget_s=0), lambda *_: None)
     assert len(run.rows) == 4
     assert all(row.reason == "the time budget was spent" for row in run.rows)
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """A clock, and parts that take seconds of it: by pattern, else 10."""
+    now, takes = [0.0], {"mixed": 10.0}
+
+    def part(ask: Ask, setting: Setting, name: str, case: Case, forward: str | None) -> list[Row]:
+        now[0] += takes.get(str(forward), 10.0)
+        if now[0] > takes.get("killed at", math.inf):
+            raise KeyboardInterrupt
+        return [Row(name, case, "auto", forward=forward, metrics={"kept_gb_per_s": Spread.of([1.0])})]
+
+    monkeypatch.setattr(suite, "_part", part)
+    monkeypatch.setattr(suite.time, "monotonic", lambda: now[0])
+    return takes
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("name", [name for name in GRIDS if name != "submit"])
+def test_who_is_killed_loses_the_part_that_ran(name: str, parts: dict[str, float], tmp_path: Path) -> None:
+    parts["killed at"] = 35  # in the fourth
+    small = {"models": ("tiny",), "tokens": (32,), "page_sizes": (1, 2, 4, 8)}
+    with pytest.raises(KeyboardInterrupt):
+        measure(Ask((name,), cpu=True, only=small), lambda *_: None, lambda run: save(run, tmp_path) and None)
+    saved = load(tmp_path / "bench.json")
+    assert [bool(row.metrics) for row in saved.rows] == [True] * 3
+
+
+@pytest.mark.usefixtures("tiny")
+def test_patterns_that_the_time_budget_does_not_hold_are_rows_that_say_so(parts: dict[str, float]) -> None:
+    parts["prefill 25 ms"] = 30.0
+    small = {"models": ("tiny",), "page_sizes": (4, 8)}
+    # 10, 10, 30, 10 s for each page; after 90 s the third of page 8 has taken 30 s, which is more than is left.
+    run = measure(Ask(("sustained",), cpu=True, only=small, budget_s=115), lambda *_: None)
+    assert [row.forward for row in run.rows] == [*PATTERNS, *PATTERNS]
+    assert [row.reason for row in run.rows] == [None] * 7 + ["the time budget was spent"]
 
 
 @pytest.mark.usefixtures("tiny")

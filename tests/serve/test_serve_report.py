@@ -20,6 +20,7 @@ from sglang_hicache.bench.serve.arms import Cell
 from sglang_hicache.bench.serve.models import Model
 from sglang_hicache.bench.serve.result import CPU_WATERMARK, ArmFacts, CellResult, Result
 from sglang_hicache.bench.serve.scrape import Written
+from sglang_hicache.bench.serving import ServerError
 
 MODEL = Model("deepseek-v2-lite", "/somewhere/of/this/machine/deepseek-v2-lite", 512)
 
@@ -139,9 +140,41 @@ def test_problems_are_found() -> None:
     cell.turns.append(turn("kernel", 2, errors=1, first_error="HTTP 500"))
     cell.turns.append(turn("direct", 2, workload="prefill", cut=True))
     assert [text.removeprefix("a-cell-page64: ") for text in found.problems()] == [
-        "hybrid: it died",
+        "hybrid: it died: at line 3",
         "kernel, chat: 1 requests failed, the first: HTTP 500",
         "direct, prefill: no round was finished",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("log", "why"),
+    [
+        (
+            [
+                '  File "deepseek_v2.py", line 2791, in _is_layer_sparse',
+                "AttributeError: 'DeepseekV2Config' object has no attribute 'moe_layer_freq'",
+                "[2026-11-26 14:50:50] Received sigquit from a child process.",
+                "[2026-11-26 14:50:50] kill_process_tree called: parent_pid=8524",
+            ],
+            "AttributeError: 'DeepseekV2Config' object has no attribute 'moe_layer_freq'",
+        ),
+        (
+            ["torch.OutOfMemoryError: CUDA out of memory.", "[rank0] exits"],
+            "torch.OutOfMemoryError: CUDA out of memory.",
+        ),
+        (
+            ["[14:50] Scheduler hit an exception: ValueError: no room", "killed"],
+            "[14:50] Scheduler hit an exception: ValueError: no room",
+        ),
+        (["loading", "Killed"], "Killed"),
+    ],
+)
+def test_a_server_that_did_not_start_says_why_in_one_line(log: list[str], why: str) -> None:
+    found = a_result()
+    error = ServerError("starting the server", "the server's process ended with status -9", log)
+    found.cells[0].arms["hybrid"].problem = str(error)
+    assert found.problems() == [
+        "a-cell-page64: hybrid: starting the server: the server's process ended with status -9: " + why
     ]
 
 
