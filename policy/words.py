@@ -160,7 +160,9 @@ def _route_sentence(route: WriteRoute) -> str:
 
 def _for_what(backend: str) -> str:
     return {
-        "hybrid": "for the last gather within GPU memory, not for the copy to the host",
+        "hybrid": (
+            "for the last gather within GPU memory, not for the copy to the host unless writes outrun it"
+        ),
         "fenced_kernel": "for the whole of the last transfer to the host",
     }.get(backend, "for the backend's last work on the SMs")
 

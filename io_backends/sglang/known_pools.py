@@ -119,8 +119,7 @@ def label_of(host_pool: Any) -> str:
 
 def _fingerprint(host_pool: Any) -> tuple[int, ...]:
     """Changes when a pool's memory does: a described geometry holds raw addresses."""
-    rows = getattr(host_pool, "device_k_buffers", None) or getattr(host_pool, "device_kv_buffers", None)
-    return (
-        *(buffer.data_ptr() for buffer in host_buffers(host_pool)),
-        rows[0].data_ptr() if rows else 0,
-    )
+    # SGLang replaces the rows of all layers together: the first and the last tell.
+    rows = [getattr(host_pool, f"device_{name}_buffers", None) or () for name in ("k", "v", "kv")]
+    ends = [each for layers in rows if layers for each in (layers[0], layers[-1])]
+    return tuple(buffer.data_ptr() for buffer in (*host_buffers(host_pool), *ends))

@@ -151,6 +151,11 @@ def _refuse_what_is_not_covered(config: Any, name: str) -> None:
         raise RefusedError(
             f"--enable-pdmux runs forwards on streams that the fences do not know; {advice}, or leave it out"
         )
+    if getattr(config, "enable_hisparse", False):
+        raise RefusedError(
+            "--enable-hisparse copies rows to the host by SGLang's SM kernel on streams of its own, past the "
+            f"fences; {advice}, or leave it out"
+        )
 
 
 def _refuse_layout(name: str, decision: Decision, layout: str) -> None:

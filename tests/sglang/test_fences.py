@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stand_in_scheduler import scheduler
 
+from sglang_hicache.io_backends.sglang import resolution
+from sglang_hicache.io_backends.sglang.errors import RefusedError
 from sglang_hicache.io_backends.sglang.fences import Fences, forwards_of
 
 EXTEND, DECODE = frozenset({"extend"}), frozenset({"decode"})
@@ -184,3 +186,14 @@ def test_what_a_batch_launches(
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     assert forwards_of(ForwardMode[mode], speculative=speculative) == expected
+
+
+@pytest.mark.parametrize("option", ["use_ray", "enable_pdmux", "enable_hisparse"])
+def test_what_would_pass_the_fences_is_refused(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    monkeypatch.setattr(resolution, "unavailable", lambda device: None)
+    config = SimpleNamespace(device="cuda", **{option: True})
+    with pytest.raises(RefusedError, match="--" + option.replace("_", "-")) as refused:
+        resolution._refuse_what_is_not_covered(config, "auto")
+    assert "start with --hicache-io-backend kernel" in str(refused.value)
+    setattr(config, option, False)
+    resolution._refuse_what_is_not_covered(config, "auto")

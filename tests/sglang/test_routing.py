@@ -703,14 +703,26 @@ class TestInstances:
         assert "raise staging_mb" in writeback.pools.fallbacks()[0]
 
 
-@pytest.mark.parametrize("part", ["host", "device"])
-def test_a_pool_whose_memory_changed_is_looked_at_again(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", ["host", "k", "v", "kv"])
+@pytest.mark.parametrize("at", [0, -1])
+def test_a_pool_whose_memory_changed_is_looked_at_again(
+    part: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its geometry holds raw addresses, of host memory and of device rows."""
     monkeypatch.undo()
-    buffers = {"host": [SimpleNamespace(data_ptr=lambda: 1)], "device": [SimpleNamespace(data_ptr=lambda: 2)]}
-    monkeypatch.setattr(known_pools, "host_buffers", lambda pool: buffers["host"])
-    pool = SimpleNamespace(device_k_buffers=buffers["device"])
-    before = known_pools._fingerprint(pool)
-    assert known_pools._fingerprint(pool) == before
-    buffers[part][0].data_ptr = lambda: 3
-    assert known_pools._fingerprint(pool) != before
+    addresses = {name: [index * 10, index * 10 + 1] for index, name in enumerate(("host", "k", "v", "kv"), 1)}
+
+    def buffers(name: str) -> list[Any]:
+        return [SimpleNamespace(data_ptr=lambda value=value: value) for value in addresses[name]]
+
+    monkeypatch.setattr(known_pools, "host_buffers", lambda pool: buffers("host"))
+    names = ("k", "v") if part != "kv" else ("kv",)
+
+    def fingerprint() -> tuple[int, ...]:
+        pool = SimpleNamespace(**{f"device_{name}_buffers": buffers(name) for name in names})
+        return known_pools._fingerprint(pool)
+
+    before = fingerprint()
+    assert fingerprint() == before
+    addresses[part][at] += 5
+    assert fingerprint() != before
