@@ -42,8 +42,8 @@ def speed_table(found: Result, workload: str = "chat") -> str:
     shape = cells[0].workloads[workload]
     lines = [
         f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}, torch {machine['torch']}, "
-        f"SGLang {machine['sglang']}, {machine['date'][:10]}. Model {cells[0].cell['model']['name']}, one GPU, `"
-        f"{cells[0].cell['mem_layout']}`, {' '.join(cells[0].cell['more'][:2])}; {shape['says']}; "
+        f"SGLang {machine['sglang']}, {machine['date'][:10]}. Model {cells[0].cell['model']['name']}, "
+        f"one GPU, `{cells[0].cell['mem_layout']}`, {' '.join(cells[0].cell['more'][:2])}; {shape['says']}; "
         f"{' or '.join(map(str, rounds))} rounds.",
         "",
         markdown_row(["write-back", *(f"{page}: {what}" for page in pages for what in _COLUMNS)]),

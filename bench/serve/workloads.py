@@ -210,8 +210,8 @@ def warm_up(workload: Workload, tokens: int = 0, conversations: int = 4, turns: 
     Args:
         workload: all of it.
         tokens: distinct tokens that are wanted of it, as far as it has them: with those of the host pool
-            every row of both tiers is used once, under load of the kind that is measured. 0: only enough that all
-            has been compiled.
+            every row of both tiers is used once, under load of the kind that is measured. 0: only enough that
+            all has been compiled.
         conversations, turns: of each lane where ``tokens`` is 0.
     """
     if not tokens:
