@@ -367,6 +367,21 @@ def test_it_is_missed_through_another_file_of_yours_too(machine: Path, tmp_path:
     assert lost_here(found, Facts.given(gpu_arch="sm80"), backend="auto") == ("decode",)
 
 
+def test_no_loss_is_of_a_write_that_cannot_be():
+    """A write of no entries has no bytes in each."""
+    use = {"backend": "fenced_kernel", "fence_forward": []}
+
+    def of(**when: Any) -> Policy:
+        rules = [{"name": "r", "when": when, "use": use, "because": "m"}] if when else []
+        fenced = {"backend": "fenced_kernel", "fence_forward": ["extend"]}
+        return policy({"version": 1, "rules": rules, "default": {"use": fenced, "because": "m"}})
+
+    # Of the writes that wait below there is only the empty one, and that is in no rule above.
+    assert list(losses(of(write_entries=">=1"), of(write_entry_bytes=2048))) == []
+    (loss,) = losses(of(write_entries=">=2"), of(write_entry_bytes=2048))
+    assert loss.write == {"write_entries": 1, "write_entry_bytes": 2048}
+
+
 def test_what_only_some_writes_lose_here_is_lost():
     trtllm = Facts.given(gpu_arch="sm103", attention_backend="trtllm_mha", speculative="none")
     mine = load_policy_text(extending(TAKES["Blackwell shadowed for some writes"][0]), "p.yaml")
