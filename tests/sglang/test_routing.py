@@ -479,7 +479,6 @@ class TestRoutes:
         assert kernel.given == []
         assert [(list(each[0]), each[2]) for each in host.copied] == [([8, 9], True)]
 
-
     def test_its_copy_waits_for_the_move_of_its_indices(self) -> None:
         """Moving them is work on the current stream."""
         kernel = Named("kernel", upstream=True)
@@ -495,7 +494,8 @@ class TestRoutes:
         ours, host = Named("ours"), HostPool()
         write = Write(one_route(ours), host, "direct")
         write.as_sglang_moves = True
-        write.device_pool = SimpleNamespace(host_transfer_translate=(lambda rows: rows) if translates else None)
+        translate = (lambda rows: rows) if translates else None
+        write.device_pool = SimpleNamespace(host_transfer_translate=translate)
         write(indices(8, 9))
         assert [len(ours.given), len(host.copied)] == ([0, 1] if translates else [1, 0])
 
