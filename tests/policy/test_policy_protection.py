@@ -382,6 +382,34 @@ def test_no_loss_is_of_a_write_that_cannot_be():
     assert loss.write == {"write_entries": 1, "write_entry_bytes": 2048}
 
 
+def _document(*rules: dict[str, Any], fence: list[str]) -> Policy:
+    named = [{"name": f"r{nth}", "because": "m", **rule} for nth, rule in enumerate(rules)]
+    default = {"use": {"backend": "hybrid", "fence_forward": fence}, "because": "m"}
+    return policy({"version": 1, "rules": named, "default": default})
+
+
+def test_a_backend_that_does_not_run_hides_no_loss():
+    """A rule on `attention_backend` asks for verification only where something speculates."""
+    verify = {"verify_attention_backend": "fa3"}
+    fenced, free = ({"backend": "hybrid", "fence_forward": each} for each in (["extend"], []))
+    below = _document({"when": verify, "use": fenced}, fence=[])
+    above = _document(
+        {"when": {"attention_backend": "fa3"}, "use": fenced}, {"when": verify, "use": free}, fence=[]
+    )
+    found = list(losses(below, above))
+    assert found
+    assert all(shown_by_deciding(loss, below, above) for loss in found)
+
+
+def test_a_version_that_is_none_is_compared_too():
+    free = {"backend": "hybrid", "fence_forward": []}
+    rules = [{"when": {"sgl_kernel": each}, "unknown": "match", "use": free} for each in ("==0.4", "!=0.4")]
+    below, above = _document(*rules, fence=["extend"]), _document(fence=[])
+    (loss,) = losses(below, above)
+    assert loss.facts == {"sgl_kernel": "not a version"}
+    assert shown_by_deciding(loss, below, above)
+
+
 def test_what_only_some_writes_lose_here_is_lost():
     trtllm = Facts.given(gpu_arch="sm103", attention_backend="trtllm_mha", speculative="none")
     mine = load_policy_text(extending(TAKES["Blackwell shadowed for some writes"][0]), "p.yaml")
