@@ -62,6 +62,7 @@ class Classes:
         values: by fact, and by write condition, one value of each class; None stands for unknown, and is the
             last.
         no_speculation: for each class of ``speculative``, whether it is known that nothing speculates.
+        no_bytes: the class of ``write_entry_bytes`` that a write of no entries is in; None without one.
     """
 
     def __init__(self, rules: Iterable[Rule]) -> None:
@@ -73,6 +74,7 @@ class Classes:
                 for name in FORWARDS_OF if key == _EITHER else (key,):
                     tested.setdefault(name, {})[condition, key in tolerated] = None
         self.values: dict[str, tuple[FactValue, ...]] = {}
+        self.no_bytes: int | None = None
         for name, tests in tested.items():
             conditions = [condition for condition, _ in tests]
             candidates = list(dict.fromkeys(_candidates(name, conditions)))
@@ -86,6 +88,9 @@ class Classes:
                     (*alike, value is None, value == NO_SPECULATION and name == _SPECULATIVE), value
                 )
             self.values[name] = tuple(classes.values())
+            if name == "write_entry_bytes":
+                alike = tuple(_holds(condition, unknown, 0) for condition, unknown in tests)
+                self.no_bytes = list(classes).index((*alike, False, False))
         self.no_speculation = tuple(value == NO_SPECULATION for value in self.values[_SPECULATIVE])
 
     def compile(self, chosen: Rule | Default) -> CompiledRule:

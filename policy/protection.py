@@ -70,6 +70,7 @@ class _Comparison:
     def __init__(self, below: Policy, above: Policy) -> None:
         classes = Classes([*below.rules, *above.rules])
         self._values, self._no_speculation = classes.values, classes.no_speculation
+        self._no_bytes = classes.no_bytes
         self._speculating = Literal("speculative", tuple(not each for each in self._no_speculation), False)
         chosen: list[Rule | Default] = [*below.rules, below.default, *above.rules, above.default]
         compiled = {id(each): classes.compile(each) for each in chosen}
@@ -164,6 +165,8 @@ class _Comparison:
         """
         old, new = self._below[at], self._above[to]
         self._count(at + to)
+        if not self._is_a_write(state):
+            return None
         branch: tuple[Literal, bool] | None = None
         for rule, value in self._wanted(at, to):
             answer = self._rule(rule, state)
@@ -181,6 +184,14 @@ class _Comparison:
             if (found := self._one_write(at, to, may, {**state, branch[0].variable: index})) is not None:
                 return found
         return None
+
+    def _is_a_write(self, state: dict[str, int]) -> bool:
+        """Whether a write can be so: one of no entries has no bytes in each (`WriteFacts.entry_bytes`)."""
+        if not state.keys() >= {"write_entries", "write_entry_bytes"}:
+            return True
+        # A class that stands for more than 0 shows another of its numbers.
+        none = self._values["write_entries"][state["write_entries"]] == 0
+        return not none or state["write_entry_bytes"] == self._no_bytes
 
     def _ordered(self, literal: Literal, wanted: bool) -> list[int]:
         """The classes of its fact, those first that lead to what is wanted: they make the better example."""

@@ -155,6 +155,17 @@ def test_fenced_kernel_calls_sglangs_kernel_and_records_its_end_after_it() -> No
     assert device.log == [("kernel", "d2h", 1), ("record", "d2h", done.sm_done)]
 
 
+def test_fenced_kernel_takes_no_more_blocks_than_its_option_says() -> None:
+    pool = make_pool("layer_first", layers=2, page_size=4, row_bytes=(16, 16))
+    asked: list[dict[str, int]] = []
+    transfer = replace(
+        transfer_of(pool, np.arange(8), np.arange(8), ()), upstream_copy=lambda **limits: asked.append(limits)
+    )
+    for options in ({"block_quota": 4}, {}):
+        make("fenced_kernel", RecordingDevice(name="cuda"), **options).submit(transfer, "d2h")
+    assert asked == [{"block_quota": 4}, {}]
+
+
 FORWARD, SCHEDULE = NamedEvent("forward", -1), NamedEvent("schedule", -2)
 LATER = NamedEvent("forward", -3)
 """Recorded when another forward has been launched."""
@@ -370,6 +381,18 @@ class TestWriteLargerThanTheRing:
         hybrid.assert_copied()
         later = [entry for entry in hybrid.device.log[before:] if entry[1] == GATHER]
         assert later[0] == ("wait", GATHER, LATER)
+
+    def test_what_waits_is_what_is_not_enqueued(self) -> None:
+        hybrid = Hybrid()
+        backend: Any = hybrid.backend
+        first, second = hybrid.submit(64, wait=True), hybrid.submit(7, wait=True)
+        gathered = sum(entry[2] for entry in hybrid.device.log if entry[0] == "gather")
+        assert 0 < gathered < 64
+        assert backend.waiting_bytes == (64 - gathered + 7) * hybrid.pool.geometry.bytes_per_token
+        first.pending.advance((LATER,), wait=True)
+        assert backend.waiting_bytes == 7 * hybrid.pool.geometry.bytes_per_token
+        second.pending.advance((LATER,), wait=True)
+        assert backend.waiting_bytes == 0
 
     def test_a_second_write_queues_behind_the_first(self) -> None:
         hybrid = Hybrid()

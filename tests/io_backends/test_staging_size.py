@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -74,6 +75,20 @@ def test_it_takes_a_quarter_of_what_is_free_at_most_and_two_units_at_least(token
     assert bounded.nbytes <= max(-(-(free // FREE_SHARE) // MIB) * MIB, LEAD_BYTES)
     assert ring_units(pool, bounded.nbytes) >= 2
     assert ("held to a quarter" in bounded.because) == (bounded.nbytes < unbounded.nbytes)
+
+
+@pytest.mark.parametrize(("layout", "page"), [("page_first", 1), ("page_first_direct", 4)])
+@pytest.mark.parametrize("components", [1, 2])
+def test_two_units_fit_however_large_they_are_and_little_is_free(
+    layout: str, page: int, components: int
+) -> None:
+    """Else no write of the pool could go through a ring that nobody chose the size of."""
+    small = make_pool(layout, layers=2, page_size=page, row_bytes=(16,) * components).geometry
+    row = 64 * MIB // small.layers // page // components  # 64 MiB a unit: no byte to spare for padding
+    wide = tuple(replace(each, row_bytes=row, device_row_stride=row) for each in small.components)
+    pool = replace(small, components=wide)
+    for free in (0, 256 * MIB, 2**30):
+        assert ring_units(pool, staging_size([pool], 8192, free).nbytes) >= 2
 
 
 def test_qwen3_8b_and_chunks_of_8192_tokens() -> None:

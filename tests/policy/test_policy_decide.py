@@ -346,6 +346,7 @@ def test_each_write_takes_the_first_route_that_holds():
         "writes of under 128 tokens and in more than one run of host slots",
         None,
     ]
+    assert decision.considered[-1].reason == "no rule before it takes every write"
 
 
 def test_a_write_is_known_by_its_host_indices():

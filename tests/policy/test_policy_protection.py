@@ -352,6 +352,84 @@ def test_a_fence_that_the_machine_file_adds_is_missed_too(machine: Path):
     assert any("rule 'm' of the machine file" in str(warning) for warning in warnings(mine))
 
 
+def test_it_is_missed_through_another_file_of_yours_too(machine: Path, tmp_path: Path):
+    rule = "{name: m, when: {gpu_arch: sm80}, use: {backend: hybrid, fence_forward: [decode]}, because: m}"
+    machine.write_text(extending(rule))
+    (tmp_path / "site.yaml").write_text(
+        extending("{name: s, when: {gpu_arch: sm86}, use: {backend: hybrid}, because: s}")
+    )
+    path = tmp_path / "p.yaml"
+    mine = extending(rule.replace("[decode]", "[]").replace("name: m", "name: n"))
+    path.write_text(mine.replace("extends: default", "extends: site.yaml"))
+    found = load_policy(path)
+    assert [each.name for each in found.rules[:3]] == ["n", "s", "m"]
+    assert any("rule 'm' of the machine file" in str(warning) for warning in warnings(found))
+    assert lost_here(found, Facts.given(gpu_arch="sm80"), backend="auto") == ("decode",)
+
+
+def test_no_loss_is_of_a_write_that_cannot_be():
+    """A write of no entries has no bytes in each."""
+    use = {"backend": "fenced_kernel", "fence_forward": []}
+
+    def of(**when: Any) -> Policy:
+        rules = [{"name": "r", "when": when, "use": use, "because": "m"}] if when else []
+        fenced = {"backend": "fenced_kernel", "fence_forward": ["extend"]}
+        return policy({"version": 1, "rules": rules, "default": {"use": fenced, "because": "m"}})
+
+    # Of the writes that wait below there is only the empty one, and that is in no rule above.
+    assert list(losses(of(write_entries=">=1"), of(write_entry_bytes=2048))) == []
+    (loss,) = losses(of(write_entries=">=2"), of(write_entry_bytes=2048))
+    assert loss.write == {"write_entries": 1, "write_entry_bytes": 2048}
+
+
+def _document(*rules: dict[str, Any], fence: list[str]) -> Policy:
+    named = [{"name": f"r{nth}", "because": "m", **rule} for nth, rule in enumerate(rules)]
+    default = {"use": {"backend": "hybrid", "fence_forward": fence}, "because": "m"}
+    return policy({"version": 1, "rules": named, "default": default})
+
+
+def test_a_backend_that_does_not_run_hides_no_loss():
+    """A rule on `attention_backend` asks for verification only where something speculates."""
+    verify = {"verify_attention_backend": "fa3"}
+    fenced, free = ({"backend": "hybrid", "fence_forward": each} for each in (["extend"], []))
+    below = _document({"when": verify, "use": fenced}, fence=[])
+    above = _document(
+        {"when": {"attention_backend": "fa3"}, "use": fenced}, {"when": verify, "use": free}, fence=[]
+    )
+    found = list(losses(below, above))
+    assert found
+    assert all(shown_by_deciding(loss, below, above) for loss in found)
+
+
+def test_a_version_that_is_none_is_compared_too():
+    free = {"backend": "hybrid", "fence_forward": []}
+    rules = [{"when": {"sgl_kernel": each}, "unknown": "match", "use": free} for each in ("==0.4", "!=0.4")]
+    below, above = _document(*rules, fence=["extend"]), _document(fence=[])
+    (loss,) = losses(below, above)
+    assert loss.facts == {"sgl_kernel": "not a version"}
+    assert shown_by_deciding(loss, below, above)
+
+
+def test_what_only_some_writes_lose_here_is_lost():
+    trtllm = Facts.given(gpu_arch="sm103", attention_backend="trtllm_mha", speculative="none")
+    mine = load_policy_text(extending(TAKES["Blackwell shadowed for some writes"][0]), "p.yaml")
+    assert lost_here(mine, trtllm, backend="auto") == ("extend", "decode")
+
+
+def test_writes_that_never_waited_lose_nothing_here(machine: Path):
+    """The machine's file makes forwards wait for some writes, and yours is about another GPU."""
+    rule = (
+        "{name: m, when: {gpu_arch: sm80, write_tokens: '>=64'}, use: {backend: hybrid, fence_forward: "
+        "[decode]}, because: m}"
+    )
+    machine.write_text(extending(rule))
+    other = "{name: n, when: {gpu_arch: sm86}, use: {backend: hybrid}, because: n}"
+    known = Facts.given(gpu_arch="sm80", attention_backend="triton", speculative="none")
+    assert lost_here(load_policy_text(extending(other), "p.yaml"), known, backend="auto") == ()
+    shadow = rule.replace("[decode]", "[]").replace("name: m", "name: n")
+    assert lost_here(load_policy_text(extending(shadow), "p.yaml"), known, backend="auto") == ("decode",)
+
+
 def test_what_is_too_much_to_compare_is_refused(machine: Path):
     many = [
         f"{{name: m{n}, when: {{page_size: '{n + 1},'}}, use: {{backend: hybrid}}, because: m}}".replace(

@@ -17,6 +17,7 @@ from test_pools import CASES, Pools, host_buffers, random_slots
 
 from sglang_hicache.io_backends import get_backend
 from sglang_hicache.io_backends.device.cuda import CudaDevice
+from sglang_hicache.io_backends.device.driver import CopyRefusedError
 from sglang_hicache.io_backends.sglang.fences import Fences
 from sglang_hicache.io_backends.sglang.routes import one_route
 from sglang_hicache.io_backends.sglang.runtime import Active
@@ -515,6 +516,60 @@ def test_indices_are_read_behind_the_work_that_makes_them(driver: Any, told: boo
         launch(gpu.default, lambda to=indices, new=values: to.copy_(new))
         made = device.record(device.current_stream()) if told else None
         assert device.host_values(indices, made).tolist() == values.tolist()
+
+
+class Strided(emulation.DeviceTensor):
+    """Indices that lie apart: packing them is work on the stream that is current."""
+
+    def is_contiguous(self, *_: Any) -> bool:
+        return False
+
+    def contiguous(self, *_: Any) -> Any:
+        packed = torch.zeros(self.shape, dtype=self.dtype).as_subclass(emulation.DeviceTensor)
+        values = self.as_subclass(torch.Tensor)
+        launch(virtual_cuda.current_stream(), lambda: packed.copy_(values))
+        return packed
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_strided_indices_are_packed_where_they_are_read(driver: Any, told: bool) -> None:
+    for seed in range(10):
+        virtual_cuda.reset(seed)
+        device = CudaDevice()
+        indices = torch.arange(1, 100).as_subclass(Strided)
+        made = device.record(device.current_stream()) if told else None
+        assert device.host_values(indices, made).tolist() == list(range(1, 100))
+
+
+def test_more_indices_than_the_buffer_takes(driver: Any) -> None:
+    virtual_cuda.reset(0)
+    device = CudaDevice()
+    for count in (100, 140_000, 300_000, 100):
+        values = torch.arange(count).flip(0)
+        assert device.host_values(values.as_subclass(emulation.DeviceTensor)).tolist() == values.tolist()
+
+
+def test_staging_is_no_other_tensors_any_more(driver: Any) -> None:
+    """Its memory may have been another tensor's, in work that is still queued."""
+    for seed in SEEDS:
+        gpu = virtual_cuda.reset(seed)
+        device = CudaDevice()
+        done: list[int] = []
+        for nth in range(100):
+            launch(gpu.default, lambda to=done, nth=nth: to.append(nth))
+        staging = device.allocate_staging(1000)
+        assert len(done) == 100
+        assert staging.address % 256 == 0
+
+
+def test_a_gather_is_not_captured_in_a_graph(driver: Any) -> None:
+    """Replayed, it would read what its indices' memory holds by then."""
+    world = World(0, "hybrid", [Pools("mha", "page_first", 16)], pages=4)
+    prepared = world.gpu.counts["gathers"]
+    driver.set("capturing", 1)
+    with pytest.raises(CopyRefusedError, match="graph is being captured"):
+        world.write()
+    assert world.gpu.counts["gathers"] == prepared
 
 
 def test_the_host_waits_for_indices_only_and_for_no_forward(driver: Any) -> None:

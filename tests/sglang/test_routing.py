@@ -145,6 +145,32 @@ def test_a_draft_pool_goes_the_way_of_its_target() -> None:
     pools = [SimpleNamespace(pool_label="kv"), SimpleNamespace(pool_label="draft")]
     both.pools.serve_alike(pools)
     assert [both.pools.serves(each) for each in pools] == [False, False]
+    # One that ours does not serve takes the other with it: there is one pair of index vectors for both.
+    some = WriteBack(device, one_route(Named(layouts=("page_first",))), fences(device))
+    pools = [HostPool("page_first"), HostPool("layer_first")]
+    some.pools.serve_alike(pools)
+    assert [some.pools.serves(each) for each in pools] == [False, False]
+    assert "shares its indices" in some.pools.fallbacks()[0]
+    some.pools.serve_alike(alike := [HostPool("page_first"), HostPool("page_first")])
+    assert [some.pools.serves(each) for each in alike] == [True, True]
+
+
+def test_a_draft_pools_indices_are_moved_as_its_targets_are(operation: SimpleNamespace) -> None:
+    """0.5.18 keeps the draft's pool apart, and submits it with the target's indices."""
+    target, draft = pool(ours=True), pool(ours=True)
+    controller = SimpleNamespace(
+        mem_pool_host=target,
+        mem_pool_host_draft=draft,
+        io_backend="kernel",
+        move_indices=lambda host, device: (f"moved {host}", device),
+    )
+    operation.pool_transfers = None
+    plain = router()
+    assert plain.move_write_operation(sglangs_own, controller, operation) == ("host", "device", None)
+    for each in (target, draft):
+        move = plain.move_of(each)
+        assert move is not None
+        assert move("host", "device", may_stage=False) == ("moved host", "device")
 
 
 class HostPool:
@@ -190,10 +216,10 @@ class Finish:
     """An event, as far as a completion uses it."""
 
     def __init__(self, enable_timing: bool = False) -> None:
-        pass
+        self.recorded_on: list[Any] = []
 
     def record(self, stream: Any = None) -> None:
-        pass
+        self.recorded_on.append(stream)
 
     def query(self) -> bool:
         return True
@@ -215,11 +241,14 @@ class Write:
             mem_pool_host=host, mem_pool_device=None, io_backend=io_backend, move_indices=self._move
         )
         self.host = host
+        self.device_pool: Any = None
         self.moves = 0
+        self.recorded_before_the_move = 0
         self.as_sglang_moves = False
 
     def _move(self, host: Any, device: Any) -> tuple[Any, Any]:
         self.moves += 1
+        self.recorded_before_the_move = len(self.device.recorded)
         return f"moved {host.tolist()}", device
 
     def __call__(self, host: Any, device: Any = None, pools: int = 1) -> Any:
@@ -229,9 +258,11 @@ class Write:
             self.writeback.move_write_operation(sglangs_own, self.controller, operation)
         else:
             host, device, _ = self.writeback.move_write_operation(sglangs_own, self.controller, operation)
-        engine = SimpleNamespace(device_to_host_stream=CpuStream(), io_backend=self.controller.io_backend)
-        transfers = [L2Transfer(self.host, None, host, device)] * pools
-        return self.writeback.submit(self.submission, engine, transfers)
+        self.engine = SimpleNamespace(
+            device_to_host_stream=CpuStream(), io_backend=self.controller.io_backend
+        )
+        transfers = [L2Transfer(self.host, self.device_pool, host, device)] * pools
+        return self.writeback.submit(self.submission, self.engine, transfers)
 
     @staticmethod
     def submission(engine: Any, transfers: Any) -> Any:
@@ -448,6 +479,54 @@ class TestRoutes:
         assert kernel.given == []
         assert [(list(each[0]), each[2]) for each in host.copied] == [([8, 9], True)]
 
+    def test_its_copy_waits_for_the_move_of_its_indices(self) -> None:
+        """Moving them is work on the current stream."""
+        kernel = Named("kernel", upstream=True)
+        write = Write(one_route(kernel), HostPool())
+        for _ in range(2):
+            write(indices(8, 9))
+            after = write.device.recorded[write.recorded_before_the_move :]
+            assert set(kernel.given[-1].ready) <= set(after)
+
+    @pytest.mark.parametrize("translates", [False, True])
+    def test_indices_that_sglang_translates_are_left_to_its_own_copy(self, translates: bool) -> None:
+        """On its transfer stream, for unified memory: before that they name other rows."""
+        ours, host = Named("ours"), HostPool()
+        write = Write(one_route(ours), host, "direct")
+        write.as_sglang_moves = True
+        translate = (lambda rows: rows) if translates else None
+        write.device_pool = SimpleNamespace(host_transfer_translate=translate)
+        write(indices(8, 9))
+        assert [len(ours.given), len(host.copied)] == ([0, 1] if translates else [1, 0])
+
+    def test_kernels_on_the_transfer_stream_come_before_another_pools_drain(self) -> None:
+        """Behind it, a forward that waits for them would wait for the link."""
+        order: list[str] = []
+        ours, kernel = Named("ours"), Named("kernel", upstream=True)
+        for backend in (ours, kernel):
+            backend.submit = lambda transfer, stream, name=backend.name: (  # type: ignore[method-assign]
+                order.append(name) or Submission(copies=1, nbytes=1, sm_done=object())
+            )
+        write = Write([Route(ours, frozenset(), long_entries), *one_route(kernel, ("decode",))], HostPool())
+        engine = SimpleNamespace(device_to_host_stream=CpuStream(), io_backend="kernel")
+        pools = {name: HostPool() for name in ("ours", "kernel", "upstream")}
+        pools["upstream"].backup_from_device_all_layer_physical = (  # type: ignore[method-assign]
+            lambda *_: order.append("upstream")
+        )
+        rows = {"ours": (8, 9, 10, 11), "kernel": (8, 10, 12, 14), "upstream": (8, 9)}
+        transfers = []
+        for name, host_pool in pools.items():
+            slots = indices(*rows[name])
+            if name == "upstream":
+                slots.is_cuda, host_pool.can_use_write_back_jit = True, False
+            write.controller.mem_pool_host = host_pool
+            operation = SimpleNamespace(host_indices=slots, device_indices=slots, pool_transfers=None)
+            moved = write.writeback.move_write_operation(sglangs_own, write.controller, operation)
+            transfers.append(L2Transfer(host_pool, None, *moved[:2]))
+        write.writeback.submit(write.submission, engine, transfers)
+        assert sorted(order[:2]) == ["kernel", "upstream"]
+        assert order[2:] == ["ours"]
+
 
 def test_sorting_is_loaded_with_a_pool_that_sglangs_kernel_may_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Any] = []
@@ -557,6 +636,42 @@ class TestWhatIsLeftForLater:
         assert [len(part.advanced) for part in backend.left[:3]] == tried
         assert backend.left[3].advanced
 
+    def test_an_earlier_write_that_fails_on_the_way_goes_the_same_way(self) -> None:
+        """A backend goes on with what is older first, and that is what fails."""
+        backend = Later()
+        write = Write(one_route(backend, ("decode",)), HostPool())
+        earlier, later = write(indices(8, 9), pools=2), write(indices(10, 11))
+        first, rest, last = backend.left
+
+        def fail(ready: tuple[Any, ...], *, wait: bool = False) -> Any:
+            first.failed = True
+            raise RuntimeError("cuMemcpyBatchAsync failed")
+
+        last.advance = fail  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="cuMemcpyBatchAsync failed"):
+            later.finish_event.synchronize()
+        assert rest.abandoned
+        assert last.abandoned
+        with pytest.raises(RuntimeError, match="half-way"):
+            earlier.finish_event.query()
+
+    def test_what_sglang_fails_at_behind_the_copies_ends_the_write_too(self) -> None:
+        """It frees the slots then."""
+        backend = Later()
+        write = Write(one_route(backend, ("decode",)), HostPool())
+
+        def submission(engine: Any, transfers: Any) -> Any:
+            Write.submission(engine, transfers)
+            raise RuntimeError("no event")
+
+        write.submission = submission  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="no event"):
+            write(indices(8, 9), pools=2)
+        assert [part.abandoned for part in backend.left] == [True, True]
+        assert write.writeback.fences.before_forward(frozenset({"decode"})) == 1
+        write.writeback.before_forward()
+        assert [part.advanced for part in backend.left] == [[], []]
+
     def test_after_a_reset_nothing_is_left(self) -> None:
         backend = Later()
         write = Write(one_route(backend, ("decode",)), HostPool())
@@ -658,6 +773,8 @@ class TestGauges:
             on_its_way=lambda _, oldest: said.append(oldest), wrote=lambda *_, **__: None
         )
         completion = write(indices(8, 9))
+        # An event that was never recorded reads as complete.
+        assert completion.finish_event.recorded_on == [write.engine.device_to_host_stream]
         assert said[0] > 0
         assert completion.finish_event.query()
         assert said[1:] == [0.0]
