@@ -32,7 +32,7 @@ from sglang_hicache.io_backends.geometry import PoolGeometry
 from sglang_hicache.io_backends.interface import OptionsError, Submission, Transfer
 from sglang_hicache.io_backends.staged_plan import PlannedChunk, WritePlan, plan_write
 from sglang_hicache.io_backends.staging import ANY_GAP, Ring
-from sglang_hicache.io_backends.staging_size import DEFAULT_STAGING_MB, staging_size
+from sglang_hicache.io_backends.staging_size import DEFAULT_STAGING_MB, least_staging, staging_size
 
 DEFAULT_GATHER_CTAS = 64
 """Thread blocks of the gather. An H100 gathers 134 MB in 320, 191, 134, 115 and 114 us with 16, 32, 64, 132
@@ -166,19 +166,41 @@ class HybridBackend:
         if self._size_was_asked_for or self._started:
             self._allocate()
 
-    def start(self, *, step_tokens: int, forwards_wait: bool) -> str | None:
+    def start(self, *, step_tokens: int, forwards_wait: bool, sharers: int = 1) -> str | None:
         """See :class:`~.interface.Backend`: allocates the ring, of the size that the server's steps want."""
         self._started = True
         if not self._pools:
             return None
-        asked = "asked for by staging_mb"
+        because = "asked for by staging_mb"
         if self._staging is None and not self._size_was_asked_for:
-            asked = "its default size where no forward waits"
+            because = "its default size where no forward waits"
             if forwards_wait:
-                size = staging_size(self._pools, step_tokens, self._device.memory_free())
-                self._ring, asked = Ring(size.nbytes, self._device.query), size.because
+                size = staging_size(self._pools, step_tokens, self._device.memory_free(), sharers)
+                self._ring, because = Ring(size.nbytes, self._device.query), size.because
+            because += self._allocate_what_there_is()
         self._allocate()
-        return f"hybrid stages {self._ring.nbytes / 2**20:,.0f} MiB in GPU memory: {asked}"
+        return f"hybrid stages {self._ring.nbytes / 2**20:,.0f} MiB in GPU memory: {because}"
+
+    def _allocate_what_there_is(self) -> str:
+        """Half of the size, and half of that, while there is no memory for it. Returns a word for the log.
+
+        Raises:
+            OptionsError: there is no memory for the smallest ring that works.
+        """
+        wanted, least = self._ring.nbytes, least_staging(self._pools)
+        while True:
+            try:
+                self._allocate()
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if self._ring.nbytes // 2 < least:
+                    raise OptionsError(
+                        f"no GPU memory is left for hybrid's staging ring ({self._ring.nbytes / 2**20:,.0f} MiB); "
+                        "lower --mem-fraction-static"
+                    ) from error
+                self._ring = Ring(self._ring.nbytes // 2, self._device.query)
+            else:
+                cut = self._ring.nbytes < wanted
+                return f", cut from {wanted / 2**20:,.0f} MiB for want of memory" if cut else ""
 
     def _allocate(self) -> Staging:
         if self._staging is None:
@@ -237,7 +259,8 @@ class HybridBackend:
     def abandon(self, write: _Write) -> None:
         """Forget what of ``write`` is not enqueued, and let its stream wait for what is.
 
-        Whoever gives its slots to others waits for that stream first.
+        After an error SGLang waits for that stream before it gives the slots to others. At a reset it does not:
+        there the write's completion is what it waits for, which follows that stream.
         """
         write.drop()
         if write in self._waiting:

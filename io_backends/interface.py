@@ -135,10 +135,10 @@ class Backend(Protocol):
     A backend that has an attribute ``upstream_indices`` which is true gets indices moved as SGLang's own copy
     wants them (host indices on the GPU, or device indices on the host), and calls ``upstream_copy``.
     One that has ``staging_bytes``, (in use, in all), or ``waiting_bytes``, of rows that it left for later, is
-    asked for it by metrics. One that has ``start(*, step_tokens, forwards_wait)`` is called there once, when
-    the pools that are known before serving are prepared, and SGLang has allocated its own: with the tokens
-    that a forward makes rows of at most, and whether any forward waits for its SM work; it returns a line for
-    the log, or None. One that has ``launched()`` is called there whenever a forward is about to be launched,
+    asked for it by metrics. One that has ``start(*, step_tokens, forwards_wait, sharers)`` is called there
+    once, when the pools that are known before serving are prepared, and SGLang has allocated its own: with
+    the tokens that a forward makes rows of, whether any forward waits for its SM work, and how many
+    backends are started; it returns a line for the log, or None. One that has ``launched()`` is called there whenever a forward is about to be launched,
     behind all that it enqueued so far.
     """
 

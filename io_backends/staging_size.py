@@ -12,10 +12,11 @@ DEFAULT_STAGING_MB = 256
 """MiB of device memory for the ring; the contract's example value. By arithmetic, a chunk of half of it
 drains in 2.4 ms at 55 GB/s (H200): long against what the next costs the host (`hicache-io bench submit`)."""
 
-FREE_SHARE = 4
+FREE_SHARE = 8
 """At most one part in so many of the memory that is free once SGLang has allocated its pools and captured its
 graphs. Nobody measured what forwards need of it at most; SGLang 0.5.23 itself reserves 1.5 MB for each token
-of a step (8,192 tokens: 12 GB), and a step's rows are at most a tenth of that (147 KB a token, Qwen3-8B)."""
+of a step (8,192 tokens: 12 GB), of which this is an eighth, and a step's rows are a tenth (147 KB a token,
+Qwen3-8B)."""
 
 _MIB = 2**20
 
@@ -27,7 +28,16 @@ class StagingSize(NamedTuple):
     because: str
 
 
-def staging_size(pools: Sequence[PoolGeometry], step_tokens: int, free: int | None) -> StagingSize:
+def least_staging(pools: Sequence[PoolGeometry]) -> int:
+    """Bytes of the smallest ring that works: two units of each pool fit, and a chunk of some use."""
+    units = max(pool.bytes_per_token * (pool.page_size if pool.paged else 1) for pool in pools)
+    padding = 2 * STAGING_ALIGNMENT * max(len(pool.components) for pool in pools)
+    return max(min(DEFAULT_STAGING_MB * _MIB, LEAD_BYTES), 2 * units + padding)
+
+
+def staging_size(
+    pools: Sequence[PoolGeometry], step_tokens: int, free: int | None, sharers: int = 1
+) -> StagingSize:
     """The ring that takes the rows of one step in one gap, wherever in the ring the last one ended.
 
     A chunk is at most one part in :data:`~.chunks.RING_PARTS` of the ring, or :data:`~.chunks.LEAD_BYTES`,
@@ -38,19 +48,16 @@ def staging_size(pools: Sequence[PoolGeometry], step_tokens: int, free: int | No
         pools: that are written through the ring; a step writes its tokens to each.
         step_tokens: of a step at most.
         free: bytes of device memory that are free; None where nobody counts them.
+        sharers: rings that divide the share of it among them.
     """
     per_token = sum(pool.bytes_per_token for pool in pools)
     step = step_tokens * per_token
     wanted = max(DEFAULT_STAGING_MB * _MIB, step + step // (RING_PARTS - 1) + LEAD_BYTES)
     because = f"the rows of a step of {step_tokens:,} tokens, {per_token:,} bytes each"
-    if free is not None and wanted > free // FREE_SHARE:
-        # Two units must fit, and DEFAULT_STAGING_MB is what it takes where nothing is counted.
-        units = max(pool.bytes_per_token * (pool.page_size if pool.paged else 1) for pool in pools)
-        padding = 2 * STAGING_ALIGNMENT * max(len(pool.components) for pool in pools)
-        least = max(min(DEFAULT_STAGING_MB * _MIB, LEAD_BYTES), 2 * units + padding)
-        wanted = max(free // FREE_SHARE, least)
+    if free is not None and wanted > (share := free // (FREE_SHARE * sharers)):
+        wanted = max(share, least_staging(pools))
         because += (
-            f", held to a quarter of the {free / _MIB:,.0f} MiB that were free: forwards wait for the link "
+            f", held to an eighth of the {free / _MIB:,.0f} MiB that were free: forwards wait for the link "
             "where they leave more rows than that (staging_mb sets another size)"
         )
     return StagingSize(-(-wanted // _MIB) * _MIB, because)

@@ -46,13 +46,15 @@ def memory_sentence(decision: Decision) -> str | None:
     from sglang_hicache.io_backends.staging_size import DEFAULT_STAGING_MB, FREE_SHARE
 
     rings = []
-    for route in decision.routes:
-        size = route.options.get("staging_mb", "auto")
-        if route.backend != "hybrid":
-            continue
+    # As many rings as there are instances.
+    for size, fences in dict.fromkeys(
+        (str(route.options.get("staging_mb", "auto")), route.fence_forward)
+        for route in decision.routes
+        if route.backend == "hybrid"
+    ):
         if size != "auto":
-            rings.append(f"{size:,} MiB")
-        elif route.fence_forward:
+            rings.append(f"{int(size):,} MiB")
+        elif fences:
             rings.append(
                 "the rows of one step, and a seventh and 64 MiB more, at most 1/"
                 f"{FREE_SHARE} of what is free when serving starts, which the log says"
@@ -61,7 +63,7 @@ def memory_sentence(decision: Decision) -> str | None:
             rings.append(f"{DEFAULT_STAGING_MB} MiB")
     if not rings:
         return None
-    return f"hybrid's staging: {', and '.join(dict.fromkeys(rings))}"
+    return f"hybrid's staging: {', and '.join(rings)}"
 
 
 def forward_sentences(decision: Decision, facts: Facts) -> dict[str, str]:

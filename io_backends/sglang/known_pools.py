@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang_hicache.io_backends.device.base import Device
 from sglang_hicache.io_backends.geometry import PoolGeometry
-from sglang_hicache.io_backends.interface import Backend
+from sglang_hicache.io_backends.interface import Backend, OptionsError
 from sglang_hicache.io_backends.sglang import kernels
 from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError, describe, host_buffers
 
@@ -47,6 +47,8 @@ class KnownPools:
         self._device = device
         self._backends = backends
         self._pools: dict[int, KnownPool] = {}
+        self.serving = False
+        """Set when serving starts: what cannot be served is refused before, and left to SGLang afterwards."""
 
     def __getitem__(self, host_pool: Any) -> KnownPool:
         known = self._pools.get(id(host_pool))
@@ -68,8 +70,14 @@ class KnownPools:
     def _served(self, host_pool: Any, geometry: PoolGeometry, fingerprint: tuple[int, ...]) -> KnownPool:
         """A pool that is described: asks and prepares the backends."""
         unserved: dict[int, str] = {}
+        prepared = False
         for backend in self._backends:
             reason = backend.supports(geometry)
+            if reason is None:
+                if not prepared:
+                    self._device.prepare_copies(geometry, _registered(host_pool))
+                    prepared = True
+                reason = self._prepare(backend, host_pool, geometry)
             if reason is not None:
                 unserved[id(backend)] = reason
         reasons = tuple(dict.fromkeys(unserved.values()))
@@ -79,22 +87,27 @@ class KnownPools:
             if id(backend) in unserved:
                 what = f"what {backend.name} was chosen for in pool {label_of(host_pool)}"
                 self._say(what, unserved[id(backend)])
-        self._prepare(host_pool, geometry, [each for each in self._backends if id(each) not in unserved])
         return KnownPool(fingerprint, geometry, reasons, unserved)
 
     @staticmethod
     def _say(what: str, reason: str) -> None:
         logger.warning("sglang-hicache-io: %s goes through SGLang's own path, fenced: %s", what, reason)
 
-    def _prepare(self, host_pool: Any, geometry: PoolGeometry, backends: Sequence[Backend]) -> None:
-        registered = [
-            extent for buffer in host_buffers(host_pool) for extent in getattr(buffer, _REGISTERED_RANGES, ())
-        ]
-        self._device.prepare_copies(geometry, registered)
-        for backend in backends:
+    def _prepare(self, backend: Backend, host_pool: Any, geometry: PoolGeometry) -> str | None:
+        """Returns why the backend can never serve the pool.
+
+        Raises:
+            OptionsError: the same, before serving.
+        """
+        try:
             backend.prepare(geometry)
-            if getattr(backend, "upstream_indices", False):
-                kernels.prepare_order(host_pool)
+        except OptionsError as error:
+            if not self.serving:
+                raise
+            return str(error)
+        if getattr(backend, "upstream_indices", False):
+            kernels.prepare_order(host_pool)
+        return None
 
     def serves(self, host_pool: Any) -> bool:
         """Whether some backend copies this pool."""
@@ -110,6 +123,10 @@ class KnownPools:
     def fallbacks(self) -> list[str]:
         """Why pools seen so far take SGLang's own path, always or where a certain backend was chosen."""
         return [reason for pool in self._pools.values() for reason in pool.reasons]
+
+
+def _registered(host_pool: Any) -> list[tuple[int, int]]:
+    return [extent for each in host_buffers(host_pool) for extent in getattr(each, _REGISTERED_RANGES, ())]
 
 
 def label_of(host_pool: Any) -> str:

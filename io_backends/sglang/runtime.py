@@ -36,9 +36,11 @@ class Active:
 
     def fence_forward(self, batch: Any) -> None:
         """Before a forward is launched: wait for SM-side D2H work if the decision says so."""
+        forwards = forwards_of(batch.forward_mode, speculative=self.speculative)
+        if not forwards:
+            return  # a prebuilt batch launches none, so that no gap ends here
         # The gap before this forward is where gathers of a long write may run.
         self.writeback.before_forward()
-        forwards = forwards_of(batch.forward_mode, speculative=self.speculative)
         waits = self.writeback.fences.before_forward(forwards, self.writeback.metrics)
         self.writeback.counters.forward_fences += bool(waits)
 
@@ -194,7 +196,14 @@ def _make_ready(scheduler: Any) -> None:
 
 
 def _step_tokens(scheduler: Any) -> int:
-    """Tokens that a forward makes rows of at most: a chunk, or a prefill batch where none is chunked."""
+    """Tokens that a forward makes rows of: a chunk, or a prefill batch where none is chunked.
+
+    A prompt that is longer than a batch and not chunked makes more, as does a write of SGLang before 0.5.22,
+    which holds a whole prompt. A PD decode server computes no prompts: 0.
+    """
+    mode = getattr(scheduler, "disaggregation_mode", None)
+    if getattr(mode, "value", mode) == "decode":
+        return 0
     chunk = getattr(scheduler, "chunked_prefill_size", None)
     most = chunk if chunk and chunk > 0 else scheduler.max_prefill_tokens
     return int(min(most, scheduler.max_total_num_tokens))

@@ -12,7 +12,8 @@ import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -72,6 +73,7 @@ class Write:
         gap: forwards that were launched before it.
         keep: what must stay alive until it is done.
         pending: what backends left of it for later gaps between forwards.
+        given_up: follows all that was enqueued of it if a part of it failed; None: none did.
     """
 
     engine: Any
@@ -79,6 +81,7 @@ class Write:
     gap: int = 0
     keep: list[object] = field(default_factory=list)
     pending: list[tuple[Backend, Pending]] = field(default_factory=list)
+    given_up: Event | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +127,9 @@ class WriteBack:
         self.pools = KnownPools(device, self._backends)
         self._indices = PlainIndices(self.pools.serves)
         self.move_write_operation = self._indices.move_write_operation
-        self._in_flight: deque[tuple[Any, Sequence[str], tuple[object, ...]]] = deque()
-        # When writes began that SGLang has not seen complete, seconds since 1970; with metrics only.
-        self._begun: deque[float] = deque()
+        self._in_flight: deque[tuple[Any, Sequence[str], Write]] = deque()
+        # When writes began that are not seen complete, seconds since 1970, oldest first; with metrics only.
+        self._begun: dict[Write, float] = {}
         self.counters = Counters()
         self.metrics: Metrics | None = None
 
@@ -169,11 +172,11 @@ class WriteBack:
                     [part for _, part in write.pending],
                     self.advance,
                     functools.partial(self._flush, write),
-                    self._seen_done if self.metrics is not None else None,
+                    functools.partial(self._seen_done, write) if self.metrics is not None else None,
                 )
             )
         by = [UPSTREAM if route is None else route.backend.name for _, route, _ in chosen]
-        self._keep(completion, by, tuple(write.keep))
+        self._keep(completion, by, write)
         return completion
 
     def start(self, step_tokens: int) -> None:
@@ -182,13 +185,13 @@ class WriteBack:
         Args:
             step_tokens: that a forward makes rows of at most.
         """
-        for backend in self._backends:
-            start = getattr(backend, "start", None)
-            if start is not None:
-                wait = any(route.forwards for route in self._routes if route.backend is backend)
-                line = start(step_tokens=step_tokens, forwards_wait=wait)
-                if line is not None:
-                    logger.info("hicache-io: %s", line)
+        starts = [(each, each.start) for each in self._backends if hasattr(each, "start")]
+        for backend, start in starts:
+            wait = any(route.forwards for route in self._routes if route.backend is backend)
+            line = start(step_tokens=step_tokens, forwards_wait=wait, sharers=len(starts))
+            if line is not None:
+                logger.info("hicache-io: %s", line)
+        self.pools.serving = True
 
     def before_forward(self) -> None:
         """A forward is about to be launched: the last chance for what runs in the gap before it.
@@ -220,12 +223,13 @@ class WriteBack:
             for backend, part in write.pending:
                 if backend in blocked:
                     continue
-                # Nothing is recorded or waited for at a poll that finds no memory free.
-                if part.can_advance() or (late and not part.enqueued()):
-                    ready = ready or self.fences.ready()
-                    self._advance(write, backend, part, ready, wait=late)
-                if not part.enqueued():
-                    blocked.append(backend)
+                with self._given_up_on_error(write):
+                    # Nothing is recorded or waited for at a poll that finds no memory free.
+                    if part.can_advance() or (late and not part.enqueued()):
+                        ready = ready or self.fences.ready()
+                        self.fences.sm_work(backend, self._forwards, part.advance(ready, wait=late))
+                    if not part.enqueued():
+                        blocked.append(backend)
             if len(blocked) == len(self._backends):
                 break
         self._forget_enqueued()
@@ -233,24 +237,17 @@ class WriteBack:
     def _flush(self, write: Write) -> None:
         """Enqueue the rest of this one at once: somebody waits for it. Forwards wait for its SM work too."""
         ready = self.fences.ready()
-        for backend, part in write.pending:
-            self._advance(write, backend, part, ready, wait=True)
+        with self._given_up_on_error(write):
+            for backend, part in write.pending:
+                self.fences.sm_work(backend, self._forwards, part.advance(ready, wait=True))
 
-    def _advance(
-        self,
-        write: Write,
-        backend: Backend,
-        part: Pending,
-        ready: tuple[Event, ...],
-        *,
-        wait: bool = False,
-    ) -> None:
+    @contextmanager
+    def _given_up_on_error(self, write: Write) -> Iterator[None]:
         try:
-            done = part.advance(ready, wait=wait)
+            yield
         except BaseException:
             self.give_up(write)
             raise
-        self.fences.sm_work(backend, self._forwards, done)
 
     def give_up(self, write: Write) -> None:
         """A part of this write failed: forget what is pending of all of it.
@@ -264,8 +261,8 @@ class WriteBack:
                     part.abandon()
                 each.pending.clear()
                 # Its SM work is among what that stream waits for by now.
-                stream = each.engine.device_to_host_stream
-                self.fences.sm_work(None, self._forwards, self._device.record(stream), each.engine)
+                each.given_up = self._device.record(each.engine.device_to_host_stream)
+                self.fences.sm_work(None, self._forwards, each.given_up, each.engine)
         self._forget_enqueued()
 
     def _forget_enqueued(self) -> None:
@@ -377,21 +374,33 @@ class WriteBack:
             reason = reasons[0] if reasons else "SGLang translates or shards its indices"
             self.metrics.fell_back(label_of(part.pool), reason)
 
-    def _keep(self, completion: Any, backends: Sequence[str], objects: tuple[object, ...]) -> None:
-        while self._in_flight and self._in_flight[0][0].finish_event.query():
-            done, by, _ = self._in_flight.popleft()
-            if self.metrics is not None and done.timing_enabled:
+    def _keep(self, completion: Any, backends: Sequence[str], write: Write) -> None:
+        """Hold what the write needs until it is done, and let go of what earlier ones did."""
+        while self._in_flight and self._is_over(*self._in_flight[0][::2]):
+            done, by, over = self._in_flight.popleft()
+            if self.metrics is not None and done.timing_enabled and over.given_up is None:
                 self.metrics.transferred(by, done.start_event.elapsed_time(done.finish_event) / 1e3)
-        self._in_flight.append((completion, backends, objects))
+        self._in_flight.append((completion, backends, write))
         if self.metrics is not None:
-            self._begun.append(time.time())
+            self._begun[write] = time.time()
             self._gauge()
 
-    def _seen_done(self) -> None:
-        """SGLang has seen a write complete. It looks at them in turn, so that it was the oldest one."""
-        if self._begun:
-            self._begun.popleft()
-        self._gauge()
+    def _is_over(self, completion: Any, write: Write) -> bool:
+        """Whether nothing that was enqueued of a write is still to run.
+
+        Enqueues nothing and raises nothing, which ``query`` may: the present write is none of its business.
+        """
+        if write.given_up is not None:
+            return self._device.query(write.given_up)
+        if _failed(write) or not all(part.enqueued() for _, part in write.pending):
+            return False
+        return bool(completion.finish_event.query())
+
+    def _seen_done(self, write: Write) -> None:
+        """A write is seen complete."""
+        self._begun.pop(write, None)
+        if self.metrics is not None:
+            self._gauge()
 
     def _gauge(self) -> None:
         """What is on its way now.
@@ -406,7 +415,7 @@ class WriteBack:
             waiting = getattr(backend, "waiting_bytes", 0)
             before = staged.get(backend.name, (0, 0, 0))
             staged[backend.name] = (before[0] + used, before[1] + total, before[2] + waiting)
-        self.metrics.on_its_way(staged, self._begun[0] if self._begun else 0.0)
+        self.metrics.on_its_way(staged, next(iter(self._begun.values()), 0.0))
 
     def summary(self) -> dict[str, Any]:
         """Counters and fallbacks, for ``/server_info``."""

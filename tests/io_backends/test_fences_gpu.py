@@ -154,7 +154,8 @@ def wrong_bytes(drop: tuple[str, str] | None, slow: str | None, by_gaps: bool) -
         transfer = replace(transfer, ready=(ready,), indices_ready=ready, forwards_wait=by_gaps)
         done = backend.submit(transfer, stream)
     gathered = done.sm_done
-    assert (done.pending is not None) == by_gaps
+    if drop is None:  # without a wait the first drains may be done already, and all fits
+        assert (done.pending is not None) == by_gaps
     while done.pending is not None and not done.pending.enqueued():
         backend.launched()  # type: ignore[attr-defined]
         gathered = done.pending.advance((device.record(forward),))

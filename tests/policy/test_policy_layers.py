@@ -267,6 +267,17 @@ def test_a_machine_file_is_a_regular_file(monkeypatch: pytest.MonkeyPatch):
         policy_in_force()
 
 
+@pytest.mark.timeout(30)
+def test_a_pipe_in_the_machine_files_place_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pipe = tmp_path / "machine.yaml"
+    os.mkfifo(pipe)
+    monkeypatch.setenv(MACHINE, str(pipe))
+    with pytest.raises(PolicyError, match="is not a regular file, as a machine file must be"):
+        policy_in_force()
+
+
 def test_where_the_machine_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(MACHINE)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))

@@ -672,6 +672,27 @@ class TestWhatIsLeftForLater:
         write.writeback.before_forward()
         assert [part.advanced for part in backend.left] == [[], []]
 
+    def test_a_write_has_nothing_to_do_with_an_earlier_one_that_fails(self) -> None:
+        """Its caller would think that its host slots are free, and it would be written to them later."""
+        backend = Later()
+        write = Write(one_route(backend, ("decode",)), HostPool())
+        first = write(indices(8, 9))
+        backend.left[0].fails = True
+        second = write(indices(10, 11))
+        assert backend.left[0].advanced == [], "a submission polls for nobody"
+        with pytest.raises(RuntimeError, match="cuMemcpyBatchAsync failed"):
+            first.finish_event.query()
+        # It goes on, as do later ones; what the first one kept goes when its streams are through.
+        third = write(indices(12, 13))
+        write.writeback.advance()
+        assert [len(part.advanced) for part in backend.left] == [1, 1, 0]
+        assert len(write.writeback._in_flight) == 2
+        write.writeback.abandon()
+        assert second.finish_event.query()
+        assert third.finish_event.query()
+        write(indices(14, 15))
+        assert len(write.writeback._in_flight) == 1
+
     def test_after_a_reset_nothing_is_left(self) -> None:
         backend = Later()
         write = Write(one_route(backend, ("decode",)), HostPool())
@@ -731,8 +752,8 @@ class TestGaps:
         write = Write([Route(fenced, frozenset({"extend"}), long_entries), *one_route(free)], HostPool())
         write.writeback.start(8192)
         assert started == {
-            "fenced": {"step_tokens": 8192, "forwards_wait": True},
-            "free": {"step_tokens": 8192, "forwards_wait": False},
+            "fenced": {"step_tokens": 8192, "forwards_wait": True, "sharers": 2},
+            "free": {"step_tokens": 8192, "forwards_wait": False, "sharers": 2},
         }
 
 
@@ -843,3 +864,12 @@ def test_a_pool_whose_memory_changed_is_looked_at_again(
     assert fingerprint() == before
     addresses[part][at] += 5
     assert fingerprint() != before
+
+
+def test_a_pool_that_comes_while_serving_is_left_to_sglang(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is refused any more then, least of all at every write."""
+    device = CpuDevice()
+    writeback = WriteBack(device, one_route(HybridBackend(device, {"staging_mb": 1})), fences(device))
+    writeback.start(8192)
+    assert not writeback.pools.serves(HostPool(row_bytes=2**19))
+    assert "hybrid can never write pool kv" in caplog.text
