@@ -194,7 +194,7 @@ class HybridBackend:
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if self._ring.nbytes // 2 < least:
                     raise OptionsError(
-                        f"no GPU memory is left for hybrid's staging ring ({self._ring.nbytes / 2**20:,.0f} MiB); "
+                        f"no GPU memory is left for hybrid's staging ({self._ring.nbytes // 2**20} MiB); "
                         "lower --mem-fraction-static"
                     ) from error
                 self._ring = Ring(self._ring.nbytes // 2, self._device.query)
@@ -259,8 +259,8 @@ class HybridBackend:
     def abandon(self, write: _Write) -> None:
         """Forget what of ``write`` is not enqueued, and let its stream wait for what is.
 
-        After an error SGLang waits for that stream before it gives the slots to others. At a reset it does not:
-        there the write's completion is what it waits for, which follows that stream.
+        After an error SGLang waits for that stream before it gives the slots to others. At a reset it waits
+        for the write's completion, which follows that stream.
         """
         write.drop()
         if write in self._waiting:

@@ -132,14 +132,16 @@ class OptionsError(ValueError):
 class Backend(Protocol):
     """Moves rows of a pool from the device to the host.
 
-    A backend that has an attribute ``upstream_indices`` which is true gets indices moved as SGLang's own copy
-    wants them (host indices on the GPU, or device indices on the host), and calls ``upstream_copy``.
-    One that has ``staging_bytes``, (in use, in all), or ``waiting_bytes``, of rows that it left for later, is
-    asked for it by metrics. One that has ``start(*, step_tokens, forwards_wait, sharers)`` is called there
-    once, when the pools that are known before serving are prepared, and SGLang has allocated its own: with
-    the tokens that a forward makes rows of, whether any forward waits for its SM work, and how many
-    backends are started; it returns a line for the log, or None. One that has ``launched()`` is called there whenever a forward is about to be launched,
-    behind all that it enqueued so far.
+    What a backend may have besides:
+
+    - ``upstream_indices``: where it is true, indices are moved as SGLang's own copy wants them (host indices
+      on the GPU, or device indices on the host), and it calls ``upstream_copy``;
+    - ``staging_bytes``, (in use, in all), and ``waiting_bytes``, of rows that it left for later: for metrics;
+    - ``start(*, step_tokens, forwards_wait, sharers)``: called once, when the pools that are known before
+      serving are prepared and SGLang has allocated its own: with the tokens that a forward makes rows of,
+      whether any forward waits for its SM work, and how many backends are started. Returns a line for the
+      log, or None;
+    - ``launched()``: called whenever a forward is about to be launched, behind all that was enqueued so far.
     """
 
     name: str

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +16,9 @@ from sglang_hicache.bench.measure.cases import MODELS, Case, pool_of
 from sglang_hicache.io_backends.chunks import LEAD_BYTES, fine_lengths, ring_units
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.hybrid import HybridBackend
+from sglang_hicache.io_backends.interface import OptionsError
 from sglang_hicache.io_backends.staged_plan import plan_write
 from sglang_hicache.io_backends.staging import Ring
-from sglang_hicache.io_backends.interface import OptionsError
 from sglang_hicache.io_backends.staging_size import DEFAULT_STAGING_MB, FREE_SHARE, staging_size
 
 MIB = 2**20
@@ -170,5 +170,5 @@ def test_where_memory_is_short_it_takes_what_there_is(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Full, "largest", 10 * MIB)
     backend = HybridBackend(Full(), {})
     backend.prepare(pool)
-    with pytest.raises(OptionsError, match="no GPU memory is left .* --mem-fraction-static"):
+    with pytest.raises(OptionsError, match=r"no GPU memory is left .* --mem-fraction-static"):
         backend.start(step_tokens=8192, forwards_wait=True)

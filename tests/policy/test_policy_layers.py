@@ -268,9 +268,7 @@ def test_a_machine_file_is_a_regular_file(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.timeout(30)
-def test_a_pipe_in_the_machine_files_place_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_pipe_in_the_machine_files_place_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pipe = tmp_path / "machine.yaml"
     os.mkfifo(pipe)
     monkeypatch.setenv(MACHINE, str(pipe))

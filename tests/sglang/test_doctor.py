@@ -158,7 +158,8 @@ class TestPolicy:
         path.write_text(UNFENCED)
         found, _ = findings.in_force(str(path))
         assert worst(found) == WARNING
-        assert "#20611" in found[0].text
+        assert "extend no longer waits for D2H work on the SMs" in found[0].text
+        assert "rule 'trtllm-on-blackwell' of the shipped default makes it wait" in found[0].text
 
 
 class TestServer:

@@ -114,7 +114,8 @@ DECODE = "--disaggregation-mode decode"
         # With no option more, SGLang backs up what it retracts in a host pool of its own.
         (DECODE, "only with --enable-hierarchical-cache", None),
         (
-            f"{DECODE} --disaggregation-decode-retraction-backup cpu_tensor --enable-hierarchical-cache",
+            f"{DECODE} --disaggregation-decode-enable-radix-cache --enable-hierarchical-cache "
+            "--disaggregation-decode-retraction-backup cpu_tensor",
             None,
             None,
         ),
