@@ -3,7 +3,8 @@
     python -m sglang_hicache.bench.gpu_table bench/results/DATE-GPU/bench.json
     python -m sglang_hicache.bench.gpu_table bench/results/DATE-GPU/profile.json
 
-Of a profile, how long small copies to the host wait beside one write.
+Of a profile, how long small copies to the host wait beside one write; of a run of ``sustained`` alone,
+whether write-back keeps pace.
 """
 
 from __future__ import annotations
@@ -79,6 +80,38 @@ def fence_table(run: Run) -> str:
         cells = [_stall(found.get(name)) for name in names]
         lines.append(markdown_row([f"{case.tokens:,} tokens, {case.nbytes / 1e6:,.1f} MB", *cells]))
     return "\n".join(lines) + "\n"
+
+
+def sustained_table(run: Run) -> str:
+    """What it ran on, and for each kind of forwards who keeps pace with them, and what that costs them."""
+    machine, link = run.environment, run.ceilings["link"]
+    rows = [row for row in run.of("sustained") if row.metrics]
+    columns = ("GB/s kept of those asked for", "forwards take", "one waits ms", "done after ms", "held MB")
+    lines = [
+        f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}, torch {machine['torch']}, "
+        f"SGLang {machine['sglang']}, {machine['date'][:10]}. One large pinned copy: {link.median:.1f} GB/s "
+        f"({link.low:.1f} to {link.high:.1f}).",
+        "",
+        markdown_row(["forwards back to back", "page", "write-back", *columns]),
+        markdown_row(["---"] * (3 + len(columns))),
+    ]
+    for row in rows:
+        what = f"{row.case.model}, {row.forward}, {row.case.tokens:,} tokens"
+        who = _title(row.contender) + ("" if row.safe else ", no fence")
+        lines.append(markdown_row([what, str(row.case.page_size), who, *_pace(row)]))
+    return "\n".join(lines) + "\n"
+
+
+def _pace(row: Row) -> list[str]:
+    found = {name: each.median for name, each in row.metrics.items()}
+    kept, asked = found["kept_gb_per_s"], found["asked_gb_per_s"]
+    return [
+        f"{kept:.2f} of {asked:.2f} ({kept / asked:.0%})",
+        f"{found['slow_down']:.3f}x",
+        f"{found['fence_ms']:.2f}, at most {found['fence_max_ms']:.2f}" if row.safe else "",
+        f"{found['after_forward_p50_ms']:.1f}, p99 {found['after_forward_p99_ms']:.1f}",
+        f"{found['held_mb']:,.0f}",
+    ]
 
 
 def waits_table(profile: Mapping[str, Any]) -> str:
@@ -171,7 +204,9 @@ def of_file(path: Path) -> str:
     if "parts" in whole:
         return waits_table(whole) + "\n" + steps_table(whole)
     saved = load(path)
-    return tables(saved) if saved.of("bandwidth") else fence_table(saved)
+    if saved.of("bandwidth"):
+        return tables(saved)
+    return sustained_table(saved) if saved.of("sustained") else fence_table(saved)
 
 
 def print_of_file(make: Callable[[Path], str], about: str | None) -> None:

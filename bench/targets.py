@@ -8,6 +8,11 @@ slower beside ``copy_engine`` and ``hybrid``; a stall of ``hybrid`` of at most a
 at most a fifth of the staged path's time of the scheduler's thread at page size 1. A rate that is at least
 0.995 of SGLang's counts as as fast, a forward that is slowed less than 1.035-fold as slowed 1.03-fold: as
 printed.
+
+Of a run of ``sustained`` alone: at least 90 % of the pace asked for; at most the rows of one step not
+enqueued; time to done, from the submission and from the end of the forward in flight then, at most 1.25
+times that of SGLang's kernel without a fence; forwards slowed at most 1.05-fold; and a forward that waits
+at most 0.3 ms where at most half of the link is asked for.
 """
 
 from __future__ import annotations
@@ -22,11 +27,12 @@ from sglang_hicache.bench.measure.stand_ins import DECODE_STEPS
 from sglang_hicache.bench.measure.tables import markdown_row
 from sglang_hicache.io_backends.registry import AUTO
 
-STAGED = "sglang_staged"
+STAGED, KERNEL = "sglang_staged", "sglang_kernel"
 LONG = 4096
 """Tokens from which the rate of a write is held to the link's."""
 
 LINK_SHARE, OVER_STAGED, SLOW_DOWN, STALL, SUBMIT = 0.95, 1.3, 1.03, 0.1, 5.0
+PACE, DONE, SUSTAINED_SLOW_DOWN, WAIT_MS = 0.9, 1.25, 1.05, 0.3
 
 Cells = dict[Case, dict[str, Row]]
 
@@ -35,6 +41,8 @@ def table(run: Run) -> str:
     """One line for each target, split where that says more."""
     lines = [markdown_row(["target", "where", "cells", "reached in", "least", "median", "greatest"])]
     lines.append(markdown_row(["---"] * 7))
+    if run.rows and len(run.of("sustained")) == len(run.rows):
+        return "\n".join([*lines, *(_line(*each) for each in _sustained(run))]) + "\n"
     found = cells(run, "bandwidth")
     for make in (_link, _best, _over_staged):
         lines += [_line(*each) for each in make(found)]
@@ -166,6 +174,54 @@ def _submit(run: Run) -> Iterator[Line]:
 
 def _thread_us(row: Row) -> float:
     return sum(row.metrics[name].median for name in ("submit_us", "later_us") if name in row.metrics)
+
+
+def _sustained(run: Run) -> Iterator[Line]:
+    """Cases that ask for more than half of the link stand apart."""
+    link = run.ceilings["link"].median
+    rows = {(row.case, row.forward, row.contender): row for row in run.of("sustained") if row.metrics}
+    groups: dict[str, list[tuple[Row, Row | None]]] = {}
+    for (case, forward, who), row in rows.items():
+        if who == AUTO:
+            share = row.metrics["asked_gb_per_s"].median / link
+            page = f"page {case.page_size}, "
+            where = "up to half of the link asked" if share <= 0.5 else f"{page}{share:.0%} of the link asked"
+            groups.setdefault(where, []).append((row, rows.get((case, forward, KERNEL))))
+    for where, pairs in groups.items():
+        ours = [_medians(row) for row, _ in pairs]
+        both = [(_medians(row), _medians(theirs)) for row, theirs in pairs if theirs is not None]
+        shares = [each["kept_gb_per_s"] / each["asked_gb_per_s"] for each in ours]
+        yield (f"pace {PACE:.0%} of that asked", where, shares, lambda v: v >= PACE, "{:.0%}")
+        left = [
+            each["waiting_mb"] * 1e6 / row.case.nbytes for each, (row, _) in zip(ours, pairs, strict=True)
+        ]
+        yield ("not enqueued, by one step, 1", where, left, lambda v: v <= 1, "{:.2f}")
+        for since, name in (("submission", "done"), ("forward", "after_forward")):
+            for at in ("p50", "p99"):
+                values = [our[f"{name}_{at}_ms"] / their[f"{name}_{at}_ms"] for our, their in both]
+                what = f"done from the {since}, {at}, by SGLang's kernel, {DONE}"
+                yield (what, where, values, lambda v: v < DONE + 0.005, "{:.2f}")
+        slow = [each["slow_down"] for each in ours]
+        what = f"forward slowed {SUSTAINED_SLOW_DOWN}x"
+        yield (what, where, slow, lambda v: v < SUSTAINED_SLOW_DOWN + 0.005, "{:.2f}x")
+    yield from _waits([row for (_, _, who), row in rows.items() if who == AUTO], link)
+
+
+def _waits(rows: Sequence[Row], link: float) -> Iterator[Line]:
+    groups: dict[str, list[dict[str, float]]] = {}
+    for row in rows:
+        found = _medians(row)
+        if found["asked_gb_per_s"] <= link / 2:
+            where = f"{row.forward}, {row.case.nbytes / 1e6:,.0f} MB"
+            groups.setdefault(where, []).append(found)
+    for where, each in groups.items():
+        for what, name in (("on average", "fence_ms"), ("at most", "fence_max_ms")):
+            values = [found[name] for found in each]
+            yield (f"a forward waits {WAIT_MS} ms {what}", where, values, lambda v: v <= WAIT_MS, "{:.2f} ms")
+
+
+def _medians(row: Row) -> dict[str, float]:
+    return {name: each.median for name, each in row.metrics.items()}
 
 
 if __name__ == "__main__":

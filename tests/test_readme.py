@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from sglang_hicache.bench import targets
-from sglang_hicache.bench.gpu_table import fence_table, steps_table, tables, waits_table
+from sglang_hicache.bench.gpu_table import fence_table, of_file
 from sglang_hicache.bench.measure import results
 from sglang_hicache.bench.serve import result
-from sglang_hicache.bench.serve_table import speed_table, verified_table
+from sglang_hicache.bench.serve_table import speed_table, together, verified_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,24 +21,25 @@ def test_the_gpu_tables_are_made_from_the_saved_run() -> None:
         ("bench.json", ""),
         ("profile.json", ""),
         ("bench.json", " fence"),
+        ("bench.json", ""),
     ]
     for path, fence, text in shown:
-        if path.endswith("profile.json"):
-            whole = json.loads((ROOT / path).read_text(encoding="utf-8"))
-            made = waits_table(whole) + "\n" + steps_table(whole)
-        else:
-            made = (fence_table if fence else tables)(results.load(ROOT / path))
-        assert text == made
+        assert text == (fence_table(results.load(ROOT / path)) if fence else of_file(ROOT / path))
 
 
 def test_the_targets_are_held_against_the_saved_run() -> None:
-    ((path, text),) = re.findall(r"<!-- gpu_targets (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
-    assert text == targets.table(results.load(ROOT / path))
+    shown = re.findall(r"<!-- gpu_targets (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert len(shown) == 2
+    for path, text in shown:
+        assert text == targets.table(results.load(ROOT / path))
 
 
 def test_the_tables_of_servers_are_made_from_the_saved_runs() -> None:
-    ((path, text),) = re.findall(r"<!-- serve_table (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
-    assert text == speed_table(result.load(ROOT / path))
+    shown = re.findall(r"<!-- serve_table (.+?)( prefill)? -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert [workload for _, workload, _ in shown] == ["", " prefill"]
+    for paths, workload, text in shown:
+        runs = together(result.load(ROOT / path) for path in paths.split())
+        assert text == speed_table(runs, workload.strip() or "chat")
     ((paths, text),) = re.findall(r"<!-- serve_verified (.+?) -->\n(.*?)<!-- end -->", README, re.DOTALL)
     assert text == verified_table([result.load(ROOT / path) for path in paths.split()])
 
@@ -61,7 +61,7 @@ def test_saved_gpu_figures_say_that_they_are_from_a_gpu_and_every_byte_was_right
     for run in runs:
         assert run.environment["ran_on"] == "GPU"
         assert run.watermark is None
-        rows = [row for row in run.rows if row.measurement in ("bandwidth", "fence", "latency")]
+        rows = [row for row in run.rows if row.measurement in ("bandwidth", "fence", "latency", "sustained")]
         assert any(row.metrics for row in rows)
         assert all(row.checked for row in rows if row.metrics)
         assert all(row.reason for row in run.rows if not row.metrics)

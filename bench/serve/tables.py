@@ -88,7 +88,8 @@ def _short(value: float | None) -> str:
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if value >= unit:
             scaled = value / (1e3 if name == "k" else unit)
-            return f"{scaled:.0f}{name}" if scaled >= 100 else f"{scaled:.1f}{name}"
+            places = 0 if scaled >= 100 else 1 if scaled >= 10 else 2
+            return f"{scaled:.{places}f}{name}"
     return f"{value:,.0f}"
 
 

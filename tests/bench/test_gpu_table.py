@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from sglang_hicache.bench.gpu_table import steps_table, waits_table
+from sglang_hicache.bench.gpu_table import steps_table, sustained_table, waits_table
+from sglang_hicache.bench.measure.cases import Case
+from sglang_hicache.bench.measure.results import Row, Run, Spread
 
 CASE = "Qwen3-8B page_first page 16 8192 tokens fragmented triton"
 
@@ -46,6 +48,33 @@ def test_small_copies_are_shown_with_the_longest_wait_of_all_repeats() -> None:
 
 def test_decode_steps_have_a_table_of_their_own() -> None:
     assert steps_table(PROFILE).splitlines()[2:] == [f"| `hybrid`, no turns, {CASE} | 2.10x | 47.2 |"]
+
+
+def test_pace_is_a_line_for_each_contender_and_says_who_has_no_fence() -> None:
+    metrics = {
+        "kept_gb_per_s": 45.0,
+        "asked_gb_per_s": 50.0,
+        "slow_down": 1.1,
+        "fence_ms": 2.0,
+        "fence_max_ms": 7.0,
+        "after_forward_p50_ms": 30.0,
+        "after_forward_p99_ms": 55.0,
+        "held_mb": 3624.0,
+    }
+    spreads = {name: Spread(value, value, value, 1) for name, value in metrics.items()}
+    case = Case("Qwen3-8B", "page_first", 64, 8192, True, "fa3")
+    ours, theirs, failed = (
+        Row("sustained", case, who, forward="prefill 25 ms", metrics=found, safe=who == "auto", fenced=True)
+        for who, found in (("auto", spreads), ("sglang_kernel", spreads), ("hybrid", {}))
+    )
+    machine = dict.fromkeys(("gpu", "driver", "cuda", "torch", "sglang", "date"), "x")
+    run = Run(machine, [ours, theirs, failed], ceilings={"link": Spread(52.5, 48.4, 55.0, 5)})
+    assert sustained_table(run).splitlines()[4:] == [
+        "| Qwen3-8B, prefill 25 ms, 8,192 tokens | 64 | `auto` | 45.00 of 50.00 (90%) | 1.100x "
+        "| 2.00, at most 7.00 | 30.0, p99 55.0 | 3,624 |",
+        "| Qwen3-8B, prefill 25 ms, 8,192 tokens | 64 | SGLang kernel, no fence | 45.00 of 50.00 (90%) "
+        "| 1.100x |  | 30.0, p99 55.0 | 3,624 |",
+    ]
 
 
 @pytest.mark.parametrize("module", ["gpu_table", "targets"])

@@ -69,3 +69,35 @@ def test_forwards_and_stalls() -> None:
     for each, held in zip(rows[-2:], (1.5, 2.1), strict=True):
         each.metrics |= {"held_ms": Spread(held, held, held, 3), "submit_us": Spread(500.0, 500.0, 500.0, 3)}
     assert line(run, "stall 10%") == ["1", "0", "50.0%", "50.0%", "50.0%"]
+
+
+def sustained(case: Case, who: str, **changed: float) -> Row:
+    metrics = {
+        **{"kept_gb_per_s": 3.0, "asked_gb_per_s": 3.0, "slow_down": 1.0, "waiting_mb": 0.0},
+        **{"fence_ms": 0.1, "fence_max_ms": 0.2, "done_p50_ms": 10.0, "done_p99_ms": 20.0},
+        **{"after_forward_p50_ms": 1.0, "after_forward_p99_ms": 2.0},
+    }
+    return row("sustained", case, who, "prefill", **{**metrics, **changed})
+
+
+def test_pace_is_held_against_what_was_asked_and_against_sglangs_kernel() -> None:
+    full = {"asked_gb_per_s": 48.0, "kept_gb_per_s": 43.0}
+    rows = [
+        sustained(LONG, "auto", done_p99_ms=25.0, after_forward_p99_ms=2.6, fence_ms=0.29, fence_max_ms=0.4),
+        sustained(LONG, "sglang_kernel"),
+        sustained(ONES, "auto", **full, slow_down=1.06, waiting_mb=2 * ONES.nbytes / 1e6, fence_ms=9.0),
+        # Without figures of SGLang's kernel there is nothing to divide by.
+        sustained(ONES, "sglang_staged", **full),
+    ]
+    run = Run({"ran_on": "GPU"}, rows, ceilings={"link": Spread(50.0, 50.0, 50.0, 3)})
+    half, nearly_all = "up to half", "page 1, 96% of the link"
+    assert line(run, "pace 90%", half) == ["1", "1", "100%", "100%", "100%"]
+    assert line(run, "pace 90%", nearly_all) == ["1", "0", "90%", "90%", "90%"]
+    assert line(run, "not enqueued", half) == ["1", "1", "0.00", "0.00", "0.00"]
+    assert line(run, "not enqueued", nearly_all) == ["1", "0", "2.00", "2.00", "2.00"]
+    assert line(run, "from the submission, p99", half) == ["1", "1", "1.25", "1.25", "1.25"]
+    assert line(run, "from the forward, p99", half) == ["1", "0", "1.30", "1.30", "1.30"]
+    assert line(run, "from the forward, p50", nearly_all) == ["0", "not measured", "", "", ""]
+    assert line(run, "slowed 1.05x", nearly_all) == ["1", "0", "1.06x", "1.06x", "1.06x"]
+    assert line(run, "waits 0.3 ms on average") == ["1", "1", "0.29 ms", "0.29 ms", "0.29 ms"]
+    assert line(run, "waits 0.3 ms at most") == ["1", "0", "0.40 ms", "0.40 ms", "0.40 ms"]

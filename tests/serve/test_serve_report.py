@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from typer.testing import CliRunner
 from sglang_hicache.bench.cli import app
 from sglang_hicache.bench.measure.plots import why_not
 from sglang_hicache.bench.serve import arms, plots, report, result, tables
+from sglang_hicache.bench.serve.account import Distribution
 from sglang_hicache.bench.serve.arms import Cell
 from sglang_hicache.bench.serve.models import Model
 from sglang_hicache.bench.serve.result import CPU_WATERMARK, ArmFacts, CellResult, Result
 from sglang_hicache.bench.serve.scrape import Written
-from sglang_hicache.bench.serve_table import verified_table
+from sglang_hicache.bench.serve_table import speed_table, together, verified_table
 from sglang_hicache.bench.serving import ServerError
 
 MODEL = Model("deepseek-v2-lite", "/somewhere/of/this/machine/deepseek-v2-lite", 512)
@@ -218,6 +220,71 @@ def test_only_what_served_without_an_error_is_verified() -> None:
         assert len(verified_table([found]).splitlines()) == 2
     cell.turns = []
     assert len(verified_table([found]).splitlines()) == 2
+
+
+def test_of_several_runs_the_last_that_served_a_cell_is_verified() -> None:
+    machine = {"gpu": "G", "sglang": "0.5.23", "date": "2026-11-26 14:00", "command": "python -m x first"}
+    good, bad, unserved = a_result(), a_result(), a_result()
+    for run in (good, bad, unserved):
+        run.environment |= machine
+        server = {"attention_backend": "fa3", "plugin": {"backend": "hybrid"}}
+        run.cells[0].arms["auto"] = ArmFacts(server=server)
+    good.cells[0].turns = [turn("auto", compared=2, same=2)]
+    bad.cells[0].turns = [turn("auto", compared=2, same=1)]
+    unserved.cells[0].turns = []
+    assert len(verified_table([good, bad]).splitlines()) == 2
+    assert len(verified_table([bad, good]).splitlines()) == 3
+    assert len(verified_table([good, unserved]).splitlines()) == 3
+
+
+def a_page(page: int, auto: float, workload: str = "chat", **environment: str) -> Result:
+    """A cell in which ``auto`` serves that many requests a second."""
+    found = a_result()
+    found.environment |= {
+        **{
+            "gpu": "G",
+            "driver": "1",
+            "cuda": "13",
+            "torch": "2",
+            "sglang": "0.5.23",
+            "date": "2026-11-26 14:00",
+        },
+        **environment,
+    }
+    (cell,) = found.cells
+    cell.cell |= {"name": f"page{page}", "page_size": page, "more": ["--attention-backend", "fa3"]}
+    cell.workloads = {workload: {"says": "what was asked", "requests": 7}}
+    written = Written(2, 0.0087, 0.05, 1e9, 7, 0, 0, 0)
+    cell.turns = [turn("auto", workload=workload, requests=7, seconds=7 / auto, written=written)]
+    return found
+
+
+def test_the_table_of_several_runs_has_each_page_size_once_and_the_last_of_it() -> None:
+    text = speed_table(together([a_page(1, 10.0), a_page(64, 20.0), a_page(64, 30.0)]))
+    (row,) = [line for line in text.splitlines() if line.startswith("| `auto`")]
+    assert row.count("10.0 (10.0 to 10.0)") == row.count("30.0 (30.0 to 30.0)") == 1
+    assert "20.0" not in row
+    assert row.count(" 8.7 |") == 2
+    assert "page 1: 1 rounds of 7 requests; page 64: 1 rounds of 7 requests." in text
+
+
+def test_what_no_arm_has_is_no_column() -> None:
+    found = a_page(1, 10.0, "prefill")
+    found.cells[0].turns = [
+        replace(each, between_tokens_s=Distribution.of([])) for each in found.cells[0].turns
+    ]
+    header = speed_table(found, "prefill").splitlines()[2]
+    assert "TTFT p50" in header
+    assert "ITL" not in header
+    with pytest.raises(ValueError, match="no cell has a workload chat"):
+        speed_table(found)
+
+
+def test_runs_on_different_machines_or_versions_have_no_common_table() -> None:
+    with pytest.raises(ValueError, match="differ in driver, torch have no common table"):
+        together([a_page(1, 10.0), a_page(64, 10.0, driver="2", torch="3")])
+    with pytest.raises(ValueError, match="no runs"):
+        together([])
 
 
 def test_pictures_show_every_arm() -> None:
