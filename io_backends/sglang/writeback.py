@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 from sglang_hicache.io_backends.copy_engine import BREAK_EVEN_ENTRY_BYTES
 from sglang_hicache.io_backends.device.base import Device, Event
 from sglang_hicache.io_backends.geometry import PoolGeometry
-from sglang_hicache.io_backends.interface import Backend, Pending, Submission, Transfer
+from sglang_hicache.io_backends.interface import Backend, Submission, Transfer
 from sglang_hicache.io_backends.sglang import kernels
 from sglang_hicache.io_backends.sglang.completion import deferred
 from sglang_hicache.io_backends.sglang.fences import Fences
@@ -30,75 +30,11 @@ from sglang_hicache.io_backends.sglang.indices import PlainIndices, translated
 from sglang_hicache.io_backends.sglang.known_pools import KnownPools, label_of
 from sglang_hicache.io_backends.sglang.metrics import Metrics
 from sglang_hicache.io_backends.sglang.routes import Route, distinct, write_facts
+from sglang_hicache.io_backends.sglang.writes import UPSTREAM, Counters, PoolWrite, Write
 
 logger = logging.getLogger(__name__)
 
-UPSTREAM = "upstream"
-"""Where a count by backend stands for SGLang's own path."""
-
 _NO_SLOTS = np.empty(0, dtype=np.int64)
-
-
-@dataclass(slots=True)
-class Counters:
-    """What happened in this process.
-
-    ``by_backend`` counts pools written, by who copied them. Of those written in copy-engine entries,
-    ``short_entry_writes`` had entries that were shorter on average than
-    :data:`~sglang_hicache.io_backends.copy_engine.BREAK_EVEN_ENTRY_BYTES`. ``ordered_writes`` are those that
-    SGLang's kernel was given by ascending host slot.
-    """
-
-    bytes: int = 0
-    writes: int = 0
-    copies: int = 0
-    producer_fences: int = 0
-    forward_fences: int = 0
-    fallback_writes: int = 0
-    short_entry_writes: int = 0
-    ordered_writes: int = 0
-    by_backend: dict[str, int] = field(default_factory=dict)
-
-    def served_by(self, name: str) -> None:
-        self.by_backend[name] = self.by_backend.get(name, 0) + 1
-
-
-@dataclass(slots=True, eq=False)
-class Write:
-    """One call of ``submit_device_to_host``.
-
-    Attributes:
-        engine: SGLang's ``L2TransferEngine``.
-        ready: events that its reads of device rows wait for.
-        gap: forwards that were launched before it.
-        keep: what must stay alive until it is done.
-        pending: what backends left of it for later gaps between forwards.
-        given_up: follows all that was enqueued of it if a part of it failed; None: none did.
-    """
-
-    engine: Any
-    ready: tuple[Event, ...]
-    gap: int = 0
-    keep: list[object] = field(default_factory=list)
-    pending: list[tuple[Backend, Pending]] = field(default_factory=list)
-    given_up: Event | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PoolWrite:
-    """One pool's part of a write.
-
-    Attributes:
-        write: which.
-        pool: the host pool.
-        route: the way it takes; None: SGLang's own path.
-        by_host: whether SGLang's kernel gets it by ascending host slot.
-    """
-
-    write: Write
-    pool: Any
-    route: Route | None
-    by_host: bool
 
 
 class WriteBack:
@@ -256,7 +192,7 @@ class WriteBack:
         it that failed instead, where a backend went on with that first, goes the same way.
         """
         for each in dict.fromkeys((*self._deferred, write)):
-            if each is write or _failed(each):
+            if each is write or each.failed:
                 for _, part in each.pending:
                     part.abandon()
                 each.pending.clear()
@@ -392,7 +328,7 @@ class WriteBack:
         """
         if write.given_up is not None:
             return self._device.query(write.given_up)
-        if _failed(write) or not all(part.enqueued() for _, part in write.pending):
+        if write.failed or not all(part.enqueued() for _, part in write.pending):
             return False
         return bool(completion.finish_event.query())
 
@@ -428,16 +364,6 @@ class WriteBack:
             "staging_bytes": staging,
             "fallbacks": self.pools.fallbacks(),
         }
-
-
-def _failed(write: Write) -> bool:
-    """Whether a part of it failed half-way."""
-    try:
-        for _, part in write.pending:
-            part.enqueued()
-    except RuntimeError:
-        return True
-    return False
 
 
 class _RoutedPool:
