@@ -61,7 +61,7 @@ def test_explain_as_json():
     )
     assert [(route["backend"], route["when"]) for route in answer["routes"]] == [("hybrid", {})]
     assert answer["forwards"]["decode"] == (
-        "waits for the last gather within GPU memory, not for the copy to the host"
+        "waits for the last gather within GPU memory, not for the copy to the host unless writes outrun it"
     )
 
 
