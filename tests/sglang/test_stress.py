@@ -114,7 +114,6 @@ def test_rounding_is_not_called_wrong(machine: Machine, tmp_path: Path) -> None:
     (side,) = result["servers"]
     assert (side["tie_nats"], side["wrong"], side["undecided"]) == (0.25, 0, 0)
     assert side["checked_from_host"] > 20
-    assert side["rounding"]["differences"] >= 64
 
 
 @pytest.mark.server
