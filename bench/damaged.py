@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sglang_hicache.io_backends.copy_engine import CopyEngineBackend
-from sglang_hicache.io_backends.device.base import Stream
-from sglang_hicache.io_backends.geometry import PoolGeometry
-from sglang_hicache.io_backends.interface import Submission, Transfer
-from sglang_hicache.io_backends.plan import CopyBatch, direct_copies
-from sglang_hicache.io_backends.registry import ENTRY_POINT_GROUP
+from ..io_backends.copy_engine import CopyEngineBackend
+from ..io_backends.device.base import Stream
+from ..io_backends.geometry import PoolGeometry
+from ..io_backends.interface import Submission, Transfer
+from ..io_backends.plan import CopyBatch, direct_copies
+from ..io_backends.registry import ENTRY_POINT_GROUP
 
 NAME = "damaged"
 

@@ -17,14 +17,14 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from sglang_hicache.bench import damaged, identity, serving, tiny_model
-from sglang_hicache.bench.demo_output import RunProgress, as_json, console, table, verdict
-from sglang_hicache.bench.identity import Run, Setup
-from sglang_hicache.bench.workload import Workload
-from sglang_hicache.io_backends.registry import AUTO, OWN_NAMES, available_backends, unknown_backend
-from sglang_hicache.io_backends.sglang.fake_libcuda import NoCompilerError
-from sglang_hicache.policy.terminal import styled
-from sglang_hicache.policy.vocabulary import MEM_LAYOUTS, NameProblem, check_name
+from ..io_backends.registry import AUTO, OWN_NAMES, available_backends, unknown_backend
+from ..io_backends.sglang.fake_libcuda import NoCompilerError
+from ..policy.terminal import styled
+from ..policy.vocabulary import MEM_LAYOUTS, NameProblem, check_name
+from . import damaged, identity, serving, tiny_model
+from .demo_output import RunProgress, as_json, console, table, verdict
+from .identity import Run, Setup
+from .workload import Workload
 
 
 def demo(

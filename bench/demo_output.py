@@ -10,9 +10,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from sglang_hicache.bench.identity import Run, Setup, Status
-from sglang_hicache.policy.terminal import console as console_of
-from sglang_hicache.policy.terminal import printable, styled
+from ..policy.terminal import console as console_of
+from ..policy.terminal import printable, styled
+from .identity import Run, Setup, Status
 
 # What is said goes to standard error, so that --json has standard output for itself.
 console = console_of(stderr=True, columns=110)

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sglang_hicache.bench.gpu_plans import GIB, PLANS, Step, host_bytes, kv_bytes_per_token
-from sglang_hicache.bench.measure.devices import gpu_missing
-from sglang_hicache.bench.measure.environment import describe
-from sglang_hicache.bench.serve import report, result, run, tables
+from .gpu_plans import GIB, PLANS, Step, host_bytes, kv_bytes_per_token
+from .measure.devices import gpu_missing
+from .measure.environment import describe
+from .serve import report, result, run, tables
 
 _MOST_TOUCHED = 100 * GIB
 """A machine with one GPU has 128 GiB; touching more than it has would end this process."""

@@ -30,13 +30,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sglang_hicache.bench.measure import profile, report, results, suite, tables
-from sglang_hicache.bench.measure.calibrate import ON_CPU, Plan, calibrate, quicker
-from sglang_hicache.bench.measure.cases import MODELS
-from sglang_hicache.bench.measure.contenders import names
-from sglang_hicache.bench.measure.devices import gpu_missing
-from sglang_hicache.bench.measure.environment import describe
-from sglang_hicache.policy.options import check_option
+from ..policy.options import check_option
+from .measure import profile, report, results, suite, tables
+from .measure.calibrate import ON_CPU, Plan, calibrate, quicker
+from .measure.cases import MODELS
+from .measure.contenders import names
+from .measure.devices import gpu_missing
+from .measure.environment import describe
 
 PARTS = ("tests", "sanitize", "bench", "profile", "calibrate")
 GPU_TESTS = ("tests/io_backends", "tests/sglang/test_gpu_pools.py")

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_hicache.bench.measure.cases import Case
-from sglang_hicache.bench.measure.results import Row, Run, load
-from sglang_hicache.bench.measure.tables import markdown_row
-from sglang_hicache.io_backends.registry import AUTO
+from ..io_backends.registry import AUTO
+from .measure.cases import Case
+from .measure.results import Row, Run, load
+from .measure.tables import markdown_row
 
 CONTENDERS = (
     "auto",

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sglang_hicache.bench.damaged import third_party
-from sglang_hicache.io_backends.device.base import Device, Stream
-from sglang_hicache.io_backends.geometry import PoolGeometry
-from sglang_hicache.io_backends.interface import Submission, Transfer
-from sglang_hicache.io_backends.sglang.unsafe import NULL
+from ..io_backends.device.base import Device, Stream
+from ..io_backends.geometry import PoolGeometry
+from ..io_backends.interface import Submission, Transfer
+from ..io_backends.sglang.unsafe import NULL
+from .damaged import third_party
 
 logger = logging.getLogger(__name__)
 

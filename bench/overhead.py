@@ -23,8 +23,8 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sglang_hicache.bench import serving, tiny_model
-from sglang_hicache.bench.demo_output import console
+from . import serving, tiny_model
+from .demo_output import console
 
 WITH, WITHOUT = "with the plug-in", "without"
 

@@ -21,14 +21,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.progress import track
 
-from sglang_hicache.io_backends.registry import AUTO, UPSTREAM_NAMES
-from sglang_hicache.io_backends.sglang import fake_libcuda
-from sglang_hicache.policy.decide import Decision, check_backend, decide
-from sglang_hicache.policy.facts import Facts, detect
-from sglang_hicache.policy.load import PolicyError, policy_in_force
-from sglang_hicache.policy.serving import refusal
-from sglang_hicache.policy.terminal import console as console_of
-from sglang_hicache.policy.vocabulary import NameProblem, check_fact, check_name
+from ..io_backends.registry import AUTO, UPSTREAM_NAMES
+from ..io_backends.sglang import fake_libcuda
+from ..policy.decide import Decision, check_backend, decide
+from ..policy.facts import Facts, detect
+from ..policy.load import PolicyError, policy_in_force
+from ..policy.serving import refusal
+from ..policy.terminal import console as console_of
+from ..policy.vocabulary import NameProblem, check_fact, check_name
 
 # What is said goes to standard error, so that --json has standard output for itself.
 console = console_of(stderr=True, columns=160)
@@ -129,10 +129,10 @@ def race(
         raise typer.Exit(_with_sglang(sglang_path))
     facts, decision = _decide(given, backend, fences, policy)
     _check_libraries(plot)
-    from sglang_hicache.bench import race_result
-    from sglang_hicache.io_backends.sglang.simulation import setups, workload
-    from sglang_hicache.io_backends.sglang.simulation.experiment import left_out
-    from sglang_hicache.io_backends.sglang.simulation.published import SIMULATED, published
+    from ..io_backends.sglang.simulation import setups, workload
+    from ..io_backends.sglang.simulation.experiment import left_out
+    from ..io_backends.sglang.simulation.published import SIMULATED, published
+    from . import race_result
 
     version_ = published().version.partition("+")[0]
     if version_ not in SIMULATED:
@@ -190,7 +190,7 @@ def _decide(
     given: dict[str, Any], backend: str, fences: Fences, policy: str | None
 ) -> tuple[Facts, Decision]:
     """Facts, and who writes back with which fences. Exits for wrong input."""
-    from sglang_hicache.io_backends.sglang.simulation.setups import LAYOUTS
+    from ..io_backends.sglang.simulation.setups import LAYOUTS
 
     try:
         known = {name: check_fact(name, value) for name, value in given.items() if value is not None}
@@ -214,8 +214,8 @@ def _decide(
 
 def _modes(asked: Sequence[str] | None, version_: str) -> tuple[str, ...]:
     """The modes that were asked for. Exits for one that is not there."""
-    from sglang_hicache.io_backends.sglang.simulation.modes import MODES
-    from sglang_hicache.io_backends.sglang.simulation.published import SIMULATED
+    from ..io_backends.sglang.simulation.modes import MODES
+    from ..io_backends.sglang.simulation.published import SIMULATED
 
     wanted = dict.fromkeys(asked or ["overlap"])
     if "all" in wanted:
@@ -301,16 +301,16 @@ def _routes(decision: Decision) -> str:
 
 
 def _draw(facts: Facts, trace: Path | None, plot: Path | None) -> None:
-    from sglang_hicache.bench.race_timeline import timelines
+    from .race_timeline import timelines
 
     runs = timelines(facts)
     if trace is not None:
-        from sglang_hicache.io_backends.virtual.timeline import write_chrome_trace
+        from ..io_backends.virtual.timeline import write_chrome_trace
 
         write_chrome_trace(trace, runs)
         console.print(f"{trace}: open it at https://ui.perfetto.dev (times are a model's)")
     if plot is not None:
-        from sglang_hicache.io_backends.virtual.plot import plot as draw
+        from ..io_backends.virtual.plot import plot as draw
 
         draw(plot, runs)
         console.print(f"{plot}: times are a model's")

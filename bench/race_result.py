@@ -11,9 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from sglang_hicache.io_backends.sglang.simulation.experiment import Run
-from sglang_hicache.io_backends.virtual.races import Race, Side
-from sglang_hicache.policy.terminal import styled
+from ..io_backends.sglang.simulation.experiment import Run
+from ..io_backends.virtual.races import Race, Side
+from ..policy.terminal import styled
 
 
 @dataclass(slots=True)

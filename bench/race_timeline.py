@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sglang_hicache.io_backends.registry import OWN_NAMES
-from sglang_hicache.io_backends.sglang.simulation import setups
-from sglang_hicache.io_backends.sglang.simulation.batches import Options
-from sglang_hicache.io_backends.sglang.simulation.cache import Cache
-from sglang_hicache.io_backends.sglang.simulation.experiment import Experiment, left_out
-from sglang_hicache.io_backends.sglang.simulation.workload import Action, Ask, Step
-from sglang_hicache.io_backends.virtual.model import CostModel
-from sglang_hicache.io_backends.virtual.timeline import ModelOrder, Timeline
-from sglang_hicache.policy.decide import decide
-from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.load import policy_in_force
-from sglang_hicache.policy.serving import cannot_serve_layout
+from ..io_backends.registry import OWN_NAMES
+from ..io_backends.sglang.simulation import setups
+from ..io_backends.sglang.simulation.batches import Options
+from ..io_backends.sglang.simulation.cache import Cache
+from ..io_backends.sglang.simulation.experiment import Experiment, left_out
+from ..io_backends.sglang.simulation.workload import Action, Ask, Step
+from ..io_backends.virtual.model import CostModel
+from ..io_backends.virtual.timeline import ModelOrder, Timeline
+from ..policy.decide import decide
+from ..policy.facts import Facts
+from ..policy.load import policy_in_force
+from ..policy.serving import cannot_serve_layout
 
 TOKEN_BYTES = 147_456
 """KV of one token: Qwen3-8B, bf16, 36 layers, 8 KV heads of 128 (the model of bench/results/2026-11-23-h200).

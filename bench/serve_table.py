@@ -16,12 +16,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sglang_hicache.bench.measure.tables import markdown_row
-from sglang_hicache.bench.serve.account import Sum
-from sglang_hicache.bench.serve.arms import NONE
-from sglang_hicache.bench.serve.result import CellResult, Result, load
-from sglang_hicache.io_backends.registry import AUTO
-from sglang_hicache.io_backends.sglang.unsafe import NULL
+from ..io_backends.registry import AUTO
+from ..io_backends.sglang.unsafe import NULL
+from .measure.tables import markdown_row
+from .serve.account import Sum
+from .serve.arms import NONE
+from .serve.result import CellResult, Result, load
 
 ARMS = {
     "kernel": "SGLang `kernel` (its default)",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_hicache.io_backends.sglang import fake_libcuda
+from ..io_backends.sglang import fake_libcuda
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sglang_hicache.bench.server_options import HiCache, base_args, cpu_engine_env
+from .server_options import HiCache, base_args, cpu_engine_env
 
 __all__ = [
     "HiCache",

@@ -20,12 +20,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 
-from sglang_hicache.bench.gpu_table import print_of_file
-from sglang_hicache.bench.measure.cases import Case
-from sglang_hicache.bench.measure.results import Row, Run, load
-from sglang_hicache.bench.measure.stand_ins import DECODE_STEPS
-from sglang_hicache.bench.measure.tables import markdown_row
-from sglang_hicache.io_backends.registry import AUTO
+from ..io_backends.registry import AUTO
+from .gpu_table import print_of_file
+from .measure.cases import Case
+from .measure.results import Row, Run, load
+from .measure.stand_ins import DECODE_STEPS
+from .measure.tables import markdown_row
 
 STAGED, KERNEL = "sglang_staged", "sglang_kernel"
 LONG = 4096

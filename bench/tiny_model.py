@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sglang_hicache.bench.random_model import write_random_model
+from .random_model import write_random_model
 
 VOCAB_SIZE = 512
 

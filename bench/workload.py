@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_hicache.bench.serving import Server
+from .serving import Server
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@
 are the backends; ``device`` is the only way to hardware; ``sglang`` is the only folder that knows SGLang.
 """
 
-from sglang_hicache.io_backends.device.base import Device
-from sglang_hicache.io_backends.geometry import Component, HostStrides, PoolGeometry, host_strides
-from sglang_hicache.io_backends.interface import Backend, BackendFactory, OptionsError, Submission, Transfer
-from sglang_hicache.io_backends.plan import CopyBatch, direct_copies
-from sglang_hicache.io_backends.registry import (
+from .device.base import Device
+from .geometry import Component, HostStrides, PoolGeometry, host_strides
+from .interface import Backend, BackendFactory, OptionsError, Submission, Transfer
+from .plan import CopyBatch, direct_copies
+from .registry import (
     UnknownBackendError,
     available_backends,
     get_backend,

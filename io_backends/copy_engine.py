@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_hicache.io_backends.device.base import Device, Stream
-from sglang_hicache.io_backends.geometry import PoolGeometry
-from sglang_hicache.io_backends.interface import Submission, Transfer
-from sglang_hicache.io_backends.plan import direct_batches
+from .device.base import Device, Stream
+from .geometry import PoolGeometry
+from .interface import Submission, Transfer
+from .plan import direct_batches
 
 BREAK_EVEN_ENTRY_BYTES = 34 * 1024
 """Bytes of an entry at which the link takes as long as the driver: about 0.6 us an entry at 55 GB/s (vLLM and

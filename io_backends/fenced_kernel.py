@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_hicache.io_backends.device.base import Device, Stream
-from sglang_hicache.io_backends.geometry import PoolGeometry
-from sglang_hicache.io_backends.interface import Submission, Transfer
-from sglang_hicache.io_backends.plan import direct_copies
+from .device.base import Device, Stream
+from .geometry import PoolGeometry
+from .interface import Submission, Transfer
+from .plan import direct_copies
 
 
 class FencedKernelBackend:

@@ -26,13 +26,13 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sglang_hicache.io_backends.chunks import ring_units
-from sglang_hicache.io_backends.device.base import Device, Event, Staging, Stream
-from sglang_hicache.io_backends.geometry import PoolGeometry
-from sglang_hicache.io_backends.interface import OptionsError, Submission, Transfer
-from sglang_hicache.io_backends.staged_plan import PlannedChunk, WritePlan, plan_write
-from sglang_hicache.io_backends.staging import ANY_GAP, Ring
-from sglang_hicache.io_backends.staging_size import DEFAULT_STAGING_MB, least_staging, staging_size
+from .chunks import ring_units
+from .device.base import Device, Event, Staging, Stream
+from .geometry import PoolGeometry
+from .interface import OptionsError, Submission, Transfer
+from .staged_plan import PlannedChunk, WritePlan, plan_write
+from .staging import ANY_GAP, Ring
+from .staging_size import DEFAULT_STAGING_MB, least_staging, staging_size
 
 DEFAULT_GATHER_CTAS = 64
 """Thread blocks of the gather. An H100 gathers 134 MB in 320, 191, 134, 115 and 114 us with 16, 32, 64, 132

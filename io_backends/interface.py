@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from sglang_hicache.io_backends.device.base import Device, Event, Stream
-from sglang_hicache.io_backends.geometry import PoolGeometry
-from sglang_hicache.io_backends.plan import Slots
+from .device.base import Device, Event, Stream
+from .geometry import PoolGeometry
+from .plan import Slots
 
 
 @dataclass(frozen=True, slots=True)

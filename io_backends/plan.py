@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sglang_hicache.io_backends.geometry import Component, HostStrides, PoolGeometry
+from .geometry import Component, HostStrides, PoolGeometry
 
 Slots = npt.NDArray[np.int64]
 Addresses = npt.NDArray[np.uint64]

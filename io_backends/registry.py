@@ -12,7 +12,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
-from sglang_hicache.io_backends.interface import BackendFactory
+from .interface import BackendFactory
 
 ENTRY_POINT_GROUP = "sglang_hicache.io_backends"
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sglang_hicache.io_backends.chunks import (
+from .chunks import (
     Chunk,
     Staged,
     chunk_slots,
@@ -25,8 +25,8 @@ from sglang_hicache.io_backends.chunks import (
     staged,
     write_chunks,
 )
-from sglang_hicache.io_backends.geometry import Component, HostStrides, PoolGeometry
-from sglang_hicache.io_backends.plan import (
+from .geometry import Component, HostStrides, PoolGeometry
+from .plan import (
     Addresses,
     CopyBatch,
     Slots,

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sglang_hicache.io_backends.chunks import STAGING_ALIGNMENT
-from sglang_hicache.io_backends.device.base import Event
+from .chunks import STAGING_ALIGNMENT
+from .device.base import Event
 
 
 @dataclass(slots=True)

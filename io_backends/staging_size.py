@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sglang_hicache.io_backends.chunks import LEAD_BYTES, RING_PARTS, STAGING_ALIGNMENT
-from sglang_hicache.io_backends.geometry import PoolGeometry
+from .chunks import LEAD_BYTES, RING_PARTS, STAGING_ALIGNMENT
+from .geometry import PoolGeometry
 
 DEFAULT_STAGING_MB = 256
 """MiB of device memory for the ring; the contract's example value. By arithmetic, a chunk of half of it

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sglang_hicache.policy.conditions import Condition, Flags, Names, Numbers
-from sglang_hicache.policy.facts import FactValue
-from sglang_hicache.policy.fields import USES
-from sglang_hicache.policy.match import FORWARDS_OF, SPECULATIVE_ONLY
-from sglang_hicache.policy.schema import Default, Rule, is_about_writes
-from sglang_hicache.policy.versions import Versions
-from sglang_hicache.policy.vocabulary import NAMED, NO_SPECULATION
+from .conditions import Condition, Flags, Names, Numbers
+from .facts import FactValue
+from .fields import USES
+from .match import FORWARDS_OF, SPECULATIVE_ONLY
+from .schema import Default, Rule, is_about_writes
+from .versions import Versions
+from .vocabulary import NAMED, NO_SPECULATION
 
 _EITHER = "attention_backend"
 _SPECULATIVE = "speculative"

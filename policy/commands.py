@@ -15,25 +15,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sglang_hicache.io_backends.registry import AUTO
-from sglang_hicache.policy import matrix as table
-from sglang_hicache.policy import render
-from sglang_hicache.policy.decide import check_backend
-from sglang_hicache.policy.errors import PolicyError
-from sglang_hicache.policy.explanation import Explanation
-from sglang_hicache.policy.facts import FactValue, detect
-from sglang_hicache.policy.json_schema import policy_json_schema
-from sglang_hicache.policy.layers import DEFAULT_RULE, Policy
-from sglang_hicache.policy.lint import warnings
-from sglang_hicache.policy.load import load_policy, policy_in_force
-from sglang_hicache.policy.schema import Default, Rule
-from sglang_hicache.policy.terminal import console
-from sglang_hicache.policy.vocabulary import NameProblem, check_fact
-from sglang_hicache.policy.what_if import changed, difference, parse_facts
-from sglang_hicache.policy.words import option_of
+from ..io_backends.registry import AUTO
+from . import matrix as table
+from . import render
+from .decide import check_backend
+from .errors import PolicyError
+from .explanation import Explanation
+from .facts import FactValue, detect
+from .json_schema import policy_json_schema
+from .layers import DEFAULT_RULE, Policy
+from .lint import warnings
+from .load import load_policy, policy_in_force
+from .schema import Default, Rule
+from .terminal import console
+from .vocabulary import NameProblem, check_fact
+from .what_if import changed, difference, parse_facts
+from .words import option_of
 
 if TYPE_CHECKING:
-    from sglang_hicache.io_backends.sglang.dry_run import Server
+    from ..io_backends.sglang.dry_run import Server
 
 policy_app = typer.Typer(help="Show or check a policy file.", no_args_is_help=True)
 
@@ -262,7 +262,7 @@ def _naming(option: str) -> Iterator[None]:
 def _server(command_line: str, given: Mapping[str, FactValue]) -> Server:
     """What `command_line` resolves to. Raises NameProblem, also for a server without HiCache."""
     # Here, because it is the one thing in this package that needs an installed SGLang.
-    from sglang_hicache.io_backends.sglang.dry_run import server_facts_of
+    from ..io_backends.sglang.dry_run import server_facts_of
 
     server = server_facts_of(command_line, given)
     if not server.hicache:

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from sglang_hicache.policy.facts import FactValue
-from sglang_hicache.policy.versions import Versions
-from sglang_hicache.policy.vocabulary import (
+from .facts import FactValue
+from .versions import Versions
+from .vocabulary import (
     COUNTED,
     FLAGS,
     VERSIONED,

@@ -11,10 +11,10 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from sglang_hicache.io_backends.registry import OWN_NAMES
-from sglang_hicache.policy.decide import Decision
-from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.routes import WriteRoute, writes_in_words
+from ..io_backends.registry import OWN_NAMES
+from .decide import Decision
+from .facts import Facts
+from .routes import WriteRoute, writes_in_words
 
 
 @cache

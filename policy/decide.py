@@ -14,14 +14,14 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from sglang_hicache.io_backends.registry import AUTO, UPSTREAM_NAMES, available_backends
-from sglang_hicache.policy.evidence import PRODUCER_FENCE_SINCE, beside, upstream_path
-from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.layers import DEFAULT_RULE, OPTION, SHIPPED, Policy
-from sglang_hicache.policy.match import match, resolve_fences
-from sglang_hicache.policy.routes import WriteFacts, WriteRoute, writes_in_words
-from sglang_hicache.policy.schema import Default, Rule
-from sglang_hicache.policy.vocabulary import FORWARDS, check_name
+from ..io_backends.registry import AUTO, UPSTREAM_NAMES, available_backends
+from .evidence import PRODUCER_FENCE_SINCE, beside, upstream_path
+from .facts import Facts
+from .layers import DEFAULT_RULE, OPTION, SHIPPED, Policy
+from .match import match, resolve_fences
+from .routes import WriteFacts, WriteRoute, writes_in_words
+from .schema import Default, Rule
+from .vocabulary import FORWARDS, check_name
 
 # The option that a person types to choose a backend by hand.
 BACKEND_OPTION = "--hicache-io-backend"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_hicache.policy.text import printable
-from sglang_hicache.policy.vocabulary import with_hint
+from .text import printable
+from .vocabulary import with_hint
 
 
 class PolicyError(ValueError):

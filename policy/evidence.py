@@ -12,9 +12,9 @@ from enum import Enum
 
 from packaging.version import InvalidVersion, Version
 
-from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.match import FORWARDS_OF
-from sglang_hicache.policy.vocabulary import FORWARDS
+from .facts import Facts
+from .match import FORWARDS_OF
+from .vocabulary import FORWARDS
 
 GDC_SINCE = Version("0.4.0")
 """Disassembled FA3 kernels have the dependency wait (ACQBULK) in sglang-kernel 0.4.0 and later; 0.3.20 and

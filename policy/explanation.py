@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-from sglang_hicache.policy import serving, words
-from sglang_hicache.policy.cost import cost
-from sglang_hicache.policy.decide import Decision, decide
-from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.layers import Policy
-from sglang_hicache.policy.protection import lost_here
+from . import serving, words
+from .cost import cost
+from .decide import Decision, decide
+from .facts import Facts
+from .layers import Policy
+from .protection import lost_here
 
 
 @dataclass(frozen=True)

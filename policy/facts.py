@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from sglang_hicache.policy.vocabulary import COUNTED, FLAGS, NO_SPECULATION, NameProblem, nearest
+from .vocabulary import COUNTED, FLAGS, NO_SPECULATION, NameProblem, nearest
 
 FactValue = str | int | bool | None
 
@@ -244,8 +244,8 @@ def _driver() -> Fact:
 
 def _batch_copy() -> Fact:
     """Whether copies go in batches (cuMemcpyBatchAsync), as the copy backends themselves find out."""
-    from sglang_hicache.io_backends.device.base import DeviceUnavailableError
-    from sglang_hicache.io_backends.device.driver import Driver
+    from ..io_backends.device.base import DeviceUnavailableError
+    from ..io_backends.device.driver import Driver
 
     try:
         driver = Driver()

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
-from sglang_hicache.io_backends.registry import AUTO, UPSTREAM_NAMES, available_backends
-from sglang_hicache.policy.conditions import Numbers
-from sglang_hicache.policy.text import code_point, unsafe_character
-from sglang_hicache.policy.versions import Versions
-from sglang_hicache.policy.vocabulary import (
+from ..io_backends.registry import AUTO, UPSTREAM_NAMES, available_backends
+from .conditions import Numbers
+from .text import code_point, unsafe_character
+from .versions import Versions
+from .vocabulary import (
     FORWARDS,
     NameProblem,
     check_device,

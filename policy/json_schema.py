@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_hicache.io_backends.registry import available_backends
-from sglang_hicache.policy.fields import MATCH, USES
-from sglang_hicache.policy.options import BACKEND_OPTIONS, Option
-from sglang_hicache.policy.schema import When, is_about_writes
-from sglang_hicache.policy.vocabulary import (
+from ..io_backends.registry import available_backends
+from .fields import MATCH, USES
+from .options import BACKEND_OPTIONS, Option
+from .schema import When, is_about_writes
+from .vocabulary import (
     ATTENTION_BACKENDS,
     COUNTED,
     FLAGS,

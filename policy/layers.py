@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sglang_hicache.policy.fields import Step
-from sglang_hicache.policy.reach import Reach, shadows
-from sglang_hicache.policy.schema import Default, PolicyFile, Rule
+from .fields import Step
+from .reach import Reach, shadows
+from .schema import Default, PolicyFile, Rule
 
 #: Where a rule, or a whole decision, comes from. Each layer comes before the ones above it here.
 SHIPPED, MACHINE, USER, OPTION = LAYERS = ("shipped default", "machine file", "policy file", "option")

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from sglang_hicache.policy.classes import CannotCompareError
-from sglang_hicache.policy.errors import PolicyError
-from sglang_hicache.policy.fields import DEFAULT, Step
-from sglang_hicache.policy.layers import (
+from .classes import CannotCompareError
+from .errors import PolicyError
+from .fields import DEFAULT, Step
+from .layers import (
     DEFAULT_RULE,
     MACHINE,
     SHIPPED,
@@ -31,11 +31,11 @@ from sglang_hicache.policy.layers import (
     RuleProblem,
     combine,
 )
-from sglang_hicache.policy.protection import in_words, losses
-from sglang_hicache.policy.schema import PolicyFile
-from sglang_hicache.policy.text import code_point, unsafe_character
-from sglang_hicache.policy.wording import first_problem
-from sglang_hicache.policy.yaml_text import Plain, parse, place
+from .protection import in_words, losses
+from .schema import PolicyFile
+from .text import code_point, unsafe_character
+from .wording import first_problem
+from .yaml_text import Plain, parse, place
 
 #: Names a policy file when ``--hicache-io-policy`` and ``hicache-io --policy`` do not.
 POLICY_VARIABLE = "SGLANG_HICACHE_IO_POLICY"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sglang_hicache.policy.conditions import Condition
-from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.fields import USES
-from sglang_hicache.policy.schema import Default, Rule
-from sglang_hicache.policy.vocabulary import FORWARDS, NO_SPECULATION
+from .conditions import Condition
+from .facts import Facts
+from .fields import USES
+from .schema import Default, Rule
+from .vocabulary import FORWARDS, NO_SPECULATION
 
 #: The forwards that each attention backend runs in, in this project's two names. As SGLang's schedulers
 #: launch them (0.5.18 to 0.5.23): verification is part of a decode step, and a draft follows prefill and

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_hicache.io_backends.registry import AUTO
-from sglang_hicache.policy.decide import Decision, decide
-from sglang_hicache.policy.facts import Fact, Facts, FactValue
-from sglang_hicache.policy.layers import Policy
-from sglang_hicache.policy.routes import writes_in_words
-from sglang_hicache.policy.vocabulary import ATTENTION_BACKENDS, NO_SPECULATION
-from sglang_hicache.policy.what_if import changed
+from ..io_backends.registry import AUTO
+from .decide import Decision, decide
+from .facts import Fact, Facts, FactValue
+from .layers import Policy
+from .routes import writes_in_words
+from .vocabulary import ATTENTION_BACKENDS, NO_SPECULATION
+from .what_if import changed
 
 #: Ampere, Ada, Hopper, data-centre Blackwell (B200, B300), and RTX Blackwell; None: unknown.
 ARCHITECTURES: tuple[str | None, ...] = ("sm80", "sm89", "sm90", "sm100", "sm103", "sm120", None)

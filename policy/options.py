@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang_hicache.policy.fields import shown
-from sglang_hicache.policy.vocabulary import NameProblem, check_name
+from .fields import shown
+from .vocabulary import NameProblem, check_name
 
 
 @dataclass(frozen=True)

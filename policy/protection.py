@@ -18,12 +18,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sglang_hicache.policy.classes import CannotCompareError, Classes, Clause, CompiledRule, Literal
-from sglang_hicache.policy.decide import decide
-from sglang_hicache.policy.facts import FACT_NAMES, Facts, FactValue
-from sglang_hicache.policy.layers import DEFAULT_RULE, USER, Policy
-from sglang_hicache.policy.schema import Default, Rule, is_about_writes
-from sglang_hicache.policy.vocabulary import FORWARDS
+from .classes import CannotCompareError, Classes, Clause, CompiledRule, Literal
+from .decide import decide
+from .facts import FACT_NAMES, Facts, FactValue
+from .layers import DEFAULT_RULE, USER, Policy
+from .schema import Default, Rule, is_about_writes
+from .vocabulary import FORWARDS
 
 #: Rules looked at in a whole comparison: about two seconds.
 MOST_STEPS = 400_000

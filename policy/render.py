@@ -8,16 +8,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sglang_hicache.policy import serving, words
-from sglang_hicache.policy.cost import cost
-from sglang_hicache.policy.decide import Considered
-from sglang_hicache.policy.explanation import Explanation
-from sglang_hicache.policy.facts import FactValue
-from sglang_hicache.policy.fields import USES
-from sglang_hicache.policy.layers import DEFAULT_RULE, Policy
-from sglang_hicache.policy.match import word_of
-from sglang_hicache.policy.schema import Default, Rule
-from sglang_hicache.policy.what_if import difference
+from . import serving, words
+from .cost import cost
+from .decide import Considered
+from .explanation import Explanation
+from .facts import FactValue
+from .fields import USES
+from .layers import DEFAULT_RULE, Policy
+from .match import word_of
+from .schema import Default, Rule
+from .what_if import difference
 
 
 def show_explanation(out: Console, shown: Explanation) -> None:

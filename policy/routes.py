@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_hicache.policy.conditions import Condition, condition
+from .conditions import Condition, condition
 
 WriteCondition = tuple[int | str | bool, ...]
 

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from sglang_hicache.policy import fields
-from sglang_hicache.policy.conditions import Condition, condition
-from sglang_hicache.policy.fields import USES, problem
-from sglang_hicache.policy.options import check_option
-from sglang_hicache.policy.reach import never_matches
-from sglang_hicache.policy.vocabulary import ATTENTION_BACKENDS, NAMED, NameProblem, nearest
+from . import fields
+from .conditions import Condition, condition
+from .fields import USES, problem
+from .options import check_option
+from .reach import never_matches
+from .vocabulary import ATTENTION_BACKENDS, NAMED, NameProblem, nearest
 
 #: Each rule is compared with every one before it, when it is read and when a server starts.
 MOST_RULES = 500

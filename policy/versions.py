@@ -10,8 +10,8 @@ from functools import cached_property, lru_cache
 from packaging.specifiers import InvalidSpecifier, Specifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from sglang_hicache.policy.facts import FactValue
-from sglang_hicache.policy.vocabulary import NameProblem
+from .facts import FactValue
+from .vocabulary import NameProblem
 
 
 @dataclass(frozen=True)

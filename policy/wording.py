@@ -6,11 +6,11 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sglang_hicache.policy.errors import PolicyError
-from sglang_hicache.policy.fields import PROBLEM, Step
-from sglang_hicache.policy.schema import Default, PolicyFile, Rule, Use, When
-from sglang_hicache.policy.vocabulary import nearest
-from sglang_hicache.policy.yaml_text import place
+from .errors import PolicyError
+from .fields import PROBLEM, Step
+from .schema import Default, PolicyFile, Rule, Use, When
+from .vocabulary import nearest
+from .yaml_text import place
 
 
 def first_problem(error: ValidationError, tree: Any, filename: str) -> PolicyError:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from sglang_hicache.io_backends.registry import UPSTREAM_NAMES
-from sglang_hicache.policy.decide import Decision
-from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.layers import DEFAULT_RULE, OPTION, SHIPPED, Policy
-from sglang_hicache.policy.match import match
-from sglang_hicache.policy.routes import WriteRoute, writes_in_words
-from sglang_hicache.policy.vocabulary import NO_SPECULATION
+from ..io_backends.registry import UPSTREAM_NAMES
+from .decide import Decision
+from .facts import Facts
+from .layers import DEFAULT_RULE, OPTION, SHIPPED, Policy
+from .match import match
+from .routes import WriteRoute, writes_in_words
+from .vocabulary import NO_SPECULATION
 
 # What operators call the forwards; extend is SGLang's name for prefill, chunked or not.
 _FORWARD_WORDS = {"extend": "prefill (extend)", "decode": "decode"}
@@ -43,7 +43,7 @@ def fence_sentence(decision: Decision) -> str:
 def memory_sentence(decision: Decision) -> str | None:
     """GPU memory that the decision takes; None where it takes none."""
     # Here: it imports numpy, which nothing else of `explain` needs.
-    from sglang_hicache.io_backends.staging_size import DEFAULT_STAGING_MB, FREE_SHARE
+    from ..io_backends.staging_size import DEFAULT_STAGING_MB, FREE_SHARE
 
     rings = []
     # As many rings as there are instances.

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from sglang_hicache.bench.measure import machine_policy, sglang_pools
-from sglang_hicache.bench.measure.calibration import (
+from ...policy.load import default_policy
+from . import machine_policy, sglang_pools
+from .calibration import (
     LEAST_SM_WORK_FIRST,
     Choice,
     RefusedError,
@@ -17,15 +18,14 @@ from sglang_hicache.bench.measure.calibration import (
     best_value,
     segments,
 )
-from sglang_hicache.bench.measure.cases import MODELS, Case, entry_bytes
-from sglang_hicache.bench.measure.contenders import Submit, Task, ours
-from sglang_hicache.bench.measure.devices import open_bench
-from sglang_hicache.bench.measure.environment import describe
-from sglang_hicache.bench.measure.one_write import Setting, bandwidth, check
-from sglang_hicache.bench.measure.results import CPU_WATERMARK, Row
-from sglang_hicache.bench.measure.suite import Say
-from sglang_hicache.bench.measure.timing import interleaved, one_write
-from sglang_hicache.policy.load import default_policy
+from .cases import MODELS, Case, entry_bytes
+from .contenders import Submit, Task, ours
+from .devices import open_bench
+from .environment import describe
+from .one_write import Setting, bandwidth, check
+from .results import CPU_WATERMARK, Row
+from .suite import Say
+from .timing import interleaved, one_write
 
 LAYOUTS = ("layer_first", "page_first")
 """``page_first_direct`` has no SM kernel in SGLang, and ``page_head`` only ``hybrid``: there is no choice."""

@@ -8,15 +8,15 @@ from typing import Annotated
 
 import typer
 
-from sglang_hicache.bench.measure import machine_policy
-from sglang_hicache.bench.measure.calibrate import ON_CPU, Calibration, Plan, quicker
-from sglang_hicache.bench.measure.calibrate import calibrate as measure
-from sglang_hicache.bench.measure.cases import MODELS
-from sglang_hicache.bench.measure.command import Live, refuse, stderr_console
-from sglang_hicache.bench.measure.devices import gpu_missing
-from sglang_hicache.bench.measure.results import CPU_WATERMARK
-from sglang_hicache.policy.errors import PolicyError
-from sglang_hicache.policy.terminal import console as console_of
+from ...policy.errors import PolicyError
+from ...policy.terminal import console as console_of
+from . import machine_policy
+from .calibrate import ON_CPU, Calibration, Plan, quicker
+from .calibrate import calibrate as measure
+from .cases import MODELS
+from .command import Live, refuse, stderr_console
+from .devices import gpu_missing
+from .results import CPU_WATERMARK
 
 
 def calibrate(

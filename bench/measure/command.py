@@ -15,19 +15,19 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sglang_hicache.bench.measure import compare as comparing
-from sglang_hicache.bench.measure import plots, report, results, suite, tables
-from sglang_hicache.bench.measure.cases import LAYOUTS, MODELS
-from sglang_hicache.bench.measure.contenders import names
-from sglang_hicache.bench.measure.devices import gpu_missing
-from sglang_hicache.bench.measure.results import Run
-from sglang_hicache.bench.serve import report as serve_report
-from sglang_hicache.bench.serve import result as serve_result
-from sglang_hicache.bench.serve.command import serve
-from sglang_hicache.policy.errors import PolicyError
-from sglang_hicache.policy.options import BACKEND_OPTIONS, check_option
-from sglang_hicache.policy.terminal import console as console_of
-from sglang_hicache.policy.vocabulary import ATTENTION_BACKENDS, NameProblem, check_name
+from ...policy.errors import PolicyError
+from ...policy.options import BACKEND_OPTIONS, check_option
+from ...policy.terminal import console as console_of
+from ...policy.vocabulary import ATTENTION_BACKENDS, NameProblem, check_name
+from ..serve import report as serve_report
+from ..serve import result as serve_result
+from ..serve.command import serve
+from . import compare as comparing
+from . import plots, report, results, suite, tables
+from .cases import LAYOUTS, MODELS
+from .contenders import names
+from .devices import gpu_missing
+from .results import Run
 
 ALL = "all"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sglang_hicache.bench.measure.results import METRICS, Row, Run, Spread
+from .results import METRICS, Row, Run, Spread
 
 LEAST_CHANGE = 0.02
 """A smaller change of the median is none. With five repeats on both sides, ranges that do not overlap come

@@ -6,15 +6,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sglang_hicache.bench.measure import sglang_pools
-from sglang_hicache.bench.measure.cases import Case, Slots
-from sglang_hicache.bench.measure.devices import Bench
-from sglang_hicache.bench.measure.memory import Memory
-from sglang_hicache.io_backends import PoolGeometry, Transfer, available_backends, direct_copies, get_backend
-from sglang_hicache.io_backends.registry import AUTO
-from sglang_hicache.io_backends.sglang.routes import write_facts
-from sglang_hicache.policy.decide import Decision
-from sglang_hicache.policy.routes import WriteFacts
+from ...io_backends import PoolGeometry, Transfer, available_backends, direct_copies, get_backend
+from ...io_backends.registry import AUTO
+from ...io_backends.sglang.routes import write_facts
+from ...policy.decide import Decision
+from ...policy.routes import WriteFacts
+from . import sglang_pools
+from .cases import Case, Slots
+from .devices import Bench
+from .memory import Memory
 
 Fence = Callable[[Any], None]
 """Called with each event that a forward which must not share the SMs would wait for."""

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sglang_hicache.io_backends.device.base import Device
-from sglang_hicache.io_backends.device.cpu import CpuDevice, CpuStream
+from ...io_backends.device.base import Device
+from ...io_backends.device.cpu import CpuDevice, CpuStream
 
 FLUSH_BYTES = 256 * 2**20
 """Written before a repeat so that nothing of the rows is left in L2: the largest is 126 MB (B200)."""
@@ -59,7 +59,7 @@ def open_bench(cpu: bool, **options: Any) -> Bench:
 
 def gpu_missing() -> str | None:
     """Why there is no GPU to measure on, or None."""
-    from sglang_hicache.io_backends.device import unavailable
+    from ...io_backends.device import unavailable
 
     reason = unavailable("cuda")
     if reason is not None:
@@ -116,7 +116,7 @@ def timed_cuda(**options: Any) -> Bench:
     """
     import torch
 
-    from sglang_hicache.io_backends.device.cuda import CudaDevice
+    from ...io_backends.device.cuda import CudaDevice
 
     class TimedCuda(CudaDevice):
         where = "cuda"

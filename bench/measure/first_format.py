@@ -10,8 +10,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_hicache.bench.measure.cases import Case, entry_bytes
-from sglang_hicache.bench.measure.results import Row, Run, Spread
+from .cases import Case, entry_bytes
+from .results import Row, Run, Spread
 
 _NAMES = {"hybrid, forwards wait": "hybrid", "Llama-3-70B TP8": "Llama-3-70B-TP8"}
 _INTERFERENCE = Case("Qwen3-8B", "page_first", 16, 8192, True)

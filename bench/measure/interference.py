@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sglang_hicache.bench.measure.cases import Case
-from sglang_hicache.bench.measure.contenders import Submit, Task, contenders, reason_of
-from sglang_hicache.bench.measure.devices import Bench
-from sglang_hicache.bench.measure.one_write import Setting, check, row_of
-from sglang_hicache.bench.measure.results import Row, Spread
-from sglang_hicache.bench.measure.stand_ins import StandIn, launches, stand_ins
-from sglang_hicache.bench.measure.timing import interleaved, spreads
+from .cases import Case
+from .contenders import Submit, Task, contenders, reason_of
+from .devices import Bench
+from .one_write import Setting, check, row_of
+from .results import Row, Spread
+from .stand_ins import StandIn, launches, stand_ins
+from .timing import interleaved, spreads
 
 LONG_MS = 100.0
 """All forwards of one repeat on a GPU: several writes run beside them (604 MB take 11 ms at 55 GB/s)."""

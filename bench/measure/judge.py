@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sglang_hicache.bench.measure.results import Row
-from sglang_hicache.io_backends.registry import AUTO
+from ...io_backends.registry import AUTO
+from .results import Row
 
 JUDGED_BY = {"bandwidth": "ms", "latency": "ack_us"}
 """By measurement, the metric that ``auto`` is held to. The others show one side of a trade each: the least

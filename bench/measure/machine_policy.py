@@ -17,19 +17,19 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedSeq
 
-from sglang_hicache.bench.measure.calibration import Choice, Segment
-from sglang_hicache.bench.measure.results import CPU_WATERMARK
-from sglang_hicache.policy.decide import decide
-from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.layers import Policy
-from sglang_hicache.policy.load import (
+from ...policy.decide import decide
+from ...policy.facts import Facts
+from ...policy.layers import Policy
+from ...policy.load import (
     MACHINE_VARIABLE,
     POLICY_VARIABLE,
     default_machine_file,
     default_policy,
     policy_in_force,
 )
-from sglang_hicache.policy.vocabulary import ATTENTION_BACKENDS, NO_SPECULATION
+from ...policy.vocabulary import ATTENTION_BACKENDS, NO_SPECULATION
+from .calibration import Choice, Segment
+from .results import CPU_WATERMARK
 
 HEADER = "Written by hicache-io calibrate. Do not edit: run it again.\n"
 CPU_HEADER = f"NOT FOR USE: {CPU_WATERMARK}.\n"

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from sglang_hicache.bench.measure.cases import Model
-from sglang_hicache.bench.measure.devices import Bench
-from sglang_hicache.io_backends import Component, PoolGeometry, host_strides
+from ...io_backends import Component, PoolGeometry, host_strides
+from .cases import Model
+from .devices import Bench
 
 POISON = 0xA5
 

@@ -6,16 +6,16 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_hicache.bench.measure import sglang_pools
-from sglang_hicache.bench.measure.cases import MODELS, Case, slots_of
-from sglang_hicache.bench.measure.contenders import Contender, Submit, Task, contenders, reason_of
-from sglang_hicache.bench.measure.devices import Bench
-from sglang_hicache.bench.measure.memory import Memory
-from sglang_hicache.bench.measure.results import WRONG, Row, Spread
-from sglang_hicache.bench.measure.timing import interleaved, one_write, spreads
-from sglang_hicache.policy.decide import Decision, decide
-from sglang_hicache.policy.facts import detect
-from sglang_hicache.policy.layers import Policy
+from ...policy.decide import Decision, decide
+from ...policy.facts import detect
+from ...policy.layers import Policy
+from . import sglang_pools
+from .cases import MODELS, Case, slots_of
+from .contenders import Contender, Submit, Task, contenders, reason_of
+from .devices import Bench
+from .memory import Memory
+from .results import WRONG, Row, Spread
+from .timing import interleaved, one_write, spreads
 
 
 @dataclass

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from sglang_hicache.bench.measure.devices import Bench
+from .devices import Bench
 
 WARM_CYCLES = 3
 """Of the pattern, left out of figures: until then the first writes fill what was empty."""

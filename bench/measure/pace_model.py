@@ -18,22 +18,22 @@ from typing import Any
 
 import numpy as np
 
-from sglang_hicache.bench.measure.cases import MODELS, Case, pool_of, slots_of
-from sglang_hicache.bench.measure.contenders import Task
-from sglang_hicache.bench.measure.overlap import Flight, Step, Trace, Writer, figures, run
-from sglang_hicache.bench.measure.patterns import LEAST_CYCLES, PATTERNS, whole_pages
-from sglang_hicache.bench.measure.writers import OwnWriter
-from sglang_hicache.io_backends import PoolGeometry, get_backend
-from sglang_hicache.io_backends.chunks import Chunk, Staged
-from sglang_hicache.io_backends.plan import CopyBatch
-from sglang_hicache.io_backends.sglang.routes import one_route
-from sglang_hicache.io_backends.virtual import gpu as cuda
-from sglang_hicache.io_backends.virtual.device import VirtualDevice
-from sglang_hicache.io_backends.virtual.gpu import Event, Stream
-from sglang_hicache.io_backends.virtual.model import CostModel
-from sglang_hicache.io_backends.virtual.operations import Operation
-from sglang_hicache.io_backends.virtual.timeline import NOTE, ModelOrder
-from sglang_hicache.policy.vocabulary import FORWARDS
+from ...io_backends import PoolGeometry, get_backend
+from ...io_backends.chunks import Chunk, Staged
+from ...io_backends.plan import CopyBatch
+from ...io_backends.sglang.routes import one_route
+from ...io_backends.virtual import gpu as cuda
+from ...io_backends.virtual.device import VirtualDevice
+from ...io_backends.virtual.gpu import Event, Stream
+from ...io_backends.virtual.model import CostModel
+from ...io_backends.virtual.operations import Operation
+from ...io_backends.virtual.timeline import NOTE, ModelOrder
+from ...policy.vocabulary import FORWARDS
+from .cases import MODELS, Case, pool_of, slots_of
+from .contenders import Task
+from .overlap import Flight, Step, Trace, Writer, figures, run
+from .patterns import LEAST_CYCLES, PATTERNS, whole_pages
+from .writers import OwnWriter
 
 H100 = CostModel(hbm_gb_per_s=2000.0)
 """With a gather of 64 thread blocks: 134 MB in 134 us (part gather of

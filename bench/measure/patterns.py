@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from sglang_hicache.bench.measure.overlap import WARM_CYCLES, Step
+from .overlap import WARM_CYCLES, Step
 
 PATTERNS: Mapping[str, tuple[Step, ...]] = {
     # A prefill-only server: SGLang's chunk on an H100, and a short one. 350 ms: Qwen3-8B at about 60 % of an

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from sglang_hicache.bench.measure.results import Row, Run, Spread
+from .results import Row, Run, Spread
 
 FORMATS = ("png", "svg")
 

@@ -34,20 +34,20 @@ from typing import Any
 
 import numpy as np
 
-from sglang_hicache.bench.measure import sglang_pools
-from sglang_hicache.bench.measure.cases import MODELS, Case
-from sglang_hicache.bench.measure.contenders import contenders
-from sglang_hicache.bench.measure.devices import Bench, gpu_missing, no_collection, open_bench
-from sglang_hicache.bench.measure.environment import describe
-from sglang_hicache.bench.measure.interference import interference
-from sglang_hicache.bench.measure.memory import Memory
-from sglang_hicache.bench.measure.one_write import Setting
-from sglang_hicache.bench.measure.results import CPU_WATERMARK, Spread
-from sglang_hicache.bench.measure.timing import link_ceiling, one_write
-from sglang_hicache.io_backends.chunks import Chunk, staged
-from sglang_hicache.io_backends.plan import CopyBatch
-from sglang_hicache.io_backends.staged_plan import drain_copies
-from sglang_hicache.policy.load import default_policy
+from ...io_backends.chunks import Chunk, staged
+from ...io_backends.plan import CopyBatch
+from ...io_backends.staged_plan import drain_copies
+from ...policy.load import default_policy
+from . import sglang_pools
+from .cases import MODELS, Case
+from .contenders import contenders
+from .devices import Bench, gpu_missing, no_collection, open_bench
+from .environment import describe
+from .interference import interference
+from .memory import Memory
+from .one_write import Setting
+from .results import CPU_WATERMARK, Spread
+from .timing import link_ceiling, one_write
 
 MODEL = "Qwen3-8B"
 CTAS = (8, 16, 32, 64, 132, 264)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_hicache.bench.measure import plots, results, tables
-from sglang_hicache.bench.measure.results import METRICS, Run
+from . import plots, results, tables
+from .results import METRICS, Run
 
 _STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 110em; padding: 0 1em }

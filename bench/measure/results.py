@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sglang_hicache.bench.measure.cases import Case
+from .cases import Case
 
 SCHEMA = 2
 """1 was the format of bench/results/2026-11-23-h200, which :mod:`~.first_format` reads."""
@@ -186,7 +186,7 @@ class Run:
             ValueError: it is neither.
         """
         if "bandwidth" in data or "fence" in data:
-            from sglang_hicache.bench.measure.first_format import read
+            from .first_format import read
 
             return read(data)
         if data.get("schema") != SCHEMA:

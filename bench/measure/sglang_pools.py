@@ -23,11 +23,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from sglang_hicache.bench.measure.memory import Memory
-from sglang_hicache.io_backends.sglang import kernels
+from ...io_backends.sglang import kernels
+from .memory import Memory
 
 if TYPE_CHECKING:
-    from sglang_hicache.bench.measure.contenders import Task
+    from .contenders import Task
 
 SGLANG = "0.5.23"
 MOST_CALLS = 300_000

@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sglang_hicache.bench.measure.cases import LAYOUTS, MODELS, Case
-from sglang_hicache.bench.measure.contenders import contenders
-from sglang_hicache.bench.measure.devices import gpu_missing, open_bench
-from sglang_hicache.bench.measure.one_write import Setting, check
-from sglang_hicache.io_backends.registry import OWN_NAMES
-from sglang_hicache.policy.load import default_policy
+from ...io_backends.registry import OWN_NAMES
+from ...policy.load import default_policy
+from .cases import LAYOUTS, MODELS, Case
+from .contenders import contenders
+from .devices import gpu_missing, open_bench
+from .one_write import Setting, check
 
 CASES = [Case(model, layout, 16, 64, True) for model in ("Qwen3-8B", "DeepSeek-V3") for layout in LAYOUTS]
 

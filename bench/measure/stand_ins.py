@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_hicache.bench.measure.devices import Bench
+from .devices import Bench
 
 KERNELS = ("cudnn", "flash")
 """Attention kernels: cuDNN's is persistent and uses TMA on Hopper and later, as FA3, FA4 and TRT-LLM's do;

@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sglang_hicache.bench.measure.cases import Case
-from sglang_hicache.bench.measure.contenders import Submit, Task, contenders, reason_of
-from sglang_hicache.bench.measure.one_write import Setting, row_of
-from sglang_hicache.bench.measure.results import Row
-from sglang_hicache.bench.measure.stand_ins import StandIn, launches, stand_ins
-from sglang_hicache.bench.measure.timing import interleaved, spreads
+from .cases import Case
+from .contenders import Submit, Task, contenders, reason_of
+from .one_write import Setting, row_of
+from .results import Row
+from .stand_ins import StandIn, launches, stand_ins
+from .timing import interleaved, spreads
 
 HOST_VALUES = "host_values"
 """Not a contender: what ``copy_engine`` does before it can plan, alone."""

@@ -16,16 +16,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sglang_hicache.bench.measure.cases import MODELS, Case, pool_of, slots_of
-from sglang_hicache.bench.measure.contenders import Task
-from sglang_hicache.bench.measure.one_write import Setting
-from sglang_hicache.bench.measure.results import Row, Spread
-from sglang_hicache.bench.measure.submit import index_row, index_wait, submissions
-from sglang_hicache.bench.measure.timing import interleaved, spreads
-from sglang_hicache.io_backends.virtual.model import CostModel
-from sglang_hicache.policy.decide import decide
-from sglang_hicache.policy.facts import detect
-from sglang_hicache.policy.load import policy_in_force
+from ...io_backends.virtual.model import CostModel
+from ...policy.decide import decide
+from ...policy.facts import detect
+from ...policy.load import policy_in_force
+from .cases import MODELS, Case, pool_of, slots_of
+from .contenders import Task
+from .one_write import Setting
+from .results import Row, Spread
+from .submit import index_row, index_wait, submissions
+from .timing import interleaved, spreads
 
 _HERE = "sglang_hicache.bench.measure.submit_idle"
 _NO_KERNEL = "SGLang's copy kernels need a GPU"
@@ -69,7 +69,7 @@ def measure(
 
 
 def _rows(asked: Mapping[str, Any]) -> list[Row]:
-    from sglang_hicache.bench import idle_gpu
+    from .. import idle_gpu
 
     with tempfile.TemporaryDirectory() as folder:
         idle_gpu.install(Path(folder))

@@ -7,19 +7,19 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sglang_hicache.bench.measure import sglang_pools, submit_idle
-from sglang_hicache.bench.measure.cases import LAYOUTS, MODELS, Case, grid
-from sglang_hicache.bench.measure.contenders import reason_of
-from sglang_hicache.bench.measure.devices import open_bench
-from sglang_hicache.bench.measure.environment import describe
-from sglang_hicache.bench.measure.interference import interference
-from sglang_hicache.bench.measure.judge import judge
-from sglang_hicache.bench.measure.one_write import MEASURED, Setting
-from sglang_hicache.bench.measure.results import Row, Run
-from sglang_hicache.bench.measure.submit import submit
-from sglang_hicache.bench.measure.sustained import SECONDS, chosen, sustained
-from sglang_hicache.bench.measure.timing import link_ceiling, memory_ceiling
-from sglang_hicache.policy.load import policy_in_force
+from ...policy.load import policy_in_force
+from . import sglang_pools, submit_idle
+from .cases import LAYOUTS, MODELS, Case, grid
+from .contenders import reason_of
+from .devices import open_bench
+from .environment import describe
+from .interference import interference
+from .judge import judge
+from .one_write import MEASURED, Setting
+from .results import Row, Run
+from .submit import submit
+from .sustained import SECONDS, chosen, sustained
+from .timing import link_ceiling, memory_ceiling
 
 Say = Callable[[str, float, float], None]
 """Told what was found: a line, how much is done, and of how much."""

@@ -13,17 +13,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sglang_hicache.bench.measure import sglang_pools
-from sglang_hicache.bench.measure.cases import Case
-from sglang_hicache.bench.measure.contenders import Task, reason_of
-from sglang_hicache.bench.measure.devices import Bench
-from sglang_hicache.bench.measure.one_write import Setting
-from sglang_hicache.bench.measure.overlap import WARM_CYCLES, Step, figures, run, series
-from sglang_hicache.bench.measure.patterns import LEAST_CYCLES, PATTERNS, whole_pages
-from sglang_hicache.bench.measure.results import WRONG, Row, Spread
-from sglang_hicache.bench.measure.timing import interleaved, spreads
-from sglang_hicache.bench.measure.writers import CannotError, OwnWriter, UpstreamWriter, writer
-from sglang_hicache.io_backends.registry import AUTO
+from ...io_backends.registry import AUTO
+from . import sglang_pools
+from .cases import Case
+from .contenders import Task, reason_of
+from .devices import Bench
+from .one_write import Setting
+from .overlap import WARM_CYCLES, Step, figures, run, series
+from .patterns import LEAST_CYCLES, PATTERNS, whole_pages
+from .results import WRONG, Row, Spread
+from .timing import interleaved, spreads
+from .writers import CannotError, OwnWriter, UpstreamWriter, writer
 
 ALONE = "alone"
 CONTENDERS = (AUTO, "hybrid", "fenced_kernel", *sglang_pools.CONTENDERS)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_hicache.bench.measure.cases import Case
-from sglang_hicache.bench.measure.contenders import names as contender_names
-from sglang_hicache.bench.measure.results import Row, Run
-from sglang_hicache.io_backends.registry import AUTO
+from ...io_backends.registry import AUTO
+from .cases import Case
+from .contenders import names as contender_names
+from .results import Row, Run
 
 
 @dataclass(frozen=True)

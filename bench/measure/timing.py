@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sglang_hicache.bench.measure.contenders import Submit, Task, reason_of
-from sglang_hicache.bench.measure.devices import Bench, no_collection
-from sglang_hicache.bench.measure.results import Spread
+from .contenders import Submit, Task, reason_of
+from .devices import Bench, no_collection
+from .results import Spread
 
 ENOUGH_S = 3.0
 """A contender that took this long in all is not repeated any further, once it has two repeats."""

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from sglang_hicache.bench.measure import sglang_pools
-from sglang_hicache.bench.measure.contenders import Task
-from sglang_hicache.bench.measure.overlap import Flight
-from sglang_hicache.io_backends import Transfer, get_backend
-from sglang_hicache.io_backends.interface import Backend, Pending
-from sglang_hicache.io_backends.registry import AUTO
-from sglang_hicache.io_backends.sglang.routes import Route, distinct, one_route, routes_of
-from sglang_hicache.policy.vocabulary import FORWARDS
+from ...io_backends import Transfer, get_backend
+from ...io_backends.interface import Backend, Pending
+from ...io_backends.registry import AUTO
+from ...io_backends.sglang.routes import Route, distinct, one_route, routes_of
+from ...policy.vocabulary import FORWARDS
+from . import sglang_pools
+from .contenders import Task
+from .overlap import Flight
 
 Tasks = Mapping[int, Task]
 """By tokens; of one pool, and with one transfer stream."""

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_hicache.bench.measure.results import Spread
-from sglang_hicache.bench.serve.load import Asked, Loaded
-from sglang_hicache.bench.serve.scrape import Written
+from ..measure.results import Spread
+from .load import Asked, Loaded
+from .scrape import Written
 
 SHARES = (*range(0, 100, 2), 99, 99.5, 99.9, 100)
 """Percent at which a distribution is kept: enough to draw it."""

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_hicache.bench import damaged, null_backend
-from sglang_hicache.bench.serve.models import Model
-from sglang_hicache.bench.serving import HiCache, base_args
-from sglang_hicache.io_backends.registry import AUTO, OWN_NAMES
-from sglang_hicache.io_backends.sglang.unsafe import CONFIRM, NULL
-from sglang_hicache.policy.vocabulary import check_name
+from ...io_backends.registry import AUTO, OWN_NAMES
+from ...io_backends.sglang.unsafe import CONFIRM, NULL
+from ...policy.vocabulary import check_name
+from .. import damaged, null_backend
+from ..serving import HiCache, base_args
+from .models import Model
 
 NONE = "none"
 """A server without HiCache."""

@@ -18,10 +18,10 @@ from typing import Annotated, Any
 
 import typer
 
-from sglang_hicache.bench.measure.devices import gpu_missing
-from sglang_hicache.bench.serve import arms, models, public, tables, workloads
-from sglang_hicache.bench.serve.arms import Cell
-from sglang_hicache.policy.vocabulary import MEM_LAYOUTS, NameProblem, check_name
+from ...policy.vocabulary import MEM_LAYOUTS, NameProblem, check_name
+from ..measure.devices import gpu_missing
+from . import arms, models, public, tables, workloads
+from .arms import Cell
 
 ON_GPU = ("none", "kernel", "direct", "auto")
 ON_CPU = ("none", "auto")
@@ -131,8 +131,8 @@ def _run(
     out: Path | None,
     as_json: bool,
 ) -> bool:
-    from sglang_hicache.bench.measure.environment import describe
-    from sglang_hicache.bench.serve import report, result, run
+    from ..measure.environment import describe
+    from . import report, result, run
 
     found = result.Result(describe(cpu=cell.cpu_engine))
     if found.watermark:

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sglang_hicache.bench.serve.workloads import Lane, Workload
+from .workloads import Lane, Workload
 
 if TYPE_CHECKING:
-    from sglang_hicache.bench.stress.client import Client
+    from ..stress.client import Client
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ async def ask(
         progress: called after each answer with their number so far.
     """
     # aiohttp is an extra, and saved results can be read without it.
-    from sglang_hicache.bench.stress.client import Client
+    from ..stress.client import Client
 
     asked: list[Asked] = []
 
@@ -102,7 +102,7 @@ async def ask(
 
 
 async def _lane(client: Client, lane: Lane, keep: Callable[[Asked], None]) -> None:
-    from sglang_hicache.bench.stress.client import ConnectionLost, RequestFailed
+    from ..stress.client import ConnectionLost, RequestFailed
 
     said: list[list[int]] = [[] for _ in lane.conversations]
     free = [asyncio.Lock() for _ in lane.conversations]

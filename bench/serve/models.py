@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_hicache.bench import tiny_model
-from sglang_hicache.bench.random_model import write_random_model
-from sglang_hicache.policy.vocabulary import check_name
+from ...policy.vocabulary import check_name
+from .. import tiny_model
+from ..random_model import write_random_model
 
 
 @dataclass(frozen=True)

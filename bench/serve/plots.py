@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_hicache.bench.measure.plots import FORMATS, canvas, colour, legend
-from sglang_hicache.bench.serve.account import SHARES, Distribution, Turn
-from sglang_hicache.bench.serve.result import CellResult, Result
-from sglang_hicache.bench.serve.tables import about
+from ..measure.plots import FORMATS, canvas, colour, legend
+from .account import SHARES, Distribution, Turn
+from .result import CellResult, Result
+from .tables import about
 
 _SHOWN = (("first_token_s", "ms to the first token"), ("between_tokens_s", "ms between tokens"))
 

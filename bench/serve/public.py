@@ -19,8 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sglang_hicache.bench.serve.load import Asked, Loaded
-from sglang_hicache.policy.vocabulary import check_name
+from ...policy.vocabulary import check_name
+from .load import Asked, Loaded
 
 
 @dataclass(frozen=True)

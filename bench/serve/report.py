@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sglang_hicache.bench.measure.plots import why_not
-from sglang_hicache.bench.measure.report import page, pictures
-from sglang_hicache.bench.measure.tables import markdown_of
-from sglang_hicache.bench.serve import plots, result, tables
-from sglang_hicache.bench.serve.result import Result
+from ..measure.plots import why_not
+from ..measure.report import page, pictures
+from ..measure.tables import markdown_of
+from . import plots, result, tables
+from .result import Result
 
 STEM = "serve"
 

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_hicache.bench import damaged
-from sglang_hicache.bench.measure.results import Spread
-from sglang_hicache.bench.serve.account import Sum, Turn, sums
-from sglang_hicache.bench.serve.arms import NONE, Cell
-from sglang_hicache.bench.stress.server import ServerFacts
-from sglang_hicache.io_backends.sglang.unsafe import NULL
+from ...io_backends.sglang.unsafe import NULL
+from .. import damaged
+from ..measure.results import Spread
+from ..stress.server import ServerFacts
+from .account import Sum, Turn, sums
+from .arms import NONE, Cell
 
 SCHEMA = 1
 KIND = "hicache-io bench serve"

@@ -14,14 +14,14 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from sglang_hicache.bench import serving, tiny_model
-from sglang_hicache.bench.identity import plugin_state
-from sglang_hicache.bench.serve import models, public, scrape, workloads
-from sglang_hicache.bench.serve.account import Turn, turn_of
-from sglang_hicache.bench.serve.arms import NONE, Cell, server_args, server_env
-from sglang_hicache.bench.serve.load import Loaded, ask
-from sglang_hicache.bench.serve.result import ArmFacts, CellResult
-from sglang_hicache.bench.serve.workloads import Workload
+from .. import serving, tiny_model
+from ..identity import plugin_state
+from . import models, public, scrape, workloads
+from .account import Turn, turn_of
+from .arms import NONE, Cell, server_args, server_env
+from .load import Loaded, ask
+from .result import ArmFacts, CellResult
+from .workloads import Workload
 
 Say = Callable[[str], None]
 _WARM_UP_SEED = 1_000_000

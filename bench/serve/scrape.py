@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sglang_hicache.bench import serving
+from .. import serving
 
 Samples = Mapping[str, float]
 """By name, and for buckets ``name|bound``; summed over labels, ranks included."""

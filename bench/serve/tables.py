@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sglang_hicache.bench.measure.results import Spread
-from sglang_hicache.bench.measure.tables import Table
-from sglang_hicache.bench.serve.account import Sum
-from sglang_hicache.bench.serve.arms import NONE
-from sglang_hicache.bench.serve.result import CellResult, Result
-from sglang_hicache.io_backends.sglang.unsafe import NULL
+from ...io_backends.sglang.unsafe import NULL
+from ..measure.results import Spread
+from ..measure.tables import Table
+from .account import Sum
+from .arms import NONE
+from .result import CellResult, Result
 
 WIDTH = 80
 SPEED, AGAINST = "speed", "against"

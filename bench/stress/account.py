@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sglang_hicache.bench.stress.client import Reply
-from sglang_hicache.bench.workload import Answer
+from ..workload import Answer
+from .client import Reply
 
 ERROR, WRONG, HUNG, DEAD = "error", "wrong output", "hung", "dead"
 """Kinds of problem."""

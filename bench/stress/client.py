@@ -12,8 +12,8 @@ from typing import Any
 
 import aiohttp
 
-from sglang_hicache.bench.stress.answers import NotUnderstoodError, Part, parsed, understood
-from sglang_hicache.bench.workload import Answer
+from ..workload import Answer
+from .answers import NotUnderstoodError, Part, parsed, understood
 
 _CONNECT_S = 10
 _READ_BYTES = 2**20

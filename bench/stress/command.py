@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 import typer
 
-from sglang_hicache.bench.demo_output import console
-from sglang_hicache.bench.measure import environment
-from sglang_hicache.policy.terminal import styled
+from ...policy.terminal import styled
+from ..demo_output import console
+from ..measure import environment
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -80,7 +80,7 @@ def stress(
     """
     if find_spec("aiohttp") is None:
         _refuse("aiohttp is not installed; pip install 'sglang-hicache-io[stress]' (SGLang brings it too)")
-    from sglang_hicache.bench.stress import report, run
+    from . import report, run
 
     urls = [_url(url), *([_url(compare)] if compare else [])]
     if len(set(urls)) < len(urls):

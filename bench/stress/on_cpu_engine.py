@@ -16,9 +16,9 @@ from typing import Annotated
 
 import typer
 
-from sglang_hicache.bench import serving, tiny_model
-from sglang_hicache.bench.demo_output import console
-from sglang_hicache.io_backends.registry import AUTO, OWN_NAMES
+from ...io_backends.registry import AUTO, OWN_NAMES
+from .. import serving, tiny_model
+from ..demo_output import console
 
 
 def main(

@@ -20,9 +20,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sglang_hicache.bench.stress.answers import LogProb, Part
-from sglang_hicache.bench.stress.client import Client, RequestFailed
-from sglang_hicache.bench.workload import Answer
+from ..workload import Answer
+from .answers import LogProb, Part
+from .client import Client, RequestFailed
 
 FACTOR = 3.0
 """Times the largest rounding that was seen, which a later one is allowed to be. Were differences

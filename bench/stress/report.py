@@ -13,11 +13,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sglang_hicache.bench.demo_output import console
-from sglang_hicache.bench.stress.run import Limits, Outcome
-from sglang_hicache.bench.stress.server import ServerFacts
-from sglang_hicache.bench.stress.side import Side
-from sglang_hicache.policy.terminal import styled
+from ...policy.terminal import styled
+from ..demo_output import console
+from .run import Limits, Outcome
+from .server import ServerFacts
+from .side import Side
 
 CPU_NOTE = (
     "on SGLang's CPU engine: it shows that the right bytes go out and come back. Its times say nothing about "

@@ -9,11 +9,11 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_hicache.bench.stress.account import Book
-from sglang_hicache.bench.stress.client import Client, ConnectionLost, RequestFailed
-from sglang_hicache.bench.stress.load import Load, sized_for
-from sglang_hicache.bench.stress.server import ServerFacts
-from sglang_hicache.bench.stress.side import Side, is_usable
+from .account import Book
+from .client import Client, ConnectionLost, RequestFailed
+from .load import Load, sized_for
+from .server import ServerFacts
+from .side import Side, is_usable
 
 _REFERENCE_SILENT_S = 600
 """The reference server is no suspect; this is only so that the test ends."""

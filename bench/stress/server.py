@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from sglang_hicache.bench.stress.answers import Info, Setting, understood
+from .answers import Info, Setting, understood
 
 BF16_TIE_NATS = 0.25
 """Two logits between 16 and 32, each rounded to bfloat16 (8 significant bits: steps of 1/8), may change their

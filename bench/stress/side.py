@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sglang_hicache.bench.stress.account import (
+from ..workload import Answer
+from .account import (
     DEAD,
     ERROR,
     HUNG,
@@ -20,11 +21,10 @@ from sglang_hicache.bench.stress.account import (
     first_difference,
     regret_in_words,
 )
-from sglang_hicache.bench.stress.client import REFUSED, Client, ConnectionLost, Reply, RequestFailed
-from sglang_hicache.bench.stress.load import Conversation, Load
-from sglang_hicache.bench.stress.recompute import Judge, UnjudgedError
-from sglang_hicache.bench.stress.server import ServerFacts
-from sglang_hicache.bench.workload import Answer
+from .client import REFUSED, Client, ConnectionLost, Reply, RequestFailed
+from .load import Conversation, Load
+from .recompute import Judge, UnjudgedError
+from .server import ServerFacts
 
 _LOOK_S = 0.25
 _PROBES = 3

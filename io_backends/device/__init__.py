@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from sglang_hicache.io_backends.device.base import Device, DeviceUnavailableError
+from .base import Device, DeviceUnavailableError
 
 __all__ = ["Device", "DeviceUnavailableError", "open_device"]
 
@@ -16,11 +16,11 @@ def open_device(name: str) -> Device:
         DeviceUnavailableError: there is no implementation for it.
     """
     if name == "cpu":
-        from sglang_hicache.io_backends.device.cpu import CpuDevice
+        from .cpu import CpuDevice
 
         return CpuDevice()
     if name == "cuda":
-        from sglang_hicache.io_backends.device.cuda import CudaDevice
+        from .cuda import CudaDevice
 
         return CudaDevice()
     raise DeviceUnavailableError(unavailable(name) or name)

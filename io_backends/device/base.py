@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sglang_hicache.io_backends.chunks import Chunk, Staged
-from sglang_hicache.io_backends.geometry import PoolGeometry
-from sglang_hicache.io_backends.plan import CopyBatch
+from ..chunks import Chunk, Staged
+from ..geometry import PoolGeometry
+from ..plan import CopyBatch
 
 Stream = Any
 """A stream of the device's own kind: ``torch.cuda.Stream``, or what the CPU engine uses."""

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from sglang_hicache.io_backends.chunks import Chunk, Staged
-from sglang_hicache.io_backends.geometry import Component, HostStrides, PoolGeometry
-from sglang_hicache.io_backends.plan import CopyBatch
+from ..chunks import Chunk, Staged
+from ..geometry import Component, HostStrides, PoolGeometry
+from ..plan import CopyBatch
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sglang_hicache.io_backends.chunks import STAGING_ALIGNMENT, Chunk, Staged
-from sglang_hicache.io_backends.device.base import DeviceUnavailableError, Event, Stream
-from sglang_hicache.io_backends.device.driver import MAX_ENTRIES, Driver
-from sglang_hicache.io_backends.device.gather import Gather
-from sglang_hicache.io_backends.device.gather_plan import UNITS_PER_THREAD, WARPS
-from sglang_hicache.io_backends.device.host_ranges import HostRange, HostRanges, host_extents
-from sglang_hicache.io_backends.device.turns import TURN_BYTES, Turns
-from sglang_hicache.io_backends.geometry import PoolGeometry
-from sglang_hicache.io_backends.plan import CopyBatch
+from ..chunks import STAGING_ALIGNMENT, Chunk, Staged
+from ..geometry import PoolGeometry
+from ..plan import CopyBatch
+from .base import DeviceUnavailableError, Event, Stream
+from .driver import MAX_ENTRIES, Driver
+from .gather import Gather
+from .gather_plan import UNITS_PER_THREAD, WARPS
+from .host_ranges import HostRange, HostRanges, host_extents
+from .turns import TURN_BYTES, Turns
 
 _INDEX_TYPES = {4: np.int32, 8: np.int64}
 _INDEX_BYTES = 2**20

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from sglang_hicache.io_backends.device.base import DeviceUnavailableError
-from sglang_hicache.io_backends.device.host_ranges import drop_empty
-from sglang_hicache.io_backends.plan import CopyBatch
+from ..plan import CopyBatch
+from .base import DeviceUnavailableError
+from .host_ranges import drop_empty
 
 logger = logging.getLogger(__name__)
 

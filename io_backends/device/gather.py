@@ -11,9 +11,9 @@ import importlib
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from sglang_hicache.io_backends.chunks import STAGING_ALIGNMENT, Chunk, Staged, staged
-from sglang_hicache.io_backends.device.gather_plan import UNITS_PER_THREAD, WARPS, Launch, Rows, plan
-from sglang_hicache.io_backends.geometry import PoolGeometry
+from ..chunks import STAGING_ALIGNMENT, Chunk, Staged, staged
+from ..geometry import PoolGeometry
+from .gather_plan import UNITS_PER_THREAD, WARPS, Launch, Rows, plan
 
 _TILE_LIMIT = 2**31
 
@@ -115,7 +115,7 @@ class Gather:
             compiled[grid, 1, 1](*arguments, stream=None if stream is None else stream.cuda_stream)
             return
         # Triton comes late: planning and the copy path need none of it.
-        from sglang_hicache.io_backends.device.gather_kernel import gather_rows
+        from .gather_kernel import gather_rows
 
         with _current(stream):
             compiled = gather_rows[grid, 1, 1](*arguments, num_warps=self._warps)

@@ -7,8 +7,8 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sglang_hicache.io_backends.chunks import Staged
-from sglang_hicache.io_backends.geometry import Component, PoolGeometry
+from ..chunks import Staged
+from ..geometry import Component, PoolGeometry
 
 WARPS = 8
 """Warps a thread block. Unmeasured."""

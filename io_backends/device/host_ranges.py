@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sglang_hicache.io_backends.geometry import PoolGeometry
-from sglang_hicache.io_backends.plan import CopyBatch
+from ..geometry import PoolGeometry
+from ..plan import CopyBatch
 
 SHORT = 16
 """Entries up to which Python goes through a batch faster than numpy."""

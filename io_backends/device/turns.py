@@ -16,10 +16,10 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from sglang_hicache.io_backends.device.base import Event, Stream
-from sglang_hicache.io_backends.device.driver import Driver
-from sglang_hicache.io_backends.device.host_ranges import SHORT, drop_empty
-from sglang_hicache.io_backends.plan import CopyBatch
+from ..plan import CopyBatch
+from .base import Event, Stream
+from .driver import Driver
+from .host_ranges import SHORT, drop_empty
 
 TURN_BYTES = 32 * 2**20
 """Bytes of a turn, which others wait for: 0.6 ms at 55 GB/s, twice that while two streams take turns with

@@ -62,8 +62,8 @@ def _guard_scheduler() -> None:
 
     @functools.wraps(original)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
-        from sglang_hicache.io_backends.sglang import plugin, runtime
-        from sglang_hicache.io_backends.sglang.errors import RefusedError, exit_with
+        from . import plugin, runtime
+        from .errors import RefusedError, exit_with
 
         if runtime.active() is None:
             reason = plugin.failure() or (

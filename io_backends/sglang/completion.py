@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sglang_hicache.io_backends.device.base import Stream
-from sglang_hicache.io_backends.interface import Pending
+from ..device.base import Stream
+from ..interface import Pending
 
 
 def deferred(

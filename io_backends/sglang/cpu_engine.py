@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from sglang_hicache.io_backends.device.cpu import host_view, rows_view
-from sglang_hicache.io_backends.sglang import versions
-from sglang_hicache.io_backends.sglang.pools import describe
+from ..device.cpu import host_view, rows_view
+from . import versions
+from .pools import describe
 
 
 def install() -> None:

@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sglang_hicache.io_backends.sglang import findings, server_findings
-from sglang_hicache.io_backends.sglang.dry_run import Server, server_facts_of
-from sglang_hicache.io_backends.sglang.findings import BAD, OK, WARNING, Finding
-from sglang_hicache.policy.facts import FactValue, detect
-from sglang_hicache.policy.terminal import console
-from sglang_hicache.policy.vocabulary import NameProblem, check_gpu_arch
+from ...policy.facts import FactValue, detect
+from ...policy.terminal import console
+from ...policy.vocabulary import NameProblem, check_gpu_arch
+from . import findings, server_findings
+from .dry_run import Server, server_facts_of
+from .findings import BAD, OK, WARNING, Finding
 
 _STYLES = {OK: "green", WARNING: "yellow", BAD: "bold red"}
 _VERDICTS = {

@@ -23,9 +23,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sglang_hicache.policy.facts import Fact, Facts, FactValue, detect
-from sglang_hicache.policy.load import POLICY_VARIABLE
-from sglang_hicache.policy.vocabulary import NameProblem
+from ...policy.facts import Fact, Facts, FactValue, detect
+from ...policy.load import POLICY_VARIABLE
+from ...policy.vocabulary import NameProblem
 
 _MODULE = "sglang_hicache.io_backends.sglang.dry_run"  # as a child it is __main__
 
@@ -104,7 +104,7 @@ def split(command_line: str) -> tuple[dict[str, str], list[str]]:
 
 def _ask(argv: Sequence[str], variables: Mapping[str, str], gpu_arch: FactValue) -> dict[str, Any]:
     """The child's answer. Raises CommandLineError."""
-    from sglang_hicache.io_backends.sglang import fake_libcuda
+    from . import fake_libcuda
 
     with tempfile.TemporaryDirectory(prefix="hicache-io-") as scratch:
         answer = Path(scratch, "answer.json")
@@ -156,7 +156,7 @@ def _child() -> None:
 def _resolved(argv: Sequence[str], gpu_arch: str | None) -> dict[str, Any]:
     from sglang.srt.plugins import load_plugins
 
-    from sglang_hicache.io_backends.sglang import options, resolution, server_facts
+    from . import options, resolution, server_facts
 
     resolution.explaining = True
     load_plugins()

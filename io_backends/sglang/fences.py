@@ -21,10 +21,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sglang_hicache.io_backends.device.base import Device, Event, Stream
+from ..device.base import Device, Event, Stream
 
 if TYPE_CHECKING:
-    from sglang_hicache.io_backends.sglang.metrics import Metrics
+    from .metrics import Metrics
 
 
 class LaunchesForwards(Protocol):

@@ -21,15 +21,15 @@ from typing import Any
 
 from packaging.version import Version
 
-from sglang_hicache.io_backends.device import unavailable
-from sglang_hicache.io_backends.registry import OWN_NAMES, available_backends, get_backend
-from sglang_hicache.io_backends.sglang import fake_libcuda, versions
-from sglang_hicache.policy.errors import PolicyError
-from sglang_hicache.policy.evidence import GDC_SINCE
-from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.layers import Policy
-from sglang_hicache.policy.lint import warnings
-from sglang_hicache.policy.load import policy_in_force
+from ...policy.errors import PolicyError
+from ...policy.evidence import GDC_SINCE
+from ...policy.facts import Facts
+from ...policy.layers import Policy
+from ...policy.lint import warnings
+from ...policy.load import policy_in_force
+from ..device import unavailable
+from ..registry import OWN_NAMES, available_backends, get_backend
+from . import fake_libcuda, versions
 
 OK, WARNING, BAD = "ok", "warning", "bad"
 
@@ -38,7 +38,7 @@ _GROUP = "sglang.srt.plugins"
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 _CHECK_POINTS = """
-from sglang_hicache.io_backends.sglang import versions as v
+from . import versions as v
 print("POINTS", v.check_points(v.LAUNCHER_POINTS + v.SCHEDULER_POINTS + v.CALLED_POINTS, v.installed()) or "")
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_hicache.io_backends.geometry import PoolGeometry
+from ..geometry import PoolGeometry
 
 _ALL_LAYER_KERNELS = (
     "jit_transfer_hicache_all_layer",

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_hicache.io_backends.device.base import Device
-from sglang_hicache.io_backends.geometry import PoolGeometry
-from sglang_hicache.io_backends.interface import Backend, OptionsError
-from sglang_hicache.io_backends.sglang import kernels
-from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError, describe, host_buffers
+from ..device.base import Device
+from ..geometry import PoolGeometry
+from ..interface import Backend, OptionsError
+from . import kernels
+from .pools import UnsupportedPoolError, describe, host_buffers
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from sglang_hicache.io_backends.device.base import Device, Event, Stream
-from sglang_hicache.io_backends.interface import Submission
+from ..device.base import Device, Event, Stream
+from ..interface import Submission
 
 PREFIX = "sglang:hicache_io_"
 

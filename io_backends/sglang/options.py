@@ -9,16 +9,16 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_hicache.io_backends.registry import (
+from ...policy.errors import PolicyError
+from ...policy.load import load_policy
+from ..registry import (
     AUTO,
     UPSTREAM_NAMES,
     available_backends,
     unknown_backend,
 )
-from sglang_hicache.io_backends.sglang import unsafe
-from sglang_hicache.io_backends.sglang.errors import RefusedError
-from sglang_hicache.policy.errors import PolicyError
-from sglang_hicache.policy.load import load_policy
+from . import unsafe
+from .errors import RefusedError
 
 ASKED_ATTRIBUTE = "_hicache_io_asked"
 """On ``ServerArgs``: an :class:`Asked`, or absent. Underscored names travel, unsealed."""

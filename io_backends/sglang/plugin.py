@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from sglang_hicache.io_backends.sglang import options, resolution, runtime, versions
+from . import options, resolution, runtime, versions
 
 _failure: str | None = None
 

@@ -18,10 +18,10 @@ from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
 
-from sglang_hicache.io_backends.sglang.errors import PREFIX, RefusedError
-from sglang_hicache.io_backends.sglang.server_facts import differences, running_facts, view
-from sglang_hicache.policy.decide import Decision
-from sglang_hicache.policy.facts import Facts
+from ...policy.decide import Decision
+from ...policy.facts import Facts
+from .errors import PREFIX, RefusedError
+from .server_facts import differences, running_facts, view
 
 PATIENCE_S = 600
 """How long ranks wait for the last one. SGLang's start-up is full of collectives, so they leave it within

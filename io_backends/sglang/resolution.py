@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sglang_hicache.io_backends.device import unavailable
-from sglang_hicache.io_backends.registry import AUTO, OWN_NAMES, get_backend
-from sglang_hicache.io_backends.sglang import runtime, unsafe, versions
-from sglang_hicache.io_backends.sglang.carried import ATTRIBUTE, Carried
-from sglang_hicache.io_backends.sglang.errors import RefusedError, exit_with
-from sglang_hicache.io_backends.sglang.options import asked, check_name, is_ours
-from sglang_hicache.io_backends.sglang.server_facts import resolved_facts, view
-from sglang_hicache.policy.decide import Decision, decide
-from sglang_hicache.policy.errors import PolicyError
-from sglang_hicache.policy.load import policy_in_force
-from sglang_hicache.policy.protection import lost_here
-from sglang_hicache.policy.words import lost_sentence
+from ...policy.decide import Decision, decide
+from ...policy.errors import PolicyError
+from ...policy.load import policy_in_force
+from ...policy.protection import lost_here
+from ...policy.words import lost_sentence
+from ..device import unavailable
+from ..registry import AUTO, OWN_NAMES, get_backend
+from . import runtime, unsafe, versions
+from .carried import ATTRIBUTE, Carried
+from .errors import RefusedError, exit_with
+from .options import asked, check_name, is_ours
+from .server_facts import resolved_facts, view
 
 logger = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sglang_hicache.io_backends.geometry import PoolGeometry
-from sglang_hicache.io_backends.interface import Backend
-from sglang_hicache.io_backends.staged_plan import count_runs, drain_entries
-from sglang_hicache.policy.routes import WriteFacts
+from ...policy.routes import WriteFacts
+from ..geometry import PoolGeometry
+from ..interface import Backend
+from ..staged_plan import count_runs, drain_entries
 
 if TYPE_CHECKING:
-    from sglang_hicache.policy.decide import Decision
+    from ...policy.decide import Decision
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,18 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_hicache.io_backends.device import open_device
-from sglang_hicache.io_backends.device.base import Device
-from sglang_hicache.io_backends.registry import get_backend
-from sglang_hicache.io_backends.sglang import cpu_engine, kernels, ranks, unsafe, versions
-from sglang_hicache.io_backends.sglang.carried import ATTRIBUTE
-from sglang_hicache.io_backends.sglang.errors import RefusedError, exit_with
-from sglang_hicache.io_backends.sglang.fences import Fences, forwards_of
-from sglang_hicache.io_backends.sglang.metrics import metrics_of
-from sglang_hicache.io_backends.sglang.options import is_ours
-from sglang_hicache.io_backends.sglang.routes import routes_of
-from sglang_hicache.io_backends.sglang.writeback import WriteBack
-from sglang_hicache.policy.decide import Decision, describe
+from ...policy.decide import Decision, describe
+from ..device import open_device
+from ..device.base import Device
+from ..registry import get_backend
+from . import cpu_engine, kernels, ranks, unsafe, versions
+from .carried import ATTRIBUTE
+from .errors import RefusedError, exit_with
+from .fences import Fences, forwards_of
+from .metrics import metrics_of
+from .options import is_ours
+from .routes import routes_of
+from .writeback import WriteBack
 
 logger = logging.getLogger(__name__)
 

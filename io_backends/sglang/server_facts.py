@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_hicache.io_backends.sglang import versions
-from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError, describe
-from sglang_hicache.policy.facts import ATTENTION_FACTS, MACHINE_FACTS, Fact, Facts, FactValue, detect
-from sglang_hicache.policy.vocabulary import NO_SPECULATION
+from ...policy.facts import ATTENTION_FACTS, MACHINE_FACTS, Fact, Facts, FactValue, detect
+from ...policy.vocabulary import NO_SPECULATION
+from . import versions
+from .pools import UnsupportedPoolError, describe
 
 RESOLVED = "resolved by SGLang"
 RUNNING = "as this scheduler runs"

@@ -10,12 +10,9 @@ from collections.abc import Iterator
 
 from packaging.version import Version
 
-from sglang_hicache.io_backends.registry import UPSTREAM_NAMES
-from sglang_hicache.io_backends.sglang.dry_run import Server
-from sglang_hicache.io_backends.sglang.findings import BAD, OK, WARNING, Finding
-from sglang_hicache.policy import serving
-from sglang_hicache.policy.decide import Decision, decide
-from sglang_hicache.policy.evidence import (
+from ...policy import serving
+from ...policy.decide import Decision, decide
+from ...policy.evidence import (
     PRODUCER_FENCE_SINCE,
     Evidence,
     Level,
@@ -24,11 +21,14 @@ from sglang_hicache.policy.evidence import (
     unfenced,
     upstream_path,
 )
-from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.layers import Policy
-from sglang_hicache.policy.load import default_policy
-from sglang_hicache.policy.match import FORWARDS_OF
-from sglang_hicache.policy.vocabulary import FORWARDS
+from ...policy.facts import Facts
+from ...policy.layers import Policy
+from ...policy.load import default_policy
+from ...policy.match import FORWARDS_OF
+from ...policy.vocabulary import FORWARDS
+from ..registry import UPSTREAM_NAMES
+from .dry_run import Server
+from .findings import BAD, OK, WARNING, Finding
 
 _STATUS = {Level.BREAKS: BAD, Level.PLAUSIBLE: WARNING, Level.UNKNOWN: WARNING, Level.NO_REPORT: OK}
 _USE_OURS = "start with --hicache-io-backend auto"

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sglang_hicache.io_backends.sglang.errors import RefusedError
-from sglang_hicache.policy.decide import Decision
+from ...policy.decide import Decision
+from .errors import RefusedError
 
 logger = logging.getLogger(__name__)
 

@@ -19,18 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from sglang_hicache.io_backends.copy_engine import BREAK_EVEN_ENTRY_BYTES
-from sglang_hicache.io_backends.device.base import Device, Event
-from sglang_hicache.io_backends.geometry import PoolGeometry
-from sglang_hicache.io_backends.interface import Backend, Submission, Transfer
-from sglang_hicache.io_backends.sglang import kernels
-from sglang_hicache.io_backends.sglang.completion import deferred
-from sglang_hicache.io_backends.sglang.fences import Fences
-from sglang_hicache.io_backends.sglang.indices import PlainIndices, translated
-from sglang_hicache.io_backends.sglang.known_pools import KnownPools, label_of
-from sglang_hicache.io_backends.sglang.metrics import Metrics
-from sglang_hicache.io_backends.sglang.routes import Route, distinct, write_facts
-from sglang_hicache.io_backends.sglang.writes import UPSTREAM, Counters, PoolWrite, Write
+from ..copy_engine import BREAK_EVEN_ENTRY_BYTES
+from ..device.base import Device, Event
+from ..geometry import PoolGeometry
+from ..interface import Backend, Submission, Transfer
+from . import kernels
+from .completion import deferred
+from .fences import Fences
+from .indices import PlainIndices, translated
+from .known_pools import KnownPools, label_of
+from .metrics import Metrics
+from .routes import Route, distinct, write_facts
+from .writes import UPSTREAM, Counters, PoolWrite, Write
 
 logger = logging.getLogger(__name__)
 

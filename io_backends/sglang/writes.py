@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_hicache.io_backends.device.base import Event
-from sglang_hicache.io_backends.interface import Backend, Pending
-from sglang_hicache.io_backends.sglang.routes import Route
+from ..device.base import Event
+from ..interface import Backend, Pending
+from .routes import Route
 
 UPSTREAM = "upstream"
 """Where a count by backend stands for SGLang's own path."""

@@ -17,8 +17,8 @@ import time
 
 import numpy as np
 
-from sglang_hicache.io_backends.virtual.races import Checker
-from sglang_hicache.io_backends.virtual.ranges import ByteRanges
+from .races import Checker
+from .ranges import ByteRanges
 
 _ROW = 256
 _ROWS = 4096

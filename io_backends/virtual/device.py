@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sglang_hicache.io_backends.chunks import STAGING_ALIGNMENT, Chunk, Staged
-from sglang_hicache.io_backends.device.cpu import rows_view, strided_rows
-from sglang_hicache.io_backends.device.driver import CopyRefusedError
-from sglang_hicache.io_backends.geometry import Component, PoolGeometry
-from sglang_hicache.io_backends.plan import CopyBatch
-from sglang_hicache.io_backends.virtual import gpu as torch_cuda
-from sglang_hicache.io_backends.virtual.gpu import Event, Gpu, Stream
-from sglang_hicache.io_backends.virtual.memory import POISON, Block, Borrowed
-from sglang_hicache.io_backends.virtual.operations import Operation
-from sglang_hicache.io_backends.virtual.ranges import ByteRanges
+from ..chunks import STAGING_ALIGNMENT, Chunk, Staged
+from ..device.cpu import rows_view, strided_rows
+from ..device.driver import CopyRefusedError
+from ..geometry import Component, PoolGeometry
+from ..plan import CopyBatch
+from . import gpu as torch_cuda
+from .gpu import Event, Gpu, Stream
+from .memory import POISON, Block, Borrowed
+from .operations import Operation
+from .ranges import ByteRanges
 
 STALE = 0xEE
 """What memory holds that nobody wrote yet."""

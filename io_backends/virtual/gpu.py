@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sglang_hicache.io_backends.virtual import sites
-from sglang_hicache.io_backends.virtual.hardware import Gpu, Hang
-from sglang_hicache.io_backends.virtual.operations import Operation, Queued
-from sglang_hicache.io_backends.virtual.order import Order
+from . import sites
+from .hardware import Gpu, Hang
+from .operations import Operation, Queued
+from .order import Order
 
 __all__ = [
     "Event",

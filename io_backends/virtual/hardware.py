@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sglang_hicache.io_backends.virtual import sites
-from sglang_hicache.io_backends.virtual.memory import Memory
-from sglang_hicache.io_backends.virtual.operations import Queued
-from sglang_hicache.io_backends.virtual.order import Order, SeededOrder
-from sglang_hicache.io_backends.virtual.races import Checker, Clock, Race
-from sglang_hicache.io_backends.virtual.ranges import NOTHING, ByteRanges
+from . import sites
+from .memory import Memory
+from .operations import Queued
+from .order import Order, SeededOrder
+from .races import Checker, Clock, Race
+from .ranges import NOTHING, ByteRanges
 
 if TYPE_CHECKING:
-    from sglang_hicache.io_backends.virtual.gpu import Stream
+    from .gpu import Stream
 
 
 class Hang(RuntimeError):

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from sglang_hicache.io_backends.virtual import sites
-from sglang_hicache.io_backends.virtual.ranges import NOTHING, ByteRanges
+from . import sites
+from .ranges import NOTHING, ByteRanges
 
 if TYPE_CHECKING:
-    from sglang_hicache.io_backends.virtual.races import Checker
-    from sglang_hicache.io_backends.virtual.shadow import Access
+    from .races import Checker
+    from .shadow import Access
 
 POISON = 0xDD
 """What freed memory is filled with."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang_hicache.io_backends.virtual.operations import Operation
+from .operations import Operation
 
 _BYTES_PER_MS = 1e6
 """In one GB/s."""

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from sglang_hicache.io_backends.virtual.ranges import NOTHING, ByteRanges
+from .ranges import NOTHING, ByteRanges
 
 if TYPE_CHECKING:
-    from sglang_hicache.io_backends.virtual.races import Clock, SmWork
+    from .races import Clock, SmWork
 
 Engine = Literal["sm", "copy_d2h", "copy_h2d", "none"]
 """What does the work: the SMs, the copy engine of one direction, or nothing that takes time."""

@@ -6,8 +6,8 @@ import random
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from sglang_hicache.io_backends.virtual.gpu import Gpu, Stream
-    from sglang_hicache.io_backends.virtual.operations import Queued
+    from .gpu import Gpu, Stream
+    from .operations import Queued
 
 
 class Order(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sglang_hicache.io_backends.virtual.timeline import NOTE, Category, Slice, Timeline
+from .timeline import NOTE, Category, Slice, Timeline
 
 _COLOURS: dict[Category, str] = {
     "forward": "#4878a8",

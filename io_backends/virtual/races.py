@@ -20,8 +20,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sglang_hicache.io_backends.virtual.ranges import NOTHING, ByteRanges
-from sglang_hicache.io_backends.virtual.shadow import HOST_THREAD, Access, Mode, Shadow
+from .ranges import NOTHING, ByteRanges
+from .shadow import HOST_THREAD, Access, Mode, Shadow
 
 Kind = Literal["read_before_write", "write_after_read", "write_after_write", "sm_overlap", "use_after_free"]
 

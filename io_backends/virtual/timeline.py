@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sglang_hicache.io_backends.virtual.model import CostModel
-from sglang_hicache.io_backends.virtual.operations import Operation, Queued
+from .model import CostModel
+from .operations import Operation, Queued
 
 if TYPE_CHECKING:
-    from sglang_hicache.io_backends.virtual.gpu import Gpu, Stream
+    from .gpu import Gpu, Stream
 
 HOST = "host thread"
 """The host's row."""

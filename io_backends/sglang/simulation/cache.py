@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_hicache.io_backends.sglang.pools import host_buffers
-from sglang_hicache.io_backends.sglang.simulation import machine
-from sglang_hicache.io_backends.sglang.simulation.forward import Ints, Memory, Words
-from sglang_hicache.io_backends.sglang.simulation.kernels import PagedRows, Rows
-from sglang_hicache.io_backends.sglang.simulation.offload import offload_manager, restart_offload
-from sglang_hicache.io_backends.sglang.simulation.published import published
-from sglang_hicache.io_backends.virtual import gpu
-from sglang_hicache.io_backends.virtual.ranges import ByteRanges
+from ...virtual import gpu
+from ...virtual.ranges import ByteRanges
+from ..pools import host_buffers
+from . import machine
+from .forward import Ints, Memory, Words
+from .kernels import PagedRows, Rows
+from .offload import offload_manager, restart_offload
+from .published import published
 
 REQUESTS = 8
 """Rows of the table of requests."""

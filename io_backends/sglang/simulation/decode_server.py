@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sglang_hicache.io_backends.sglang.simulation.batches import Batch, Options
-from sglang_hicache.io_backends.sglang.simulation.cache import Cache
-from sglang_hicache.io_backends.sglang.simulation.loops import Callers
-from sglang_hicache.io_backends.sglang.simulation.scheduler import Scheduler
-from sglang_hicache.io_backends.virtual import gpu
+from ...virtual import gpu
+from .batches import Batch, Options
+from .cache import Cache
+from .loops import Callers
+from .scheduler import Scheduler
 
 
 class DecodeServer(Scheduler):

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
 
-from sglang_hicache.io_backends.sglang.simulation import hooks
-from sglang_hicache.io_backends.sglang.simulation.batches import Options
-from sglang_hicache.io_backends.sglang.simulation.cache import Cache
-from sglang_hicache.io_backends.sglang.simulation.scheduler import Scheduler
-from sglang_hicache.io_backends.sglang.simulation.workload import Action, Player, program
-from sglang_hicache.io_backends.virtual import gpu
-from sglang_hicache.io_backends.virtual.order import Order
-from sglang_hicache.io_backends.virtual.races import Race
-from sglang_hicache.policy.decide import Decision
+from ....policy.decide import Decision
+from ...virtual import gpu
+from ...virtual.order import Order
+from ...virtual.races import Race
+from . import hooks
+from .batches import Options
+from .cache import Cache
+from .scheduler import Scheduler
+from .workload import Action, Player, program
 
 Fences = Literal["none", "producer", "both", "auto"]
 

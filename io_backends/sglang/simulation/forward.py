@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sglang_hicache.io_backends.sglang.simulation.kernels import Rows
-from sglang_hicache.io_backends.virtual import gpu
-from sglang_hicache.io_backends.virtual.operations import Operation
-from sglang_hicache.io_backends.virtual.ranges import ByteRanges
-from sglang_hicache.io_backends.virtual.sites import hide
+from ...virtual import gpu
+from ...virtual.operations import Operation
+from ...virtual.ranges import ByteRanges
+from ...virtual.sites import hide
+from .kernels import Rows
 
 # Reports name the scheduler.
 hide(__name__)

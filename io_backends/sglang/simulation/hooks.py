@@ -6,18 +6,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_hicache.io_backends import get_backend
-from sglang_hicache.io_backends.hybrid import HybridBackend
-from sglang_hicache.io_backends.sglang import runtime, unsafe
-from sglang_hicache.io_backends.sglang.fences import Fences
-from sglang_hicache.io_backends.sglang.routes import routes_of
-from sglang_hicache.io_backends.sglang.runtime import Active
-from sglang_hicache.io_backends.sglang.simulation.cache import Cache
-from sglang_hicache.io_backends.sglang.simulation.scheduler import Scheduler
-from sglang_hicache.io_backends.sglang.writeback import WriteBack
-from sglang_hicache.io_backends.staging import Ring
-from sglang_hicache.io_backends.virtual.device import VirtualDevice
-from sglang_hicache.policy.decide import Decision
+from ....policy.decide import Decision
+from ... import get_backend
+from ...hybrid import HybridBackend
+from ...staging import Ring
+from ...virtual.device import VirtualDevice
+from .. import runtime, unsafe
+from ..fences import Fences
+from ..routes import routes_of
+from ..runtime import Active
+from ..writeback import WriteBack
+from .cache import Cache
+from .scheduler import Scheduler
 
 RING_PAGES = 4
 """Pages (of 4 tokens at least) in the staging ring: less than a long write, more than a short one."""

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sglang_hicache.io_backends.virtual import gpu
-from sglang_hicache.io_backends.virtual.memory import Borrowed
-from sglang_hicache.io_backends.virtual.operations import Operation
-from sglang_hicache.io_backends.virtual.ranges import ByteRanges
-from sglang_hicache.io_backends.virtual.sites import hide
+from ...virtual import gpu
+from ...virtual.memory import Borrowed
+from ...virtual.operations import Operation
+from ...virtual.ranges import ByteRanges
+from ...virtual.sites import hide
 
 # Reports name the pool that wanted the copy.
 hide(__name__)

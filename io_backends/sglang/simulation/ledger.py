@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from sglang_hicache.io_backends.sglang.simulation.cache import Cache
-from sglang_hicache.io_backends.sglang.simulation.forward import Ints, Words
-from sglang_hicache.io_backends.virtual import gpu
+from ...virtual import gpu
+from .cache import Cache
+from .forward import Ints, Words
 
 
 class Ledger:

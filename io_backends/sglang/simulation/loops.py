@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from sglang_hicache.io_backends.sglang.simulation.batches import Batch, Options
-from sglang_hicache.io_backends.sglang.simulation.cache import Cache
-from sglang_hicache.io_backends.sglang.simulation.scheduler import MAX_RUNNING, Scheduler
-from sglang_hicache.io_backends.virtual import gpu
+from ...virtual import gpu
+from .batches import Batch, Options
+from .cache import Cache
+from .scheduler import MAX_RUNNING, Scheduler
 
 
 class NoOverlap(Scheduler):

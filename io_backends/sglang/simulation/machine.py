@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from sglang_hicache.io_backends.sglang.simulation import kernels
-from sglang_hicache.io_backends.virtual import gpu
-from sglang_hicache.io_backends.virtual.operations import Operation
-from sglang_hicache.io_backends.virtual.ranges import ByteRanges
-from sglang_hicache.io_backends.virtual.sites import hide
+from ...virtual import gpu
+from ...virtual.operations import Operation
+from ...virtual.ranges import ByteRanges
+from ...virtual.sites import hide
+from . import kernels
 
 hide(__name__)
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sglang_hicache.io_backends.sglang.simulation.cache import Setup
-from sglang_hicache.io_backends.sglang.simulation.decode_server import (
+from .cache import Setup
+from .decode_server import (
     Offload,
     Retraction,
     SynchronizeOffload,
     SynchronizeRetraction,
 )
-from sglang_hicache.io_backends.sglang.simulation.loops import (
+from .loops import (
     NoOverlap,
     Pipeline,
     Synchronize,
     SynchronizeNoOverlap,
     SynchronizePipeline,
 )
-from sglang_hicache.io_backends.sglang.simulation.scheduler import Scheduler
-from sglang_hicache.io_backends.sglang.simulation.speculative import Speculative, SynchronizeSpeculative
+from .scheduler import Scheduler
+from .speculative import Speculative, SynchronizeSpeculative
 
 
 @dataclass(frozen=True, slots=True)

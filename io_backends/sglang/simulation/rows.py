@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sglang_hicache.io_backends.sglang.simulation.cache import Cache
+from .cache import Cache
 
 
 class Rows:

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_hicache.io_backends.sglang.simulation import forward as model
-from sglang_hicache.io_backends.sglang.simulation.batches import Batch, Options
-from sglang_hicache.io_backends.sglang.simulation.cache import REQUESTS, Cache
-from sglang_hicache.io_backends.sglang.simulation.ledger import Ledger
-from sglang_hicache.io_backends.sglang.simulation.rows import Rows
-from sglang_hicache.io_backends.virtual import gpu
-from sglang_hicache.io_backends.virtual.operations import Operation
+from ...virtual import gpu
+from ...virtual.operations import Operation
+from . import forward as model
+from .batches import Batch, Options
+from .cache import REQUESTS, Cache
+from .ledger import Ledger
+from .rows import Rows
 
 VOCABULARY = 1 << 20
 MAX_RUNNING = REQUESTS - 2

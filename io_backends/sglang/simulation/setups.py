@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sglang_hicache.io_backends.sglang.simulation.cache import Cache, Setup
-from sglang_hicache.io_backends.sglang.simulation.experiment import Experiment, Fences
-from sglang_hicache.io_backends.sglang.simulation.forward import is_exclusive
-from sglang_hicache.io_backends.sglang.simulation.modes import MODES
-from sglang_hicache.policy.decide import Decision
-from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.vocabulary import FORWARDS
+from ....policy.decide import Decision
+from ....policy.facts import Facts
+from ....policy.vocabulary import FORWARDS
+from .cache import Cache, Setup
+from .experiment import Experiment, Fences
+from .forward import is_exclusive
+from .modes import MODES
 
 LAYOUTS = ("layer_first", "page_first", "page_first_direct")
 """Host layouts whose copies have stand-ins."""

@@ -6,13 +6,13 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from sglang_hicache.io_backends.sglang.simulation import forward as model
-from sglang_hicache.io_backends.sglang.simulation.batches import Batch, Options
-from sglang_hicache.io_backends.sglang.simulation.cache import Cache
-from sglang_hicache.io_backends.sglang.simulation.loops import Callers
-from sglang_hicache.io_backends.sglang.simulation.scheduler import VOCABULARY, Scheduler
-from sglang_hicache.io_backends.virtual import gpu
-from sglang_hicache.io_backends.virtual.operations import Operation
+from ...virtual import gpu
+from ...virtual.operations import Operation
+from . import forward as model
+from .batches import Batch, Options
+from .cache import Cache
+from .loops import Callers
+from .scheduler import VOCABULARY, Scheduler
 
 DRAFT_TOKENS = 3
 """``speculative_num_draft_tokens``: rows that a verification writes for each request."""

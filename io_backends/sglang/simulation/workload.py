@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from itertools import count
 from typing import Any
 
-from sglang_hicache.io_backends.sglang.simulation.scheduler import VOCABULARY, Scheduler
+from .scheduler import VOCABULARY, Scheduler
 
 CONVERSATIONS = 3
 
