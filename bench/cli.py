@@ -20,8 +20,8 @@ LAZY: dict[str, str] = {
     "bench": "sglang_hicache.bench.measure.command:bench",
     "calibrate": "sglang_hicache.bench.measure.calibrate_command:calibrate",
     "demo": "sglang_hicache.bench.demo:demo",
-    "doctor": "sglang_hicache.io_backends.sglang.doctor:doctor",
-    "race": "sglang_hicache.bench.race:race",
+    "doctor": "sglang_hicache.io_backends.sglang.diagnose.doctor:doctor",
+    "race": "sglang_hicache.bench.race.command:race",
     "stress": "sglang_hicache.bench.stress.command:stress",
 }
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ..io_backends.registry import AUTO, OWN_NAMES, available_backends, unknown_backend
-from ..io_backends.sglang.fake_libcuda import NoCompilerError
+from ..io_backends.sglang.no_gpu.fake_libcuda import NoCompilerError
 from ..policy.terminal import styled
 from ..policy.vocabulary import MEM_LAYOUTS, NameProblem, check_name
 from . import damaged, identity, serving, tiny_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..io_backends.sglang import fake_libcuda
+from ..io_backends.sglang.no_gpu import fake_libcuda
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from .what_if import changed, difference, parse_facts
 from .words import option_of
 
 if TYPE_CHECKING:
-    from ..io_backends.sglang.dry_run import Server
+    from ..io_backends.sglang.diagnose.dry_run import Server
 
 policy_app = typer.Typer(help="Show or check a policy file.", no_args_is_help=True)
 
@@ -262,7 +262,7 @@ def _naming(option: str) -> Iterator[None]:
 def _server(command_line: str, given: Mapping[str, FactValue]) -> Server:
     """What `command_line` resolves to. Raises NameProblem, also for a server without HiCache."""
     # Here, because it is the one thing in this package that needs an installed SGLang.
-    from ..io_backends.sglang.dry_run import server_facts_of
+    from ..io_backends.sglang.diagnose.dry_run import server_facts_of
 
     server = server_facts_of(command_line, given)
     if not server.hicache:

@@ -36,7 +36,7 @@ def other_pools(decision: Decision) -> dict[str, str]:
     """Kinds of pool that SGLang's own copy writes back whatever the backend, each with the reason; none where
     SGLang copies everything.
     """
-    from ..io_backends.sglang.pools import OTHER_KINDS
+    from ..io_backends.sglang.scheduler.pool_geometry import OTHER_KINDS
 
     return dict(OTHER_KINDS.values()) if decision.backend in OWN_NAMES else {}
 

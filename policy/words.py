@@ -76,7 +76,7 @@ def forward_sentences(decision: Decision, facts: Facts) -> dict[str, str]:
     }
     if facts.value("speculative") not in (None, NO_SPECULATION):
         # One step launches all of them, so the scheduler fences it as a whole
-        # (io_backends/sglang/runtime.py).
+        # (io_backends/sglang/scheduler/scheduler_hooks.py).
         step = _waits(decision, ("extend", "decode"))
         said |= {"prefill (extend)": step, "decode": step, "target verify": step, "draft": step}
     return said

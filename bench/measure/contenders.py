@@ -8,7 +8,7 @@ from typing import Any
 
 from ...io_backends import PoolGeometry, Transfer, available_backends, direct_copies, get_backend
 from ...io_backends.registry import AUTO
-from ...io_backends.sglang.routes import write_facts
+from ...io_backends.routes import write_facts
 from ...policy.decide import Decision
 from ...policy.routes import WriteFacts
 from . import sglang_pools

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ...io_backends.sglang import kernels
+from ...io_backends.sglang.scheduler import kernels
 from .memory import Memory
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ...io_backends import Transfer, get_backend
 from ...io_backends.interface import Backend, Pending
 from ...io_backends.registry import AUTO
-from ...io_backends.sglang.routes import Route, distinct, one_route, routes_of
+from ...io_backends.routes import Route, distinct, one_route, routes_of
 from ...policy.vocabulary import FORWARDS
 from . import sglang_pools
 from .contenders import Task

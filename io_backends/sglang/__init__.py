@@ -1,9 +1,17 @@
-"""The only folder that knows SGLang. A new SGLang version touches this folder and nothing else.
+"""The only folder of ``io_backends`` that knows SGLang, in parts by the process that runs them.
 
-``plugin.load`` is SGLang's entry point. ``options`` adds the command line options, ``resolution`` makes the
-decision in the launching process from ``server_facts``, ``carried`` takes it to the schedulers, ``runtime``
-switches the hooks on there, ``ranks`` makes sure that all of them act alike, ``writeback`` routes each write
-and inserts the fences, ``pools`` describes SGLang's pools, ``versions`` says which SGLang is known,
-``cpu_engine`` supplies what HiCache lacks without a GPU. ``dry_run`` resolves a command line without starting
-it; ``doctor`` prints what ``findings`` and ``server_findings`` find.
+``plugin.load`` is SGLang's entry point, in every process that loads plug-ins. ``versions`` says which SGLang
+is known and how each release differs: the one place that a new release touches for certain. Then:
+
+- ``launcher/``: the process that is started by a person. Adds the options, and decides once when SGLang has
+  resolved its arguments.
+- ``handover/``: takes the decision to every scheduler, and stops a server whose ranks would not all act on
+  it.
+- ``scheduler/``: a scheduler that serves. Hooks, fences, and each write's way to host memory.
+- ``diagnose/``: ``hicache-io doctor`` and ``explain --server-args``; no server runs.
+- ``no_gpu/``: what stands in for a GPU and its driver in tests and demonstrations.
+
+``unsafe`` leaves out fences on purpose, for experiments, and so is in all of them; ``errors`` has the one
+exception for what is refused. What a folder may import is in its own first lines, and ``tests/`` holds it to
+that.
 """

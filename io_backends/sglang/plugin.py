@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import sys
 
-from . import options, resolution, runtime, versions
+from . import versions
+from .launcher import options, resolution
+from .scheduler import scheduler_hooks
 
 _failure: str | None = None
 
@@ -49,4 +51,4 @@ def _load() -> None:
     HookRegistry.register(resolve, resolution.around_resolution, HookType.AROUND)
     if "sglang.srt.managers.scheduler" in sys.modules:
         # Not in the detokenizer, say: importing the scheduler there would cost seconds and memory.
-        runtime.register_scheduler_hook()
+        scheduler_hooks.register_scheduler_hook()

@@ -52,8 +52,8 @@ def _wait_event(stream: Any, event: Any) -> None:
 
 def _report() -> None:
     """What the virtual device did, beside the plug-in's own counters in ``/server_info``."""
-    from sglang_hicache.io_backends.sglang import writeback as module
-    from sglang_hicache.io_backends.sglang.writeback import WriteBack
+    from sglang_hicache.io_backends.sglang.scheduler import writeback as module
+    from sglang_hicache.io_backends.sglang.scheduler.writeback import WriteBack
 
     summary, deferred = WriteBack.summary, module.deferred
 

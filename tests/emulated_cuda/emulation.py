@@ -167,7 +167,7 @@ def install_in_sglang(driver: Driver) -> None:
     from sglang.srt.mem_cache import l2_transfer
     from sglang.srt.mem_cache.pool_host import common
 
-    from sglang_hicache.io_backends.sglang import cpu_engine
+    from sglang_hicache.io_backends.sglang.no_gpu import cpu_engine
 
     cpu_engine.install()
     # SGLang's own allocation, which registers what it allocated.

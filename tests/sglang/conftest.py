@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from launching import Machine
 
-from sglang_hicache.io_backends.sglang import fake_libcuda
+from sglang_hicache.io_backends.sglang.no_gpu import fake_libcuda
 
 HERE = Path(__file__).parent
 
@@ -33,7 +33,7 @@ def cpu_sglang(libcuda: None) -> None:
     from sglang.srt.runtime_context import publish
     from sglang.srt.server_args import ServerArgs
 
-    from sglang_hicache.io_backends.sglang import cpu_engine
+    from sglang_hicache.io_backends.sglang.no_gpu import cpu_engine
 
     publish(ServerArgs(model_path="dummy", device="cpu"), role="scheduler")
     cpu_engine.install()

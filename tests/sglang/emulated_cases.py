@@ -18,10 +18,10 @@ from test_pools import CASES, Pools, host_buffers, random_slots
 from sglang_hicache.io_backends import get_backend
 from sglang_hicache.io_backends.device.cuda import CudaDevice
 from sglang_hicache.io_backends.device.driver import CopyRefusedError
-from sglang_hicache.io_backends.sglang.fences import Fences
-from sglang_hicache.io_backends.sglang.routes import one_route
-from sglang_hicache.io_backends.sglang.runtime import Active
-from sglang_hicache.io_backends.sglang.writeback import WriteBack
+from sglang_hicache.io_backends.routes import one_route
+from sglang_hicache.io_backends.sglang.scheduler.fences import Fences
+from sglang_hicache.io_backends.sglang.scheduler.scheduler_hooks import Active
+from sglang_hicache.io_backends.sglang.scheduler.writeback import WriteBack
 from sglang_hicache.io_backends.virtual import gpu as virtual_cuda
 from sglang_hicache.io_backends.virtual.gpu import Event, Stream
 from sglang_hicache.io_backends.virtual.operations import Operation

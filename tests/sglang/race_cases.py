@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 
-from sglang_hicache.bench.race_result import Result
-from sglang_hicache.io_backends.registry import AUTO
-from sglang_hicache.io_backends.sglang import kernels, runtime, writeback
-from sglang_hicache.io_backends.sglang.simulation import setups
-from sglang_hicache.io_backends.sglang.simulation.cache import Cache, Setup
-from sglang_hicache.io_backends.sglang.simulation.experiment import (
+from sglang_hicache.bench.race.result import Result
+from sglang_hicache.bench.race.simulation import setups
+from sglang_hicache.bench.race.simulation.cache import Cache, Setup
+from sglang_hicache.bench.race.simulation.experiment import (
     D2H_STREAMS,
     PRODUCERS,
     Experiment,
@@ -24,8 +22,10 @@ from sglang_hicache.io_backends.sglang.simulation.experiment import (
     Run,
     left_out,
 )
-from sglang_hicache.io_backends.sglang.simulation.modes import MODES
-from sglang_hicache.io_backends.sglang.simulation.published import published
+from sglang_hicache.bench.race.simulation.modes import MODES
+from sglang_hicache.bench.race.simulation.published import published
+from sglang_hicache.io_backends.registry import AUTO
+from sglang_hicache.io_backends.sglang.scheduler import kernels, scheduler_hooks, writeback
 from sglang_hicache.io_backends.virtual import gpu
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts, detect
@@ -254,7 +254,7 @@ def own_fences(made: Experiment) -> set[Fence]:
 
 
 def _is_ours(site: str) -> bool:
-    return site.startswith("sglang_hicache/io_backends/") and "/simulation/" not in site
+    return site.startswith("sglang_hicache/io_backends/")
 
 
 def without(fence: Fence) -> LeaveOut:
@@ -299,7 +299,7 @@ def test_the_fences_of_the_staging_ring_are_among_them() -> None:
 
 
 def test_indices_are_kept_until_the_transfer_is_done() -> None:
-    def keep_nothing(active: runtime.Active) -> None:
+    def keep_nothing(active: scheduler_hooks.Active) -> None:
         active.writeback._keep = lambda *of_a_write: None  # type: ignore[method-assign]
 
     run = is_found(experiment("hybrid"), keep_all, mutate=keep_nothing)
@@ -333,7 +333,7 @@ def test_a_seed_is_one_run() -> None:
 
 def test_a_timeline_shows_who_waits() -> None:
     """By the model: a forward waits for a whole transfer by kernel, for a gather only, or for nothing."""
-    from sglang_hicache.bench.race_timeline import timelines
+    from sglang_hicache.bench.race.timeline import timelines
 
     runs = timelines(facts_of(**FA3, page_size=16))
     waits = {name: timeline.waited("forward") for name, timeline in runs.items()}

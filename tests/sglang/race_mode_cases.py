@@ -21,11 +21,11 @@ from race_cases import (
     without,
 )
 
+from sglang_hicache.bench.race.simulation import setups
+from sglang_hicache.bench.race.simulation.experiment import Experiment, left_out
+from sglang_hicache.bench.race.simulation.modes import MODES
 from sglang_hicache.io_backends.registry import AUTO
-from sglang_hicache.io_backends.sglang import fences, runtime
-from sglang_hicache.io_backends.sglang.simulation import setups
-from sglang_hicache.io_backends.sglang.simulation.experiment import Experiment, left_out
-from sglang_hicache.io_backends.sglang.simulation.modes import MODES
+from sglang_hicache.io_backends.sglang.scheduler import fences, scheduler_hooks
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.load import policy_in_force
 
@@ -121,7 +121,7 @@ def test_each_fence_is_needed(mode: str) -> None:
 # --- faults that these modes are there to see ---
 
 
-def flushes_without_fresh_events(active: runtime.Active) -> None:
+def flushes_without_fresh_events(active: scheduler_hooks.Active) -> None:
     """Who waits for a write gets the rest of it behind the events of its beginning only."""
     writeback, flush = active.writeback, active.writeback._flush
 
@@ -164,7 +164,9 @@ def test_a_verification_uses_the_prefill_backend(monkeypatch: pytest.MonkeyPatch
     found = result_of(made, SEEDS, keep_all)
     assert found.good, found.to_dict()
     of = fences.forwards_of
-    monkeypatch.setattr(runtime, "forwards_of", lambda mode, *, speculative: of(mode, speculative=False))
+    monkeypatch.setattr(
+        scheduler_hooks, "forwards_of", lambda mode, *, speculative: of(mode, speculative=False)
+    )
     run = is_found(made, keep_all)
     assert run is not None
     assert {race.kind for race in run.races} == {"sm_overlap"}
@@ -186,9 +188,9 @@ def test_a_retraction_passes_the_hook(backend: str) -> None:
     """Every one of them, also where the host pool is for that alone, and the controller has no fence."""
     made = experiment(backend, mode="retraction")
     backups: list[bool] = []
-    counted: list[runtime.Active] = []
+    counted: list[scheduler_hooks.Active] = []
 
-    def watch(active: runtime.Active) -> None:
+    def watch(active: scheduler_hooks.Active) -> None:
         engine = made.cache.controller.l2_transfer_engine
         backup = type(made.cache.tree).backup_kv_cache
 
@@ -221,7 +223,7 @@ def test_a_retraction_passes_the_hook(backend: str) -> None:
 def past_the_hook(made: Experiment) -> Any:
     """A plug-in that hooks ``start_writing`` only: retractions go as SGLang sends them."""
 
-    def mutate(active: runtime.Active) -> None:
+    def mutate(active: scheduler_hooks.Active) -> None:
         tree, writeback = made.cache.tree, active.writeback
         submit, backup = writeback.submit, type(tree).backup_kv_cache
 

@@ -14,23 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 from race_cases import experiment, keep_all
 
+from sglang_hicache.bench.race.simulation.experiment import Experiment, Fences, LeaveOut, Run, left_out
+from sglang_hicache.bench.race.simulation.workload import Abort, Action, Ask, Flush, Step, from_text, to_text
 from sglang_hicache.io_backends.registry import AUTO
-from sglang_hicache.io_backends.sglang.simulation.experiment import (
-    Experiment,
-    Fences,
-    LeaveOut,
-    Run,
-    left_out,
-)
-from sglang_hicache.io_backends.sglang.simulation.workload import (
-    Abort,
-    Action,
-    Ask,
-    Flush,
-    Step,
-    from_text,
-    to_text,
-)
 
 pytestmark = pytest.mark.usefixtures("libcuda")
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sglang_hicache.io_backends.sglang import ranks
 from sglang_hicache.io_backends.sglang.errors import RefusedError
+from sglang_hicache.io_backends.sglang.handover import ranks
 from sglang_hicache.policy.decide import Decision, decide
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.load import default_policy, load_policy_text

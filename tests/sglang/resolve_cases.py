@@ -10,7 +10,9 @@ import json
 import sys
 from typing import Any
 
-from sglang_hicache.io_backends.sglang import dry_run, resolution, versions
+from sglang_hicache.io_backends.sglang import versions
+from sglang_hicache.io_backends.sglang.diagnose import dry_run
+from sglang_hicache.io_backends.sglang.launcher import resolution
 
 
 def older_releases_import() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from sglang_hicache.io_backends.sglang.fences import Fences
+from sglang_hicache.io_backends.sglang.scheduler.fences import Fences
 
 
 def scheduler(forward_stream: Any, *, enable_overlap: bool = True) -> Any:

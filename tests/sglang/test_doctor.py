@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from sglang_hicache.bench import tiny_model
 from sglang_hicache.bench.cli import app
-from sglang_hicache.io_backends.sglang import findings, server_findings, versions
-from sglang_hicache.io_backends.sglang.dry_run import Server
-from sglang_hicache.io_backends.sglang.findings import BAD, OK, WARNING, Finding
+from sglang_hicache.io_backends.sglang import versions
+from sglang_hicache.io_backends.sglang.diagnose import checks, server_checks
+from sglang_hicache.io_backends.sglang.diagnose.checks import BAD, OK, WARNING, Finding
+from sglang_hicache.io_backends.sglang.diagnose.dry_run import Server
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Fact, Facts
 from sglang_hicache.policy.load import default_policy, load_policy_text
@@ -33,20 +34,20 @@ def of(found: Any, about: str) -> Finding:
 
 
 def worst(found: Any) -> str:
-    return findings.worst({"one": list(found)})
+    return checks.worst({"one": list(found)})
 
 
 class TestInstallation:
     @pytest.fixture(autouse=True)
     def no_child(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The hook points are compared in `test_the_command`."""
-        monkeypatch.setattr(findings, "_hook_points", lambda version: Finding("hook points", OK, version))
+        monkeypatch.setattr(checks, "_hook_points", lambda version: Finding("hook points", OK, version))
 
     def test_this_one_is_good(self) -> None:
-        assert worst(findings.installation()) == OK
+        assert worst(checks.installation()) == OK
 
     def test_sglangs_fences_are_read_off_its_code(self) -> None:
-        assert findings.upstream_fences() == {
+        assert checks.upstream_fences() == {
             "H2D waits for the forward": True,
             "D2H waits for the forward": True,
             "forwards wait for D2H": False,
@@ -58,26 +59,26 @@ class TestInstallation:
     ) -> None:
         tree = Path(__file__).parents[2] / ".sglang-versions" / version / "sglang"
         spec = SimpleNamespace(submodule_search_locations=[str(tree)])
-        monkeypatch.setattr(findings, "find_spec", lambda name: spec)
-        found = findings.upstream_fences()
+        monkeypatch.setattr(checks, "find_spec", lambda name: spec)
+        found = checks.upstream_fences()
         assert found is not None
         assert (found["D2H waits for the forward"], found["H2D waits for the forward"]) == (d2h, h2d)
-        assert of(findings.installation(), "SGLang's fences").status == WARNING
+        assert of(checks.installation(), "SGLang's fences").status == WARNING
 
     def test_a_plug_in_that_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SGLANG_PLUGINS", "another, one")
-        found = of(findings.installation(), "plug-in")
+        found = of(checks.installation(), "plug-in")
         assert (found.status, found.advice) == (BAD, "add hicache_io to it, or unset it")
         monkeypatch.setenv("SGLANG_PLUGINS", "another, hicache_io")
-        assert of(findings.installation(), "plug-in").status == OK
+        assert of(checks.installation(), "plug-in").status == OK
 
     def test_a_plug_in_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(findings, "entry_points", lambda group: [])
-        assert of(findings.installation(), "plug-in").status == BAD
+        monkeypatch.setattr(checks, "entry_points", lambda group: [])
+        assert of(checks.installation(), "plug-in").status == BAD
 
     def test_an_sglang_that_is_not_known(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(versions, "installed", lambda: "0.5.24")
-        found = of(findings.installation(), "SGLang")
+        found = of(checks.installation(), "SGLang")
         assert found.status == BAD
         assert "0.5.18 to 0.5.23" in found.text
 
@@ -86,30 +87,30 @@ class TestInstallation:
             raise ImportError("No module named 'sglang'")
 
         monkeypatch.setattr(versions, "installed", missing)
-        (found,) = findings.installation()
+        (found,) = checks.installation()
         assert found.status == WARNING
 
 
 class TestMachine:
     @pytest.fixture(autouse=True)
     def a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(findings, "unavailable", lambda device: None)
+        monkeypatch.setattr(checks, "unavailable", lambda device: None)
 
     def facts(self, **other: Any) -> Facts:
         return Facts.given(**{"gpu_arch": "sm90", "device": "cuda", "batch_copy": True, **other})
 
     def test_every_backend_is_listed(self) -> None:
-        found = list(findings.machine(self.facts()))
+        found = list(checks.machine(self.facts()))
         assert {of(found, name).status for name in ("fenced_kernel", "copy_engine", "hybrid")} == {OK}
         assert "page_head" in of(found, "hybrid").text
 
     def test_without_a_gpu_nothing_is_bad(self) -> None:
-        found = list(findings.machine(Facts()))
+        found = list(checks.machine(Facts()))
         assert worst(found) == WARNING
         assert of(found, "hybrid").status == of(found, "GPU").status == WARNING
 
     def test_a_driver_without_batches(self) -> None:
-        found = of(findings.machine(self.facts(batch_copy=False)), "batch copy")
+        found = of(checks.machine(self.facts(batch_copy=False)), "batch copy")
         assert found.status == WARNING
         assert "12.8" in found.advice
 
@@ -122,41 +123,41 @@ class TestMachine:
         ],
     )
     def test_fa3_binaries(self, facts: dict[str, Any], status: str, words: str) -> None:
-        found = of(findings.machine(self.facts(**facts)), "FA3 binary")
+        found = of(checks.machine(self.facts(**facts)), "FA3 binary")
         assert found.status == status
         assert words in found.text
 
     @pytest.mark.parametrize(("limit", "status"), [(resource.RLIM_INFINITY, OK), (65536, WARNING)])
     def test_locked_memory(self, monkeypatch: pytest.MonkeyPatch, limit: int, status: str) -> None:
-        monkeypatch.setattr(findings.resource, "getrlimit", lambda which: (limit, limit))
-        assert of(findings.machine(self.facts()), "locked memory").status == status
+        monkeypatch.setattr(checks.resource, "getrlimit", lambda which: (limit, limit))
+        assert of(checks.machine(self.facts()), "locked memory").status == status
 
     @pytest.mark.parametrize(("text", "words"), [("max\n", "no limit"), (f"{2**33}\n", "8.0 GiB")])
     def test_container_memory(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, words: str
     ) -> None:
-        monkeypatch.setattr(findings, "_CGROUP_LIMIT", tmp_path / "memory.max")
+        monkeypatch.setattr(checks, "_CGROUP_LIMIT", tmp_path / "memory.max")
         (tmp_path / "memory.max").write_text(text)
-        assert words in of(findings.machine(self.facts()), "container memory").text
+        assert words in of(checks.machine(self.facts()), "container memory").text
 
 
 class TestPolicy:
     def test_the_shipped_one_is_good(self) -> None:
-        found, policy = findings.in_force(None)
+        found, policy = checks.in_force(None)
         assert worst(found) == OK
         assert policy is not None
 
     def test_a_broken_one_is_bad(self, tmp_path: Path) -> None:
         path = tmp_path / "policy.yaml"
         path.write_text(UNFENCED.replace("hybrid", "hybird"))
-        (found,), policy = findings.in_force(str(path))
+        (found,), policy = checks.in_force(str(path))
         assert (found.status, policy) == (BAD, None)
         assert "did you mean 'hybrid'?" in found.text
 
     def test_one_that_takes_a_fence_away_is_a_warning(self, tmp_path: Path) -> None:
         path = tmp_path / "policy.yaml"
         path.write_text(UNFENCED)
-        found, _ = findings.in_force(str(path))
+        found, _ = checks.in_force(str(path))
         assert worst(found) == WARNING
         assert "extend no longer waits for D2H work on the SMs" in found[0].text
         assert "rule 'trtllm-on-blackwell' of the shipped default makes it wait" in found[0].text
@@ -169,7 +170,7 @@ class TestServer:
 
     def found(self, server: Server, policy: str | None = None) -> list[Finding]:
         in_force = default_policy() if policy is None else load_policy_text(policy, "policy.yaml")
-        return list(server_findings.server(server, in_force))
+        return list(server_checks.server(server, in_force))
 
     # What is there, and how much is known against SGLang's `kernel` there: exit status 1 for bad alone.
     HOPPER = (
@@ -310,7 +311,9 @@ def test_a_command_line_that_sglang_refuses() -> None:
 
 def test_the_report_is_readable(monkeypatch: pytest.MonkeyPatch) -> None:
     bad = Finding("locked memory", BAD, "[8] KiB", "raise it")
-    monkeypatch.setattr("sglang_hicache.io_backends.sglang.doctor.examine", lambda *_: {"This": [bad]})
+    monkeypatch.setattr(
+        "sglang_hicache.io_backends.sglang.diagnose.doctor.examine", lambda *_: {"This": [bad]}
+    )
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert [line.split() for line in result.stdout.splitlines() if line.strip()][:3] == [

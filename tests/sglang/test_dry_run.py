@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from sglang_hicache.bench import tiny_model
 from sglang_hicache.bench.cli import app
-from sglang_hicache.io_backends.sglang.dry_run import CommandLineError, server_facts_of, split
+from sglang_hicache.io_backends.sglang.diagnose.dry_run import CommandLineError, server_facts_of, split
 
 
 @pytest.mark.parametrize(

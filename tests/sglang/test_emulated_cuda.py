@@ -49,7 +49,8 @@ def serve(machine: Machine, folder: Path, backend: str | None, **env: str) -> Ru
 def serve_emulated(machine: Machine, folder: Path, **env: str) -> Run:
     """Writes of 1.4 MiB (700 tokens) through a ring of 1 MiB, and forwards that wait for gathers."""
     (folder / "policy.yaml").write_text(POLICY)
-    site = inject(folder / "site", CHILDREN, "sglang_hicache.io_backends.sglang.runtime", EMULATED)
+    hooks = "sglang_hicache.io_backends.sglang.scheduler.scheduler_hooks"
+    site = inject(folder / "site", CHILDREN, hooks, EMULATED)
     emulated = {
         "PYTHONPATH": os.pathsep.join([site["PYTHONPATH"], str(EMULATION)]),
         "TRITON_INTERPRET": "1",

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stand_in_scheduler import scheduler
 
-from sglang_hicache.io_backends.sglang import resolution
 from sglang_hicache.io_backends.sglang.errors import RefusedError
-from sglang_hicache.io_backends.sglang.fences import Fences, forwards_of
+from sglang_hicache.io_backends.sglang.launcher import resolution
+from sglang_hicache.io_backends.sglang.scheduler.fences import Fences, forwards_of
 
 EXTEND, DECODE = frozenset({"extend"}), frozenset({"decode"})
 BOTH = EXTEND | DECODE

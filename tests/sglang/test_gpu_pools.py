@@ -20,9 +20,9 @@ from sglang_hicache.bench.measure import sglang_pools
 from sglang_hicache.io_backends import get_backend
 from sglang_hicache.io_backends.device.cuda import CudaDevice
 from sglang_hicache.io_backends.registry import OWN_NAMES
-from sglang_hicache.io_backends.sglang import kernels
-from sglang_hicache.io_backends.sglang.routes import Route, one_route
-from sglang_hicache.io_backends.sglang.writeback import WriteBack
+from sglang_hicache.io_backends.routes import Route, one_route
+from sglang_hicache.io_backends.sglang.scheduler import kernels
+from sglang_hicache.io_backends.sglang.scheduler.writeback import WriteBack
 
 
 def _why_not() -> str | None:

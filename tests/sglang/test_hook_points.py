@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_hicache.io_backends.sglang.pools import OTHER_KINDS
+from sglang_hicache.io_backends.sglang.scheduler.pool_geometry import OTHER_KINDS
 from sglang_hicache.io_backends.sglang.versions import (
     CALLED_POINTS,
     LAUNCHER_POINTS,

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_hicache.io_backends.geometry import Component, PoolGeometry, host_strides
-from sglang_hicache.io_backends.sglang import kernels
-from sglang_hicache.io_backends.sglang.kernels import (
+from sglang_hicache.io_backends.sglang.scheduler import kernels
+from sglang_hicache.io_backends.sglang.scheduler.kernels import (
     ORDER_BELOW_BYTES,
     ORDER_FROM_BYTES,
     ORDER_SPAN_BYTES,

@@ -15,7 +15,7 @@ from launching import Machine
 
 from sglang_hicache.bench import serving, tiny_model, workload
 from sglang_hicache.io_backends import Submission
-from sglang_hicache.io_backends.sglang.metrics import SAMPLED, Metrics, metrics_of
+from sglang_hicache.io_backends.sglang.scheduler.metrics import SAMPLED, Metrics, metrics_of
 
 prometheus_client = pytest.importorskip("prometheus_client")
 

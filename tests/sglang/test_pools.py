@@ -12,9 +12,13 @@ from stand_in_scheduler import fences
 from sglang_hicache.io_backends import Submission, Transfer, get_backend
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.registry import OWN_NAMES
-from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError, describe, host_buffers
-from sglang_hicache.io_backends.sglang.routes import one_route
-from sglang_hicache.io_backends.sglang.writeback import WriteBack
+from sglang_hicache.io_backends.routes import one_route
+from sglang_hicache.io_backends.sglang.scheduler.pool_geometry import (
+    UnsupportedPoolError,
+    describe,
+    host_buffers,
+)
+from sglang_hicache.io_backends.sglang.scheduler.writeback import WriteBack
 
 pytestmark = pytest.mark.usefixtures("cpu_sglang")
 

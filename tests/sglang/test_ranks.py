@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_hicache.io_backends.sglang import ranks
 from sglang_hicache.io_backends.sglang.errors import RefusedError
-from sglang_hicache.io_backends.sglang.ranks import Standing, disagreement
+from sglang_hicache.io_backends.sglang.handover import ranks
+from sglang_hicache.io_backends.sglang.handover.ranks import Standing, disagreement
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.load import default_policy

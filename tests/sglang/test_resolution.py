@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from sglang_hicache.io_backends.sglang import resolution, runtime
 from sglang_hicache.io_backends.sglang.errors import RefusedError
+from sglang_hicache.io_backends.sglang.launcher import resolution
+from sglang_hicache.io_backends.sglang.scheduler import scheduler_hooks
 
 
 def config(**given: Any) -> SimpleNamespace:
@@ -60,4 +61,4 @@ def test_what_the_fences_do_not_know_is_refused(option: str) -> None:
 )
 def test_the_last_that_was_declared_holds(declared: list[tuple[str, dict[str, Any]]], name: str) -> None:
     arguments = SimpleNamespace(hicache_io_backend="hybrid", _resolved_overrides=declared)
-    assert runtime._effective_io_backend(arguments) == name
+    assert scheduler_hooks._effective_io_backend(arguments) == name

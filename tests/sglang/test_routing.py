@@ -16,11 +16,11 @@ from sglang_hicache.io_backends.device.cpu import CpuDevice, CpuStream
 from sglang_hicache.io_backends.geometry import Component, PoolGeometry, host_strides
 from sglang_hicache.io_backends.hybrid import HybridBackend
 from sglang_hicache.io_backends.interface import OptionsError
-from sglang_hicache.io_backends.sglang import kernels, known_pools, writeback
-from sglang_hicache.io_backends.sglang.indices import PlainIndices
-from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError
-from sglang_hicache.io_backends.sglang.routes import Route, one_route, routes_of
-from sglang_hicache.io_backends.sglang.writeback import WriteBack
+from sglang_hicache.io_backends.routes import Route, one_route, routes_of
+from sglang_hicache.io_backends.sglang.scheduler import kernels, pool_registry, writeback
+from sglang_hicache.io_backends.sglang.scheduler.indices import PlainIndices
+from sglang_hicache.io_backends.sglang.scheduler.pool_geometry import UnsupportedPoolError
+from sglang_hicache.io_backends.sglang.scheduler.writeback import WriteBack
 from sglang_hicache.policy.routes import WriteFacts, WriteRoute
 
 LAYOUTS = ("layer_first", "page_first", "page_first_direct")
@@ -347,8 +347,8 @@ def described(monkeypatch: pytest.MonkeyPatch) -> None:
         part = Component("kv", row, (0, 1, 2, 3), row, host)
         return PoolGeometry("kv", "mla", pool.layout, "uint8", 1, 4, 2, 64, 64, (part,))
 
-    monkeypatch.setattr(known_pools, "describe", describe)
-    monkeypatch.setattr(known_pools, "_fingerprint", id)
+    monkeypatch.setattr(pool_registry, "describe", describe)
+    monkeypatch.setattr(pool_registry, "_fingerprint", id)
 
 
 def long_entries(write: WriteFacts) -> bool:
@@ -853,12 +853,12 @@ def test_a_pool_whose_memory_changed_is_looked_at_again(
     def buffers(name: str) -> list[Any]:
         return [SimpleNamespace(data_ptr=lambda value=value: value) for value in addresses[name]]
 
-    monkeypatch.setattr(known_pools, "host_buffers", lambda pool: buffers("host"))
+    monkeypatch.setattr(pool_registry, "host_buffers", lambda pool: buffers("host"))
     names = ("k", "v") if part != "kv" else ("kv",)
 
     def fingerprint() -> tuple[int, ...]:
         pool = SimpleNamespace(**{f"device_{name}_buffers": buffers(name) for name in names})
-        return known_pools._fingerprint(pool)
+        return pool_registry._fingerprint(pool)
 
     before = fingerprint()
     assert fingerprint() == before

@@ -16,8 +16,9 @@ from launching import CHILDREN, Machine, inject
 from test_hook_points import assigned_attributes
 
 from sglang_hicache.bench import tiny_model
-from sglang_hicache.io_backends.sglang import fake_libcuda, server_facts
-from sglang_hicache.io_backends.sglang.server_facts import differences, running_facts
+from sglang_hicache.io_backends.sglang.handover import server_facts
+from sglang_hicache.io_backends.sglang.handover.server_facts import differences, running_facts
+from sglang_hicache.io_backends.sglang.no_gpu import fake_libcuda
 from sglang_hicache.io_backends.sglang.versions import SUPPORTED
 from sglang_hicache.policy.facts import Fact, Facts
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_hicache.io_backends.sglang import fake_libcuda
+from sglang_hicache.io_backends.sglang.no_gpu import fake_libcuda
 
 
 @pytest.mark.usefixtures("libcuda")

@@ -137,7 +137,7 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 import sglang.srt.entrypoints.engine as engine
 from sglang.srt.server_args import prepare_server_args
-from sglang_hicache.io_backends.sglang import options
+from sglang_hicache.io_backends.sglang.launcher import options
 
 found = {}
 for name, words in json.loads(%(asked)r).items():

@@ -50,11 +50,11 @@ for name in %(names)r:
         wrapped = module.Scheduler.__init__
         inner = inspect.unwrap(wrapped)
         if wrapped is not inner:
-            from sglang_hicache.io_backends.sglang import runtime
-            runtime.around_scheduler_init(
+            from sglang_hicache.io_backends.sglang.scheduler import scheduler_hooks
+            scheduler_hooks.around_scheduler_init(
                 lambda *a, **k: calls.append((a, k)), 'scheduler', args, 'ports', extra=1)
             assert calls == [(('scheduler', args, 'ports'), {'extra': 1})]
-            assert runtime.active() is None
+            assert scheduler_hooks.active() is None
 
 after = functions()
 changed = [target for target in points if before[target] is not after[target]]

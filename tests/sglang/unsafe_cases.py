@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from race_cases import FA3, cache, facts_of, keep_all
 
-from sglang_hicache.bench.race_result import Result
-from sglang_hicache.io_backends.sglang import runtime, unsafe
+from sglang_hicache.bench.race.result import Result
+from sglang_hicache.bench.race.simulation import setups
+from sglang_hicache.bench.race.simulation.experiment import Experiment
+from sglang_hicache.io_backends.sglang import unsafe
 from sglang_hicache.io_backends.sglang.errors import RefusedError
-from sglang_hicache.io_backends.sglang.runtime import Active
-from sglang_hicache.io_backends.sglang.simulation import setups
-from sglang_hicache.io_backends.sglang.simulation.experiment import Experiment
+from sglang_hicache.io_backends.sglang.scheduler import scheduler_hooks
+from sglang_hicache.io_backends.sglang.scheduler.scheduler_hooks import Active
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.load import policy_in_force
 
@@ -128,10 +129,10 @@ def test_a_scheduler_takes_sglangs_own_fence_away_too(
     )
     started: list[int] = []
     active: Any = SimpleNamespace(unsafe_fences=fences, writeback=SimpleNamespace(start=started.append))
-    monkeypatch.setattr(runtime, "_active", active)
-    monkeypatch.setattr(runtime, "_prepare", lambda *_: None)
-    monkeypatch.setattr(runtime, "metrics_of", lambda _: None)
-    runtime._make_ready(scheduler)
+    monkeypatch.setattr(scheduler_hooks, "_active", active)
+    monkeypatch.setattr(scheduler_hooks, "_prepare", lambda *_: None)
+    monkeypatch.setattr(scheduler_hooks, "metrics_of", lambda _: None)
+    scheduler_hooks._make_ready(scheduler)
     assert controller.write_fence_stream == (None if fences == "none" else "forward stream")
     assert started == [100]
 
@@ -149,4 +150,4 @@ def test_tokens_of_a_step(chunk: int | None, prefill: int, total: int, tokens: i
     scheduler = SimpleNamespace(
         chunked_prefill_size=chunk, max_prefill_tokens=prefill, max_total_num_tokens=total
     )
-    assert runtime._step_tokens(scheduler) == tokens
+    assert scheduler_hooks._step_tokens(scheduler) == tokens

@@ -1,0 +1,273 @@
+"""What ``hicache-io doctor`` looks at: each check gives findings, and changes nothing.
+
+``installation`` is about SGLang and this plug-in, ``machine`` about GPU, driver and host memory, ``in_force``
+about the policy. `server_findings` is about one server that would be started.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from ....policy.errors import PolicyError
+from ....policy.evidence import GDC_SINCE
+from ....policy.facts import Facts
+from ....policy.layers import Policy
+from ....policy.lint import warnings
+from ....policy.load import policy_in_force
+from ...device import unavailable
+from ...registry import OWN_NAMES, available_backends, get_backend
+from .. import versions
+from ..no_gpu import fake_libcuda
+
+OK, WARNING, BAD = "ok", "warning", "bad"
+
+_PLUGIN = "hicache_io"
+_GROUP = "sglang.srt.plugins"
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+_CHECK_POINTS = """
+from sglang_hicache.io_backends.sglang import versions as v
+print("POINTS", v.check_points(v.LAUNCHER_POINTS + v.SCHEDULER_POINTS + v.CALLED_POINTS, v.installed()) or "")
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        about: what was looked at, in a word or two.
+        status: ``ok``, ``warning`` (worth knowing, serves safely) or ``bad`` (unsafe, or does not start).
+        text: what was found.
+        advice: what to do; empty where there is nothing.
+    """
+
+    about: str
+    status: str
+    text: str
+    advice: str = ""
+
+
+def installation() -> Iterator[Finding]:
+    """SGLang, whether the plug-in reaches it, its hook points, and the fences that it has itself."""
+    try:
+        version = versions.installed()
+    except ImportError as error:
+        yield Finding(
+            "SGLang",
+            WARNING,
+            f"cannot be imported here: {error}",
+            "pip install 'sglang-hicache-io[sglang]', or run doctor in the server's environment",
+        )
+        return
+    problem = versions.problem_with(version)
+    yield Finding("SGLang", BAD if problem else OK, problem or f"{version}, a supported version")
+    yield _plug_in()
+    if problem is None:
+        yield _hook_points(version)
+    yield from _upstream_fences(version)
+
+
+def _plug_in() -> Finding:
+    if _PLUGIN not in {point.name for point in entry_points(group=_GROUP)}:
+        return Finding(
+            "plug-in",
+            BAD,
+            f"SGLang does not see {_PLUGIN} here",
+            "pip install sglang-hicache-io into SGLang's environment",
+        )
+    chosen = os.environ.get("SGLANG_PLUGINS", "")
+    if chosen and _PLUGIN not in [name.strip() for name in chosen.split(",")]:
+        return Finding(
+            "plug-in",
+            BAD,
+            f"SGLANG_PLUGINS={chosen} leaves {_PLUGIN} out",
+            f"add {_PLUGIN} to it, or unset it",
+        )
+    return Finding("plug-in", OK, f"SGLang loads {_PLUGIN}")
+
+
+def _hook_points(version: str) -> Finding:
+    """Compared in a child: importing the scheduler takes a driver library, and seconds."""
+    with tempfile.TemporaryDirectory(prefix="hicache-io-") as scratch:
+        try:
+            environment = {**os.environ, **fake_libcuda.environment(Path(scratch))}
+        except fake_libcuda.NoCompilerError as error:
+            return Finding("hook points", WARNING, f"not compared: {error}")
+        done = subprocess.run(
+            [sys.executable, "-c", _CHECK_POINTS],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    said = [line for line in done.stdout.splitlines() if line.startswith("POINTS")]
+    if not said:
+        last = (done.stderr.splitlines() or [f"status {done.returncode}"])[-1]
+        return Finding(
+            "hook points", BAD, f"SGLang's scheduler cannot be imported here: {last}", "reinstall sglang"
+        )
+    problem = said[0].removeprefix("POINTS").strip()
+    return Finding("hook points", BAD if problem else OK, problem or f"all as published in SGLang {version}")
+
+
+def _upstream_fences(version: str) -> Iterator[Finding]:
+    """Read off the installed code, not off the version."""
+    found = upstream_fences()
+    if found is None:
+        yield Finding("SGLang's fences", WARNING, "its cache controller cannot be read here")
+        return
+    yield Finding(
+        "SGLang's fences",
+        OK if found["D2H waits for the forward"] else WARNING,
+        "; ".join(f"{what}: {'yes' if there else 'no'}" for what, there in found.items()),
+        ""
+        if found["D2H waits for the forward"]
+        else f"SGLang {version} alone may copy rows that are still written: use our backends, or 0.5.23",
+    )
+
+
+def upstream_fences() -> dict[str, bool] | None:
+    """Which waits the installed SGLang has by itself; None if its sources are not there."""
+    spec = find_spec("sglang")
+    folders = [] if spec is None else list(spec.submodule_search_locations or ())
+    try:
+        names = {
+            name: _attributes(Path(folders[0], "srt/managers", name))
+            for name in ("cache_controller.py", "scheduler.py")
+        }
+    except (IndexError, OSError, SyntaxError):
+        return None
+    controller, scheduler = names["cache_controller.py"], names["scheduler.py"]
+    return {
+        "H2D waits for the forward": "load_fence_stream" in controller & scheduler,
+        "D2H waits for the forward": "write_fence_stream" in controller & scheduler,
+        # A scheduler that made forwards wait would have to name the stream that D2H runs on.
+        "forwards wait for D2H": bool({"device_to_host_stream", "write_stream"} & scheduler),
+    }
+
+
+def _attributes(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def machine(facts: Facts) -> Iterator[Finding]:
+    """GPU, driver, batch copy, which backends work, FA3's binary, and limits on pinned memory."""
+    arch = facts["gpu_arch"]
+    if arch.value is None:
+        yield Finding("GPU", WARNING, arch.source, "only SGLang's CPU engine serves here")
+    else:
+        gpu = facts.value("gpu_name") or "no GPU"
+        software = f"driver {facts['driver']}, CUDA {facts['cuda']}"
+        yield Finding("GPU", OK, f"{gpu} ({arch}), {software}" if arch.value != "cpu" else "a CPU server")
+    batch = facts["batch_copy"]
+    if batch.value is False and arch.value != "cpu":
+        yield Finding(
+            "batch copy",
+            WARNING,
+            f"no cuMemcpyBatchAsync: copies go one by one, at 5 to 7 us of CPU each ({batch.source})",
+            "update the driver to one for CUDA 12.8 or later",
+        )
+    else:
+        known = "unknown" if batch.value is None else "yes" if batch.value else "no"
+        yield Finding("batch copy", WARNING if batch.value is None else OK, f"{known}: {batch.source}")
+    yield from _backends("cpu" if facts.value("device") == "cpu" else "cuda", facts)
+    yield _fa3_binary(facts)
+    yield from _pinned_memory()
+
+
+def _backends(device: str, facts: Facts) -> Iterator[Finding]:
+    reason = unavailable(device) or (facts["gpu_arch"].source if facts.value("gpu_arch") is None else None)
+    for name in available_backends():
+        try:
+            layouts: Any = getattr(get_backend(name), "layouts", None)
+        # A third party's module may fail in any way when it is imported.
+        except Exception as error:
+            yield Finding(name, WARNING, f"cannot be loaded: {error!r}", "reinstall what provides it")
+            continue
+        where = f"layouts {', '.join(sorted(layouts))}" if layouts else "layouts as it says for each pool"
+        if reason is not None:
+            yield Finding(name, WARNING, f"not on a GPU here: {reason}")
+        elif name not in OWN_NAMES:
+            yield Finding(name, OK, f"a third party's; {where}")
+        else:
+            yield Finding(name, OK, where)
+
+
+def _fa3_binary(facts: Facts) -> Finding:
+    binary, kernels = facts["fa3_binary"], facts.value("sgl_kernel")
+    if binary.value == "kernels_community":
+        return Finding(
+            "FA3 binary",
+            WARNING,
+            f"kernels-community/sgl-flash-attn3 ({binary.source}): nobody has examined it beside D2H",
+            "fences stay as for any FA3; unset SGLANG_USE_SGL_FA3_KERNEL to use SGLang's own",
+        )
+    if kernels is not None and Version(str(kernels)) < GDC_SINCE:
+        return Finding(
+            "FA3 binary",
+            WARNING,
+            f"sgl-kernel {kernels}: FA3 without the dependency wait (ACQBULK), as most likely in #20611",
+            f"sglang-kernel {GDC_SINCE} or later; nobody has shown that it cures them",
+        )
+    return Finding("FA3 binary", OK, f"SGLang's own, sgl-kernel {facts['sgl_kernel']}")
+
+
+def _pinned_memory() -> Iterator[Finding]:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        yield Finding("locked memory", OK, "no limit (ulimit -l)")
+    else:
+        yield Finding(
+            "locked memory",
+            WARNING,
+            f"ulimit -l is {soft // 1024:,} KiB: pinning a host pool may fail (#21880)",
+            "ulimit -l unlimited; in a container docker run --ulimit memlock=-1:-1",
+        )
+    limit = _cgroup_limit()
+    if limit is None:
+        yield Finding("container memory", OK, "no limit seen (cgroup)")
+    else:
+        yield Finding(
+            "container memory",
+            OK,
+            f"{limit / 2**30:,.1f} GiB (cgroup): the host pool (--hicache-size, -ratio) counts",
+        )
+
+
+def _cgroup_limit() -> int | None:
+    try:
+        text = _CGROUP_LIMIT.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def in_force(path: str | None) -> tuple[list[Finding], Policy | None]:
+    """The policy that a server would use, and what is odd about it."""
+    try:
+        policy = policy_in_force(path)
+    except PolicyError as error:
+        return [Finding("policy", BAD, str(error), "a server does not start with it")], None
+    odd = [Finding("policy", WARNING, each.message) for each in warnings(policy)]
+    return odd or [Finding("policy", OK, f"{policy.source}, {len(policy.rules)} rules")], policy
+
+
+def worst(findings: Mapping[str, list[Finding]]) -> str:
+    """``bad`` if anything is, else ``warning``, else ``ok``."""
+    statuses = {each.status for section in findings.values() for each in section}
+    return next((status for status in (BAD, WARNING) if status in statuses), OK)

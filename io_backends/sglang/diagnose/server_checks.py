@@ -1,0 +1,123 @@
+"""What ``hicache-io doctor`` says of one server: whose backend writes back, and beside which kernels.
+
+``bad`` is what is known to break, and a policy that takes away a fence which the shipped one has; what is
+plausible and was never seen is a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from packaging.version import Version
+
+from ....policy import serving
+from ....policy.decide import Decision, decide
+from ....policy.evidence import (
+    PRODUCER_FENCE_SINCE,
+    Evidence,
+    Level,
+    beside,
+    path_of,
+    unfenced,
+    upstream_path,
+)
+from ....policy.facts import Facts
+from ....policy.layers import Policy
+from ....policy.load import default_policy
+from ....policy.match import FORWARDS_OF
+from ....policy.vocabulary import FORWARDS
+from ...registry import UPSTREAM_NAMES
+from .checks import BAD, OK, WARNING, Finding
+from .dry_run import Server
+
+_STATUS = {Level.BREAKS: BAD, Level.PLAUSIBLE: WARNING, Level.UNKNOWN: WARNING, Level.NO_REPORT: OK}
+_USE_OURS = "start with --hicache-io-backend auto"
+
+
+def server(asked: Server, policy: Policy) -> Iterator[Finding]:
+    """Whether that server would run safely: by whose backend, and beside which kernels."""
+    facts = asked.facts
+    if not asked.hicache:
+        yield Finding("server", OK, "HiCache is off: nothing is written back")
+        return
+    running = ", ".join(
+        f"{name.partition('_')[0]} {facts[name]}" for name in FORWARDS_OF if facts.value(name)
+    )
+    yield Finding("server", OK, f"{running} on {facts['gpu_arch']}; --hicache-io-backend {asked.backend}")
+    ours = asked.backend not in UPSTREAM_NAMES
+    yield from _own_server(asked, policy) if ours else _upstream_server(asked.backend, facts)
+    yield from _past_the_fence(asked, ours)
+
+
+def _own_server(asked: Server, policy: Policy) -> Iterator[Finding]:
+    """One of this project's backends, with the fences that the policy gives it."""
+    facts = asked.facts
+    decision = decide(policy, facts, backend=asked.backend)
+    refused = serving.refusal(decision, facts, backend=asked.backend)
+    if refused is not None:
+        yield Finding("server", BAD, f"would not start: {refused}")
+        return
+    found = list(dict.fromkeys(_open_forwards(decision, facts)))
+    shipped = decide(default_policy(), facts, backend=asked.backend)
+    taken = [each for each in shipped.fences() if each not in decision.fences()]
+    for each in found:
+        # Whoever takes a fence away should know that he did, however much is known against it.
+        status, lost = _STATUS[each.level], ""
+        if taken:
+            status, lost = BAD, f", which takes away a fence of the shipped policy ({' and '.join(taken)})"
+        yield Finding(
+            "server",
+            status,
+            f"{each}; rule {decision.rule} of {decision.policy}{lost}",
+            "list the forwards in fence_forward, or use the shipped policy",
+        )
+    if not found:
+        fences = "+".join(decision.fences()) or "none"
+        yield Finding(
+            "server", OK, f"{decision.backend}, forwards that wait: {fences}, by rule {decision.rule}"
+        )
+
+
+def _open_forwards(decision: Decision, facts: Facts) -> Iterator[Evidence]:
+    """What is known of the forwards that a route leaves open, beside what that route runs."""
+    for route in decision.routes:
+        path = path_of(route.backend, facts)
+        if serving.cannot_serve_layout(route.backend, facts.value("mem_layout")) is not None:
+            path = upstream_path("kernel", facts)
+        yield from unfenced(facts, path, [each for each in FORWARDS if each not in route.fence_forward])
+
+
+def _upstream_server(backend: str, facts: Facts) -> Iterator[Finding]:
+    """SGLang's own backends, against what is reported of them."""
+    for each in beside(facts, upstream_path(backend, facts)):
+        advice = "" if each.level is Level.NO_REPORT else _USE_OURS
+        yield Finding("server", _STATUS[each.level], str(each), advice)
+    version = facts.value("sglang")
+    if version is not None and Version(str(version)) < PRODUCER_FENCE_SINCE:
+        yield Finding(
+            "server",
+            WARNING,
+            f"SGLang {version} does not make D2H wait for the forward that writes the rows "
+            f"({PRODUCER_FENCE_SINCE} does)",
+            _USE_OURS,
+        )
+
+
+def _past_the_fence(asked: Server, ours: bool) -> Iterator[Finding]:
+    """Writes of a PD decode server that SGLang's own write fence never covers (read in 0.5.18 to 0.5.23)."""
+    version = asked.facts["sglang"]
+    for about, where in (("decode retraction", asked.retraction), ("decode offload", asked.offload)):
+        if where is None:
+            continue
+        if ours:
+            yield Finding(
+                about, OK, f"{where}; this plug-in makes every submit_device_to_host wait for the forward"
+            )
+            continue
+        yield Finding(
+            about,
+            WARNING,
+            f"{where}. In SGLang {version} it waits for the scheduler's own stream only, not for the "
+            "forward that may still be writing the rows; no wrong rows have been reported of it",
+            _USE_OURS,
+        )

@@ -1,0 +1,7 @@
+"""Runs where there is no GPU: what stands in for it, so that real servers start in tests and demonstrations.
+
+``fake_libcuda`` builds a driver library for child processes, and imports nothing of this package.
+``cpu_engine`` supplies what HiCache lacks on SGLang's CPU engine, in a scheduler whose device is the CPU.
+
+Imports ``scheduler.pool_geometry`` and what is above; imported by every other part but ``launcher``.
+"""

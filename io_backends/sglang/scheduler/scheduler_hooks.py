@@ -1,0 +1,260 @@
+"""One scheduler process: switch the hooks on, fence the forwards, tell the operator."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ....policy.decide import Decision, describe
+from ...device import open_device
+from ...device.base import Device
+from ...registry import get_backend
+from ...routes import routes_of
+from .. import unsafe, versions
+from ..errors import RefusedError, exit_with
+from ..handover import ranks
+from ..handover.decision_handover import ATTRIBUTE
+from ..launcher.options import is_ours
+from ..no_gpu import cpu_engine
+from . import kernels
+from .fences import Fences, forwards_of
+from .metrics import metrics_of
+from .writeback import WriteBack
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Active:
+    """The plug-in at work in this process."""
+
+    decision: Decision
+    device: Device
+    writeback: WriteBack
+    scheduler: Any
+    speculative: bool
+    unsafe_fences: str | None = None
+
+    def fence_forward(self, batch: Any) -> None:
+        """Before a forward is launched: wait for SM-side D2H work if the decision says so."""
+        forwards = forwards_of(batch.forward_mode, speculative=self.speculative)
+        if not forwards:
+            return  # a prebuilt batch launches none, so that no gap ends here
+        # The gap before this forward is where gathers of a long write may run.
+        self.writeback.before_forward()
+        waits = self.writeback.fences.before_forward(forwards, self.writeback.metrics)
+        self.writeback.counters.forward_fences += bool(waits)
+
+    def summary(self) -> dict[str, Any]:
+        """The decision in short, and the counters, for ``/server_info``."""
+        decision = self.decision
+        return {
+            "backend": decision.backend,
+            "fence_forward": list(decision.fences()),
+            "rule": decision.rule,
+            "because": decision.because,
+            "routes": [route.to_dict() for route in decision.routes],
+            "upstream_io_backend": decision.upstream_io_backend,
+            "policy": decision.policy,
+            **self.writeback.summary(),
+            **unsafe.summary(self.unsafe_fences),
+        }
+
+
+_active: Active | None = None
+
+
+def active() -> Active | None:
+    """What runs in this process; None where none of this project's backends was asked for."""
+    return _active
+
+
+def register_scheduler_hook() -> None:
+    """Hook the construction of ``Scheduler``. Idempotent; the rest follows there, if asked for."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    target = versions.SCHEDULER + ".__init__"
+    registered = [hook for _, hook, _ in HookRegistry._hooks.get(target, [])]
+    if around_scheduler_init not in registered:
+        HookRegistry.register(target, around_scheduler_init, HookType.AROUND)
+    HookRegistry.apply_hooks()
+
+
+def around_scheduler_init(
+    original: Callable[..., None], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Hook around ``Scheduler.__init__``: nothing unless one of this project's backends was asked for."""
+    carried = getattr(server_args, ATTRIBUTE, None)
+    if carried is None:
+        if is_ours(_effective_io_backend(server_args)):
+            raise exit_with(
+                RefusedError(
+                    "--hicache-io-backend was not resolved in the launching process: the plug-in hicache_io "
+                    "did not run there (is it left out by SGLANG_PLUGINS?)"
+                ),
+                1,
+            )
+        original(scheduler, server_args, *args, **kwargs)
+        return
+    decision = Decision.from_dict(carried.decision)
+    unsafe_fences = unsafe.carried(carried.decision)
+    refusal: Exception | None = None
+    try:
+        _activate(scheduler, decision, unsafe_fences)
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        if ranks.alone(server_args):
+            raise exit_with(error, 1) from error
+        # The others would wait for a rank that is gone; they hear of it where all meet.
+        refusal = error
+    original(scheduler, server_args, *args, **kwargs)
+    try:
+        if refusal is None:
+            _make_ready(scheduler)
+    except Exception as error:
+        refusal = error
+    try:
+        ranks.agree(scheduler, decision, refusal)
+    except RefusedError as error:
+        raise exit_with(error, 1) from (refusal or error)
+    logger.info("%s", describe(decision))
+    unsafe.warn(unsafe_fences)
+
+
+def _effective_io_backend(server_args: Any) -> str | None:
+    name = getattr(server_args, "hicache_io_backend", None)
+    for _, fields in reversed(getattr(server_args, "_resolved_overrides", None) or ()):
+        if "hicache_io_backend" in fields:
+            return str(fields["hicache_io_backend"])
+    return name
+
+
+def _activate(scheduler: Any, decision: Decision, unsafe_fences: str | None) -> None:
+    global _active
+    version = versions.installed()
+    problem = versions.problem_with(version) or versions.check_points(
+        versions.SCHEDULER_POINTS + versions.CALLED_POINTS, version
+    )
+    if problem is not None:
+        raise RefusedError(problem)
+    device = open_device(str(decision.facts["device"]["value"]))
+    routes = routes_of(decision, lambda name, options: get_backend(name)(device, options))
+    fences = Fences(device, scheduler, producer=unsafe.keeps_producer_fence(unsafe_fences))
+    writeback = WriteBack(device, routes, fences)
+    if device.name == "cpu":
+        cpu_engine.install()
+    _apply(
+        {
+            versions.SCHEDULER + ".run_batch": ("BEFORE", _before_run_batch),
+            versions.SCHEDULER + ".get_internal_state": ("AFTER", _after_internal_state),
+            versions.ENGINE + ".submit_device_to_host": ("AROUND", _around_submit),
+            versions.CONTROLLER + ".reset": ("BEFORE", _before_reset),
+            versions.CONTROLLER + "._move_write_operation": ("AROUND", _around_move),
+            versions.HYBRID_CONTROLLER + "._move_write_operation": ("AROUND", _around_move),
+        }
+    )
+    _active = Active(decision, device, writeback, scheduler, speculative=False, unsafe_fences=unsafe_fences)
+
+
+def _apply(hooks: dict[str, tuple[str, Callable[..., Any]]]) -> None:
+    """Register and apply hooks, and make sure that they are there: SGLang only logs one that fails."""
+    import pkgutil
+
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for target, (kind, hook) in hooks.items():
+        HookRegistry.register(target, hook, HookType[kind])
+    HookRegistry.apply_hooks()
+    for target, (_, hook) in hooks.items():
+        owner, _, name = target.rpartition(".")
+        if not _wraps(getattr(pkgutil.resolve_name(owner), name), hook):
+            raise RefusedError(
+                f"the hook on {target} could not be applied (SGLang's log says why); another plug-in may "
+                "have taken it. Remove that, or start with --hicache-io-backend kernel"
+            )
+
+
+def _wraps(function: Any, hook: Callable[..., Any]) -> bool:
+    while function is not None:
+        cells = getattr(function, "__closure__", None) or ()
+        if any(cell.cell_contents is hook for cell in cells):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def _make_ready(scheduler: Any) -> None:
+    assert _active is not None
+    spec = getattr(scheduler, "spec_algorithm", None)
+    _active.speculative = spec is not None and not spec.is_none()
+    _active.writeback.metrics = metrics_of(scheduler)
+    offload = getattr(scheduler, "decode_offload_manager", None)
+    for owner in (scheduler.tree_cache, offload):
+        controller = getattr(owner, "cache_controller", None)
+        if controller is not None:
+            _prepare(controller, _active)
+            unsafe.leave_out_sglangs(controller, _active.unsafe_fences)
+    _active.writeback.start(_step_tokens(scheduler))
+
+
+def _step_tokens(scheduler: Any) -> int:
+    """Tokens that a forward makes rows of: a chunk, or a prefill batch where none is chunked.
+
+    A prompt that is longer than a batch and not chunked makes more, as does a write of SGLang before 0.5.22,
+    which holds a whole prompt. A PD decode server computes no prompts: 0.
+    """
+    mode = getattr(scheduler, "disaggregation_mode", None)
+    if getattr(mode, "value", mode) == "decode":
+        return 0
+    chunk = getattr(scheduler, "chunked_prefill_size", None)
+    most = chunk if chunk and chunk > 0 else scheduler.max_prefill_tokens
+    return int(min(most, scheduler.max_total_num_tokens))
+
+
+def _prepare(controller: Any, active: Active) -> None:
+    """Make the backend ready for a controller's pools now, not under the first write."""
+    group = controller.mem_pool_host
+    pools = [entry.host_pool for entry in getattr(group, "entries", ())] or [group]
+    # 0.5.18 keeps the draft's pool apart and gives it the target's indices: both go one way.
+    draft = getattr(controller, "mem_pool_host_draft", None)
+    if draft is not None:
+        active.writeback.pools.serve_alike([*pools, draft])
+    for pool in pools:
+        active.writeback.pools.serves(pool)
+        kernel_options = [r.options for r in active.decision.routes if r.backend == "fenced_kernel"]
+        if kernel_options and active.device.name == "cuda":
+            for options in kernel_options:
+                if "block_quota" in options:
+                    kernels.build_limited(pool, int(options["block_quota"]))
+            logger.info(
+                "hicache-io: pool %s is written back by SGLang's %s",
+                getattr(pool, "pool_label", type(pool).__name__),
+                kernels.kernel_of(pool, controller.io_backend),
+            )
+
+
+def _around_submit(original: Callable[..., Any], engine: Any, transfers: Any) -> Any:
+    assert _active is not None
+    return _active.writeback.submit(original, engine, transfers)
+
+
+def _around_move(original: Callable[..., Any], controller: Any, op: Any) -> Any:
+    assert _active is not None
+    return _active.writeback.move_write_operation(original, controller, op)
+
+
+def _before_reset(controller: Any, *args: Any, **kwargs: Any) -> None:
+    # SGLang may reset while it builds a scheduler whose activation failed, and that all ranks will refuse.
+    if _active is not None:
+        _active.writeback.abandon()
+
+
+def _before_run_batch(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    assert _active is not None
+    _active.fence_forward(batch)
+
+
+def _after_internal_state(output: Any, *args: Any, **kwargs: Any) -> None:
+    assert _active is not None
+    output.internal_state["hicache_io"] = _active.summary()
