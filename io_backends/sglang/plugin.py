@@ -9,16 +9,10 @@ from __future__ import annotations
 
 import sys
 
-from . import versions
+from . import hooks, versions
+from .handover.decision_handover import failed_to_load
 from .launcher import options, resolution
 from .scheduler import scheduler_hooks
-
-_failure: str | None = None
-
-
-def failure() -> str | None:
-    """What went wrong when the plug-in was loaded in this process; None if nothing, or not loaded."""
-    return _failure
 
 
 def load() -> None:
@@ -26,29 +20,27 @@ def load() -> None:
 
     SGLang logs an exception from here and goes on, so what goes wrong is also kept for the guard.
     """
-    global _failure
     try:
         _load()
     except BaseException as error:
-        _failure = f"the plug-in hicache_io failed to load there: {error!r}"
+        failed_to_load(error)
         raise
 
 
 def _load() -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    version = versions.installed()
-    problem = versions.problem_with(version)
-    HookRegistry.register(versions.ADD_CLI_ARGS, options.extend_parser(problem), HookType.AFTER)
+    problem = versions.problem_with(versions.installed())
+    hooks.register({versions.ADD_CLI_ARGS: ("AFTER", options.extend_parser(problem))})
     options.accept_engine_keywords(problem)
     if problem is not None:
         return
-    HookRegistry.register(versions.FROM_CLI_ARGS, options.around_from_cli_args, HookType.AROUND)
-    old = version.startswith("0.5.18")
-    handle = versions.HANDLE_HICACHE_0_5_18 if old else versions.HANDLE_HICACHE
-    HookRegistry.register(handle, resolution.around_handle_hicache, HookType.AROUND)
-    resolve = versions.RESOLVE_0_5_18 if old else versions.RESOLVE
-    HookRegistry.register(resolve, resolution.around_resolution, HookType.AROUND)
+    arguments = versions.arguments()
+    hooks.register(
+        {
+            versions.FROM_CLI_ARGS: ("AROUND", options.around_from_cli_args),
+            arguments.handle_hicache.target: ("AROUND", resolution.around_handle_hicache),
+            arguments.resolve.target: ("AROUND", resolution.around_resolution),
+        }
+    )
     if "sglang.srt.managers.scheduler" in sys.modules:
         # Not in the detokenizer, say: importing the scheduler there would cost seconds and memory.
         scheduler_hooks.register_scheduler_hook()

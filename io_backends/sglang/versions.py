@@ -1,6 +1,10 @@
-"""Which SGLang versions are known, and what of them this project relies on.
+"""Which SGLang versions are known, how each differs, and what of them this project relies on.
 
-The table is checked against the published wheels of every supported version by
+One :class:`Release` for each version: whoever needs to know how releases differ asks :func:`current` for the
+difference by its name, and nobody else compares versions. What an object of SGLang's tells by itself (an
+attribute that only newer pools have) is read off the object.
+
+The hook points are checked against the published wheels of every supported version by
 ``tests/sglang/test_hook_points.py``, and against the running SGLang each time one of this project's
 backends is asked for: an SGLang that looks different is refused, never patched on a guess.
 """
@@ -10,18 +14,20 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from dataclasses import dataclass
+from typing import Any
 
 from packaging.version import InvalidVersion, Version
-
-SUPPORTED = ("0.5.18", "0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23")
 
 _S = "sglang.srt."
 SCHEDULER = _S + "managers.scheduler.Scheduler"
 ENGINE = _S + "mem_cache.l2_transfer.L2TransferEngine"
 CONTROLLER = _S + "managers.cache_controller.HiCacheController"
 HYBRID_CONTROLLER = _S + "mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController"
+HOST_POOL = _S + "mem_cache.pool_host.base.HostKVCache"
 MHA_POOL = _S + "mem_cache.pool_host.mha.MHATokenToKVPoolHost"
 MLA_POOL = _S + "mem_cache.pool_host.mla.MLATokenToKVPoolHost"
+ADD_CLI_ARGS = _S + "server_args.ServerArgs.add_cli_args"
+FROM_CLI_ARGS = _S + "server_args.ServerArgs.from_cli_args"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,34 +37,14 @@ class HookPoint:
     Attributes:
         target: dotted path.
         parameters: its leading parameters, by name; more may follow.
-        since, until: first and last supported version it exists in (inclusive).
     """
 
     target: str
     parameters: tuple[str, ...]
-    since: str = SUPPORTED[0]
-    until: str = SUPPORTED[-1]
-
-    def applies_to(self, version: str) -> bool:
-        return Version(self.since) <= Version(version) <= Version(self.until)
 
 
-ADD_CLI_ARGS = _S + "server_args.ServerArgs.add_cli_args"
-FROM_CLI_ARGS = _S + "server_args.ServerArgs.from_cli_args"
-HANDLE_HICACHE = _S + "arg_groups.hicache_hook.handle_hicache"
-HANDLE_HICACHE_0_5_18 = _S + "server_args.ServerArgs._handle_hicache"
-RESOLVE = _S + "arg_groups.pipeline.run_resolution_pipeline"
-RESOLVE_0_5_18 = _S + "server_args.ServerArgs._run_resolution_pipeline"
-
-LAUNCHER_POINTS = (
-    HookPoint(ADD_CLI_ARGS, ("parser",)),
-    HookPoint(FROM_CLI_ARGS, ("cls", "args")),
-    HookPoint(HANDLE_HICACHE, ("server_args",), since="0.5.19"),
-    HookPoint(HANDLE_HICACHE_0_5_18, ("self",), until="0.5.18"),
-    HookPoint(RESOLVE, ("server_args",), since="0.5.19"),
-    HookPoint(RESOLVE_0_5_18, ("self",), until="0.5.18"),
-)
-"""Wrapped in every process that loads plug-ins."""
+_COPY = ("self", "device_pool", "host_indices", "device_indices", "io_backend")
+_LOAD = ("self", "device_pool", "host_indices", "device_indices", "layer_id", "io_backend")
 
 SCHEDULER_POINTS = (
     HookPoint(SCHEDULER + ".__init__", ("self", "server_args")),
@@ -69,28 +55,155 @@ SCHEDULER_POINTS = (
     HookPoint(CONTROLLER + "._move_write_operation", ("self", "op")),
     HookPoint(HYBRID_CONTROLLER + "._move_write_operation", ("self", "op")),
 )
-"""Wrapped in a scheduler that runs one of this project's backends, and only there."""
+"""Wrapped in a scheduler that runs one of this project's backends, and only there. Alike in all releases."""
 
-CALLED_POINTS = (
-    HookPoint(CONTROLLER + ".move_indices", ("self", "host_indices", "device_indices")),
-    HookPoint(
-        MHA_POOL + ".backup_from_device_all_layer",
-        ("self", "device_pool", "host_indices", "device_indices", "io_backend"),
+
+class Arguments:
+    """How arguments are resolved from 0.5.19 on: values are declared beside a record of what was given.
+
+    Attributes:
+        handle_hicache: resolves the HiCache options.
+        resolve: resolves all of them, by steps of which that is one.
+    """
+
+    handle_hicache = HookPoint(_S + "arg_groups.hicache_hook.handle_hicache", ("server_args",))
+    resolve = HookPoint(_S + "arg_groups.pipeline.run_resolution_pipeline", ("server_args",))
+
+    def view(self, server_args: Any) -> Any:
+        """An object whose attributes are the values as resolved so far."""
+        from sglang.srt.arg_groups.overrides import resolving_view
+
+        return resolving_view(server_args)
+
+    def declare(self, server_args: Any, source: str, **fields: Any) -> None:
+        """Set values, in the name of ``source``."""
+        from sglang.srt.arg_groups.overrides import declare_resolution
+
+        declare_resolution(server_args, source, **fields)
+
+    def resolve_now(self, server_args: Any) -> None:
+        """Resolve arguments that were made and not used yet."""
+        server_args.resolve_once()
+
+    def model_config(self, server_args: Any) -> Any:
+        """SGLang's ``ModelConfig`` of the target model."""
+        from sglang.srt.arg_groups.overrides import model_config_of
+
+        return model_config_of(server_args)
+
+    def uses_mla(self, server_args: Any) -> bool:
+        """Whether the model's KV cache is MLA's."""
+        from sglang.srt.arg_groups.overrides import use_mla_backend
+
+        return bool(use_mla_backend(server_args))
+
+
+class ArgumentsInPlace(Arguments):
+    """How arguments are resolved in 0.5.18: by their constructor, in place."""
+
+    handle_hicache = HookPoint(_S + "server_args.ServerArgs._handle_hicache", ("self",))
+    resolve = HookPoint(_S + "server_args.ServerArgs._run_resolution_pipeline", ("self",))
+
+    def view(self, server_args: Any) -> Any:
+        return server_args
+
+    def declare(self, server_args: Any, source: str, **fields: Any) -> None:
+        for field, value in fields.items():
+            setattr(server_args, field, value)
+
+    def resolve_now(self, server_args: Any) -> None:
+        pass
+
+    def model_config(self, server_args: Any) -> Any:
+        return server_args.get_model_config()
+
+    def uses_mla(self, server_args: Any) -> bool:
+        return bool(server_args.use_mla_backend())
+
+
+_ARGUMENTS = Arguments()
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """One published SGLang, by what differs between releases. The defaults are the newest one's.
+
+    Attributes:
+        version: its number.
+        arguments: how it resolves a server's arguments.
+        own_drafts: attention backends of a draft model with a worker of its own: their names, or where SGLang
+            lists them.
+        pool_copy: the method of host pools that ``submit_device_to_host`` calls.
+        one_radix_cache: ``UnifiedRadixCache`` serves all models; ``hicache-io race`` simulates no other.
+    """
+
+    version: str
+    arguments: Arguments = _ARGUMENTS
+    own_drafts: str | tuple[str, ...] = _S + "arg_groups.choices:DRAFT_ATTENTION_BACKEND_CHOICES"
+    pool_copy: str = "backup_from_device_all_layer_physical"
+    one_radix_cache: bool = True
+
+    @property
+    def launcher_points(self) -> tuple[HookPoint, ...]:
+        """Wrapped in every process that loads plug-ins."""
+        return (
+            HookPoint(ADD_CLI_ARGS, ("parser",)),
+            HookPoint(FROM_CLI_ARGS, ("cls", "args")),
+            self.arguments.handle_hicache,
+            self.arguments.resolve,
+        )
+
+    @property
+    def scheduler_points(self) -> tuple[HookPoint, ...]:
+        """Wrapped or called in a scheduler that runs one of this project's backends."""
+        return (
+            *SCHEDULER_POINTS,
+            HookPoint(CONTROLLER + ".move_indices", ("self", "host_indices", "device_indices")),
+            HookPoint(f"{HOST_POOL}.{self.pool_copy}", _COPY),
+            HookPoint(MHA_POOL + ".backup_from_device_all_layer", _COPY),
+            HookPoint(MHA_POOL + ".load_to_device_per_layer", _LOAD),
+            HookPoint(MLA_POOL + ".backup_from_device_all_layer", _COPY),
+            HookPoint(MLA_POOL + ".load_to_device_per_layer", _LOAD),
+        )
+
+    @property
+    def points(self) -> tuple[HookPoint, ...]:
+        """All that this project relies on."""
+        return self.launcher_points + self.scheduler_points
+
+    def own_draft_backends(self) -> tuple[str, ...]:
+        """Attention backends that ``own_drafts`` names."""
+        if isinstance(self.own_drafts, tuple):
+            return self.own_drafts
+        return tuple(pkgutil.resolve_name(self.own_drafts))
+
+
+_LOGICAL_COPY = "backup_from_device_all_layer"
+
+RELEASES = (
+    Release(
+        "0.5.18",
+        arguments=ArgumentsInPlace(),
+        # _SUPPORTED_DRAFT_BACKENDS of its draft_worker_common, which only a scheduler can import.
+        own_drafts=("flashinfer", "fa3", "fa4", "triton", "ascend", "trtllm_mha"),
+        pool_copy=_LOGICAL_COPY,
+        one_radix_cache=False,
     ),
-    HookPoint(
-        MHA_POOL + ".load_to_device_per_layer",
-        ("self", "device_pool", "host_indices", "device_indices", "layer_id", "io_backend"),
+    Release(
+        "0.5.19",
+        own_drafts=_S + "server_args:DRAFT_ATTENTION_BACKEND_CHOICES",
+        pool_copy=_LOGICAL_COPY,
+        one_radix_cache=False,
     ),
-    HookPoint(
-        MLA_POOL + ".backup_from_device_all_layer",
-        ("self", "device_pool", "host_indices", "device_indices", "io_backend"),
-    ),
-    HookPoint(
-        MLA_POOL + ".load_to_device_per_layer",
-        ("self", "device_pool", "host_indices", "device_indices", "layer_id", "io_backend"),
-    ),
+    Release("0.5.20", pool_copy=_LOGICAL_COPY, one_radix_cache=False),
+    Release("0.5.21", one_radix_cache=False),
+    Release("0.5.22"),
+    Release("0.5.23"),
 )
-"""Called, or wrapped on the CPU engine only."""
+"""Oldest first."""
+
+SUPPORTED = tuple(release.version for release in RELEASES)
+POOL_COPIES = frozenset(release.pool_copy for release in RELEASES)
 
 
 def installed() -> str:
@@ -102,6 +215,33 @@ def installed() -> str:
     from sglang.version import __version__
 
     return str(__version__)
+
+
+def release_of(version: str) -> Release:
+    """The release of that number, whatever is behind it (``0.5.23+cu130``).
+
+    One that is not known is looked at as the newest one is; nothing of it is wrapped (:func:`problem_with`).
+    """
+    try:
+        base = Version(version).base_version
+    except InvalidVersion:
+        base = ""
+    return next((release for release in RELEASES if release.version == base), RELEASES[-1])
+
+
+def current() -> Release:
+    """The release that this process imports. Raises ImportError where there is none."""
+    return release_of(installed())
+
+
+def arguments() -> Arguments:
+    """How the SGLang that this process imports resolves a server's arguments."""
+    return current().arguments
+
+
+def view(server_args: Any) -> Any:
+    """An object whose attributes are the values of these arguments, as resolved so far."""
+    return arguments().view(server_args)
 
 
 def problem_with(version: str) -> str | None:
@@ -124,10 +264,7 @@ def problem_with(version: str) -> str | None:
 
 def check_points(points: tuple[HookPoint, ...], version: str) -> str | None:
     """Compare ``points`` with the imported SGLang. None if all are there as expected, else what differs."""
-    public = Version(version).public
     for point in points:
-        if not point.applies_to(public):
-            continue
         owner_path, _, name = point.target.rpartition(".")
         try:
             owner = pkgutil.resolve_name(owner_path)

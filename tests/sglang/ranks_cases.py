@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from sglang_hicache.io_backends.sglang import versions
 from sglang_hicache.io_backends.sglang.errors import RefusedError
 from sglang_hicache.io_backends.sglang.handover import ranks
 from sglang_hicache.policy.decide import Decision, decide
@@ -86,7 +87,7 @@ def main(rank: int, world: int, store: str, *cases: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
-    ranks.view = lambda server_args: server_args
+    versions.view = lambda server_args: server_args
     for case in cases:
         if rank == 1 and case == "a rank dies":
             os._exit(9)

@@ -19,7 +19,7 @@ from sglang.srt.plugins import load_plugins
 from sglang_hicache.io_backends.sglang import versions
 import sglang.srt.managers.scheduler
 
-points = [p.target for p in versions.SCHEDULER_POINTS + versions.CALLED_POINTS]
+points = [p.target for p in versions.current().scheduler_points]
 
 def functions():
     found = {}

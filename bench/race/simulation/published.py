@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-SIMULATED = ("0.5.22", "0.5.23")
+from ....io_backends.sglang.versions import RELEASES
+
+SIMULATED = tuple(release.version for release in RELEASES if release.one_radix_cache)
 """Releases whose cache the modelled scheduler drives. Before, SGLang had other trees and other calls."""
 
 _SCHEDULER = "sglang.srt.managers.scheduler"

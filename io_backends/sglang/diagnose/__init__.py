@@ -3,5 +3,5 @@
 ``doctor`` prints what ``checks`` find about the machine and ``server_checks`` about one server. ``dry_run``
 resolves a command line as SGLang would, in a child process.
 
-May import every other part; imported by commands only.
+Imports ``launcher``, ``handover``, ``no_gpu`` and what is above; imported by commands only.
 """

@@ -22,7 +22,7 @@ from typing import Any
 from packaging.version import Version
 
 from ....policy.errors import PolicyError
-from ....policy.evidence import GDC_SINCE
+from ....policy.evidence import GDC_SINCE, PRODUCER_FENCE_SINCE
 from ....policy.facts import Facts
 from ....policy.layers import Policy
 from ....policy.lint import warnings
@@ -38,9 +38,9 @@ _PLUGIN = "hicache_io"
 _GROUP = "sglang.srt.plugins"
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
-_CHECK_POINTS = """
-from sglang_hicache.io_backends.sglang import versions as v
-print("POINTS", v.check_points(v.LAUNCHER_POINTS + v.SCHEDULER_POINTS + v.CALLED_POINTS, v.installed()) or "")
+_CHECK_POINTS = f"""
+import {versions.__name__} as v
+print("POINTS", v.check_points(v.current().points, v.installed()) or "")
 """
 
 
@@ -136,7 +136,8 @@ def _upstream_fences(version: str) -> Iterator[Finding]:
         "; ".join(f"{what}: {'yes' if there else 'no'}" for what, there in found.items()),
         ""
         if found["D2H waits for the forward"]
-        else f"SGLang {version} alone may copy rows that are still written: use our backends, or 0.5.23",
+        else f"SGLang {version} alone may copy rows that are still written: use our backends, or "
+        f"{PRODUCER_FENCE_SINCE}",
     )
 
 

@@ -156,6 +156,7 @@ def _child() -> None:
 def _resolved(argv: Sequence[str], gpu_arch: str | None) -> dict[str, Any]:
     from sglang.srt.plugins import load_plugins
 
+    from .. import versions
     from ..handover import server_facts
     from ..launcher import options, resolution
 
@@ -164,9 +165,8 @@ def _resolved(argv: Sequence[str], gpu_arch: str | None) -> dict[str, Any]:
     from sglang.srt.server_args import prepare_server_args
 
     server_args = prepare_server_args(list(argv))
-    if hasattr(server_args, "resolve_once"):  # 0.5.18 has done it
-        server_args.resolve_once()
-    config = server_facts.view(server_args)
+    versions.arguments().resolve_now(server_args)
+    config = versions.view(server_args)
     device = str(config.device).partition(":")[0]
     facts = server_facts.resolved_facts(server_args, detect({"device": device, "gpu_arch": gpu_arch}))
     if gpu_arch is not None:

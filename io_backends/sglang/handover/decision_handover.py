@@ -13,9 +13,33 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from ...registry import UPSTREAM_NAMES
+from ..errors import RefusedError, exit_with
+
 ATTRIBUTE = "_hicache_io"
 
 _SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
+
+
+_failure: str | None = None
+_taken_over = False
+
+
+def failed_to_load(error: BaseException) -> None:
+    """The plug-in failed to load in this process; SGLang only logs that."""
+    global _failure
+    _failure = f"the plug-in hicache_io failed to load there: {error!r}"
+
+
+def taken_over() -> None:
+    """The decision has reached the hook around ``Scheduler.__init__``, which answers for it from here on."""
+    global _taken_over
+    _taken_over = True
+
+
+def is_ours(name: str | None) -> bool:
+    """Whether ``--hicache-io-backend name`` is this plug-in's to serve."""
+    return name is not None and name not in UPSTREAM_NAMES
 
 
 class Carried:
@@ -62,12 +86,8 @@ def _guard_scheduler() -> None:
 
     @functools.wraps(original)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
-        from .. import plugin
-        from ..errors import RefusedError, exit_with
-        from ..scheduler import scheduler_hooks
-
-        if scheduler_hooks.active() is None:
-            reason = plugin.failure() or (
+        if not _taken_over:
+            reason = _failure or (
                 "the plug-in hicache_io was not loaded in this process "
                 "(is it left out by SGLANG_PLUGINS or SGLANG_PLATFORM?)"
             )

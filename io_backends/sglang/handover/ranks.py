@@ -20,8 +20,9 @@ from typing import Any
 
 from ....policy.decide import Decision
 from ....policy.facts import Facts
+from .. import versions
 from ..errors import PREFIX, RefusedError
-from .server_facts import differences, running_facts, view
+from .server_facts import differences, running_facts
 
 PATIENCE_S = 600
 """How long ranks wait for the last one. SGLang's start-up is full of collectives, so they leave it within
@@ -59,7 +60,7 @@ class Standing:
 
 def alone(server_args: Any) -> bool:
     """Whether the scheduler of these arguments has no other rank to agree with."""
-    config = view(server_args)
+    config = versions.view(server_args)
     return bool(config.tp_size * config.pp_size == 1)
 
 

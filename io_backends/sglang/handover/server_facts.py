@@ -37,27 +37,18 @@ _WANTED = (*ATTENTION_FACTS, "gpu_arch")
 """Facts that must not have been unknown when they can be known: forwards are fenced by them."""
 
 
-def view(server_args: Any) -> Any:
-    """Resolved values so far; before 0.5.19 the arguments themselves are resolved in place."""
-    if versions.installed().startswith("0.5.18"):
-        return server_args
-    from sglang.srt.arg_groups.overrides import resolving_view
-
-    return resolving_view(server_args)
-
-
 def resolved_facts(server_args: Any, machine: Facts | None = None) -> Facts:
     """Facts of the server that these arguments describe, once SGLang has resolved them.
 
     Args:
         machine: facts about the machine; detected if not given.
     """
-    config = view(server_args)
+    config = versions.view(server_args)
     device = str(config.device).partition(":")[0]
     machine = machine or detect({"device": device})
     algorithm = str(config.speculative_algorithm or NO_SPECULATION)
     facts = {
-        "kv_kind": "mla" if _uses_mla(server_args) else "mha",
+        "kv_kind": "mla" if versions.arguments().uses_mla(server_args) else "mha",
         "mem_layout": config.hicache_mem_layout,
         "page_size": config.page_size,
         "write_policy": config.hicache_write_policy,
@@ -92,7 +83,7 @@ def running_facts(scheduler: Any) -> Facts:
 
     To be called when the scheduler is built and its device is the current one.
     """
-    config = view(scheduler.server_args)
+    config = versions.view(scheduler.server_args)
     device = str(config.device).partition(":")[0]
     machine = detect({"device": device})
     runner = scheduler.tp_worker.model_runner
@@ -168,20 +159,8 @@ def _draft(config: Any, algorithm: str, prefill: str | None, decode: str | None)
         return Fact(explicit or decode, RESOLVED)
     if algorithm in _OWN_DRAFTS:
         backend = explicit or prefill
-        return Fact(backend if backend in _own_draft_backends() else "flashinfer", RESOLVED)
+        return Fact(backend if backend in versions.current().own_draft_backends() else "flashinfer", RESOLVED)
     return Fact(None, f"{algorithm} has no draft model that SGLang gives a backend")
-
-
-def _own_draft_backends() -> tuple[str, ...]:
-    version = versions.installed()
-    if version.startswith("0.5.18"):
-        # _SUPPORTED_DRAFT_BACKENDS of its draft_worker_common, which only a scheduler can import.
-        return ("flashinfer", "fa3", "fa4", "triton", "ascend", "trtllm_mha")
-    if version.startswith("0.5.19"):
-        from sglang.srt.server_args import DRAFT_ATTENTION_BACKEND_CHOICES
-    else:
-        from sglang.srt.arg_groups.choices import DRAFT_ATTENTION_BACKEND_CHOICES
-    return tuple(DRAFT_ATTENTION_BACKEND_CHOICES)
 
 
 def _draft_runner(worker: Any) -> Any:
@@ -201,7 +180,7 @@ def _kernels_inside(backends: Mapping[str, Fact], server_args: Any, arch: FactVa
     decode one, and on sm90 short prefills take FA3 whatever they say (``set_dsa_prefill_impl``). A vision
     encoder runs inside prefill, by default with fa3 on sm90 (``_determine_attention_backend``).
     """
-    config = view(server_args)
+    config = versions.view(server_args)
     found = dict(backends)
     hopper = arch == "sm90"
     for name, fact in backends.items():
@@ -214,7 +193,11 @@ def _kernels_inside(backends: Mapping[str, Fact], server_args: Any, arch: FactVa
             found[name] = Fact("fa3", f"{fact.value} runs FA3 kernels here (dsa_decode_backend)")
     encoder = config.mm_attention_backend or ("fa3" if hopper else None)
     prefill = found["prefill_attention_backend"]
-    if encoder == "fa3" and prefill.value != "fa3" and _model_config(server_args).is_multimodal:
+    if (
+        encoder == "fa3"
+        and prefill.value != "fa3"
+        and versions.arguments().model_config(server_args).is_multimodal
+    ):
         found["prefill_attention_backend"] = Fact(
             "fa3", f"its vision encoder runs fa3 inside prefill; the language model runs {prefill}"
         )
@@ -226,9 +209,13 @@ def _row_bytes(server_args: Any, config: Any) -> Fact:
 
     As SGLang sizes them (``MHATokenToKVPool``): heads over attention-TP ranks, at least one.
     """
-    if _uses_mla(server_args) or config.kv_cache_dtype not in ("auto", "bf16", "bfloat16"):
+    if versions.arguments().uses_mla(server_args) or config.kv_cache_dtype not in (
+        "auto",
+        "bf16",
+        "bfloat16",
+    ):
         return Fact(None, "SGLang decides it with the pool")
-    model = _model_config(server_args)
+    model = versions.arguments().model_config(server_args)
     ranks = config.tp_size // _attention_dp(config) // (getattr(config, "attn_cp_size", 1) or 1)
     itemsize = 2 if config.kv_cache_dtype != "auto" else model.dtype.itemsize
     return Fact(model.get_num_kv_heads(ranks) * model.head_dim * itemsize, "SGLang's model configuration")
@@ -259,19 +246,3 @@ def _pool_facts(scheduler: Any) -> dict[str, FactValue]:
                 "row_bytes": geometry.components[0].row_bytes,
             }
     return {}
-
-
-def _model_config(server_args: Any) -> Any:
-    if versions.installed().startswith("0.5.18"):
-        return server_args.get_model_config()
-    from sglang.srt.arg_groups.overrides import model_config_of
-
-    return model_config_of(server_args)
-
-
-def _uses_mla(server_args: Any) -> bool:
-    if versions.installed().startswith("0.5.18"):
-        return bool(server_args.use_mla_backend())
-    from sglang.srt.arg_groups.overrides import use_mla_backend
-
-    return bool(use_mla_backend(server_args))

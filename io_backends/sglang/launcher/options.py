@@ -14,14 +14,10 @@ from ....policy.load import load_policy
 from ...registry import AUTO, UPSTREAM_NAMES, available_backends, unknown_backend
 from .. import unsafe
 from ..errors import RefusedError
+from ..handover.decision_handover import is_ours
 
 ASKED_ATTRIBUTE = "_hicache_io_asked"
 """On ``ServerArgs``: an :class:`Asked`, or absent. Underscored names travel, unsealed."""
-
-
-def is_ours(name: str | None) -> bool:
-    """Whether ``--hicache-io-backend name`` is this plug-in's to serve."""
-    return name is not None and name not in UPSTREAM_NAMES
 
 
 def check_name(name: str, problem: str | None) -> None:

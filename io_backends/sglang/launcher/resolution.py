@@ -20,10 +20,10 @@ from ...device import unavailable
 from ...registry import AUTO, OWN_NAMES, get_backend
 from .. import unsafe, versions
 from ..errors import RefusedError, exit_with
-from ..handover.decision_handover import ATTRIBUTE, Carried
-from ..handover.server_facts import resolved_facts, view
+from ..handover.decision_handover import ATTRIBUTE, Carried, is_ours
+from ..handover.server_facts import resolved_facts
 from ..scheduler import scheduler_hooks
-from .options import asked, check_name, is_ours
+from .options import asked, check_name
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +45,9 @@ def around_handle_hicache(original: Callable[[Any], None], server_args: Any) -> 
     """
     with _refusing(server_args):
         if _prepare(server_args):
-            setattr(server_args, WANTED_ATTRIBUTE, view(server_args).hicache_io_backend)
+            setattr(server_args, WANTED_ATTRIBUTE, versions.view(server_args).hicache_io_backend)
             # SGLang knows only its own names. What it is told serves H2D, and pools that ours does not.
-            layout = view(server_args).hicache_mem_layout
+            layout = versions.view(server_args).hicache_mem_layout
             _declare(server_args, hicache_io_backend="direct" if layout == "page_first_direct" else "kernel")
     original(server_args)
 
@@ -78,7 +78,7 @@ def _refusing(server_args: Any) -> Iterator[None]:
 
 def _prepare(server_args: Any) -> bool:
     """Whether this server's write-back is ours. Raises RefusedError for what is not covered."""
-    config = view(server_args)
+    config = versions.view(server_args)
     name = config.hicache_io_backend
     option = asked(server_args).policy
     asked(server_args).experiment.check(name, served=is_ours(name) and hicache_in_use(config))
@@ -118,9 +118,7 @@ def _decide(server_args: Any, name: str) -> None:
         logger.warning("%s: %s", _SOURCE, lost_sentence(lost, policy))
     # SGLang may have changed the layout (storage backends do).
     _refuse_layout(name, decision, str(facts.value("mem_layout")))
-    problem = versions.check_points(
-        versions.LAUNCHER_POINTS + versions.SCHEDULER_POINTS + versions.CALLED_POINTS, versions.installed()
-    )
+    problem = versions.check_points(versions.current().points, versions.installed())
     if problem is not None:
         raise RefusedError(problem)
     setattr(server_args, ATTRIBUTE, Carried(unsafe.to_carry(decision, fences)))
@@ -172,10 +170,4 @@ def _refuse_layout(name: str, decision: Decision, layout: str) -> None:
 
 
 def _declare(server_args: Any, **fields: Any) -> None:
-    if versions.installed().startswith("0.5.18"):
-        for field, value in fields.items():
-            setattr(server_args, field, value)
-        return
-    from sglang.srt.arg_groups.overrides import declare_resolution
-
-    declare_resolution(server_args, _SOURCE, **fields)
+    versions.arguments().declare(server_args, _SOURCE, **fields)

@@ -12,25 +12,22 @@ from typing import Any
 import numpy as np
 
 from ...device.cpu import host_view, rows_view
-from .. import versions
+from .. import hooks, versions
 from ..scheduler.pool_geometry import describe
 
 
 def install() -> None:
     """Supply them, in this process. Idempotent."""
     from sglang.srt.mem_cache.pool_host import common
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate
-    hooks = {
-        versions.ENGINE + ".__init__": (HookType.AFTER, _streams_that_synchronize),
-        versions.MHA_POOL + ".load_to_device_per_layer": (HookType.AROUND, _load_layer),
-        versions.MLA_POOL + ".load_to_device_per_layer": (HookType.AROUND, _load_layer),
-    }
-    for target, (kind, hook) in hooks.items():
-        if hook not in [known for _, known, _ in HookRegistry._hooks.get(target, [])]:
-            HookRegistry.register(target, hook, kind)
-    HookRegistry.apply_hooks()
+    hooks.apply(
+        {
+            versions.ENGINE + ".__init__": ("AFTER", _streams_that_synchronize),
+            versions.MHA_POOL + ".load_to_device_per_layer": ("AROUND", _load_layer),
+            versions.MLA_POOL + ".load_to_device_per_layer": ("AROUND", _load_layer),
+        }
+    )
 
 
 def _streams_that_synchronize(_result: None, engine: Any, *args: Any, **kwargs: Any) -> None:

@@ -12,11 +12,10 @@ from ...device import open_device
 from ...device.base import Device
 from ...registry import get_backend
 from ...routes import routes_of
-from .. import unsafe, versions
+from .. import hooks, unsafe, versions
 from ..errors import RefusedError, exit_with
-from ..handover import ranks
-from ..handover.decision_handover import ATTRIBUTE
-from ..launcher.options import is_ours
+from ..handover import decision_handover, ranks
+from ..handover.decision_handover import ATTRIBUTE, is_ours
 from ..no_gpu import cpu_engine
 from . import kernels
 from .fences import Fences, forwards_of
@@ -73,13 +72,7 @@ def active() -> Active | None:
 
 def register_scheduler_hook() -> None:
     """Hook the construction of ``Scheduler``. Idempotent; the rest follows there, if asked for."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    target = versions.SCHEDULER + ".__init__"
-    registered = [hook for _, hook, _ in HookRegistry._hooks.get(target, [])]
-    if around_scheduler_init not in registered:
-        HookRegistry.register(target, around_scheduler_init, HookType.AROUND)
-    HookRegistry.apply_hooks()
+    hooks.apply({versions.SCHEDULER + ".__init__": ("AROUND", around_scheduler_init)})
 
 
 def around_scheduler_init(
@@ -98,6 +91,7 @@ def around_scheduler_init(
             )
         original(scheduler, server_args, *args, **kwargs)
         return
+    decision_handover.taken_over()
     decision = Decision.from_dict(carried.decision)
     unsafe_fences = unsafe.carried(carried.decision)
     refusal: Exception | None = None
@@ -134,7 +128,7 @@ def _activate(scheduler: Any, decision: Decision, unsafe_fences: str | None) -> 
     global _active
     version = versions.installed()
     problem = versions.problem_with(version) or versions.check_points(
-        versions.SCHEDULER_POINTS + versions.CALLED_POINTS, version
+        versions.release_of(version).scheduler_points, version
     )
     if problem is not None:
         raise RefusedError(problem)
@@ -144,7 +138,7 @@ def _activate(scheduler: Any, decision: Decision, unsafe_fences: str | None) -> 
     writeback = WriteBack(device, routes, fences)
     if device.name == "cpu":
         cpu_engine.install()
-    _apply(
+    hooks.apply_or_refuse(
         {
             versions.SCHEDULER + ".run_batch": ("BEFORE", _before_run_batch),
             versions.SCHEDULER + ".get_internal_state": ("AFTER", _after_internal_state),
@@ -155,33 +149,6 @@ def _activate(scheduler: Any, decision: Decision, unsafe_fences: str | None) -> 
         }
     )
     _active = Active(decision, device, writeback, scheduler, speculative=False, unsafe_fences=unsafe_fences)
-
-
-def _apply(hooks: dict[str, tuple[str, Callable[..., Any]]]) -> None:
-    """Register and apply hooks, and make sure that they are there: SGLang only logs one that fails."""
-    import pkgutil
-
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    for target, (kind, hook) in hooks.items():
-        HookRegistry.register(target, hook, HookType[kind])
-    HookRegistry.apply_hooks()
-    for target, (_, hook) in hooks.items():
-        owner, _, name = target.rpartition(".")
-        if not _wraps(getattr(pkgutil.resolve_name(owner), name), hook):
-            raise RefusedError(
-                f"the hook on {target} could not be applied (SGLang's log says why); another plug-in may "
-                "have taken it. Remove that, or start with --hicache-io-backend kernel"
-            )
-
-
-def _wraps(function: Any, hook: Callable[..., Any]) -> bool:
-    while function is not None:
-        cells = getattr(function, "__closure__", None) or ()
-        if any(cell.cell_contents is hook for cell in cells):
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
 
 
 def _make_ready(scheduler: Any) -> None:

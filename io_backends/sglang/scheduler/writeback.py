@@ -24,6 +24,7 @@ from ...device.base import Device, Event
 from ...geometry import PoolGeometry
 from ...interface import Backend, Submission, Transfer
 from ...routes import Route, distinct, write_facts
+from .. import versions
 from . import kernels
 from .deferred_event import deferred
 from .fences import Fences
@@ -58,8 +59,6 @@ class WriteBack:
         self._forwards = frozenset[str]().union(*(route.forwards for route in routes))
         self._deferred: list[Write] = []
         """Writes of which something is pending, oldest first."""
-        self._gap = 0
-        """Counts forwards that were launched."""
         self.pools = KnownPools(device, self._backends)
         self._indices = PlainIndices(self.pools.serves)
         self.move_write_operation = self._indices.move_write_operation
@@ -74,7 +73,7 @@ class WriteBack:
         device = self._device
         chosen = [self._choose(transfer, engine.io_backend) for transfer in transfers]
         # After that: moving indices is work on the current stream.
-        write = Write(engine, self.fences.ready(), self._gap)
+        write = Write(engine, self.fences.ready())
         for event in write.ready:
             device.wait(engine.device_to_host_stream, event)
         self.counters.producer_fences += self.fences.producer
@@ -136,7 +135,8 @@ class WriteBack:
         more than a forward's rows are ever left, and write-back keeps pace at the price of time.
         """
         self.advance(launching=True)
-        self._gap += 1
+        for write in self._deferred:
+            write.late = True
         for backend in self._backends:
             launched = getattr(backend, "launched", None)
             if launched is not None:
@@ -155,7 +155,7 @@ class WriteBack:
         ready: tuple[Event, ...] = ()
         blocked: list[Backend] = []
         for write in self._deferred:
-            late = launching and write.gap < self._gap
+            late = launching and write.late
             for backend, part in write.pending:
                 if backend in blocked:
                     continue
@@ -374,6 +374,8 @@ class _RoutedPool:
         self._part = part
 
     def __getattr__(self, name: str) -> Any:
+        if name in versions.POOL_COPIES:
+            return functools.partial(self._copy, name)
         return getattr(self._part.pool, name)
 
     def _copy(self, method: str, device_pool: Any, host: Any, device: Any, io_backend: str) -> None:
@@ -384,11 +386,3 @@ class _RoutedPool:
             # Before SGLang waits for the transfer stream.
             self._router.give_up(self._part.write)
             raise
-
-    def backup_from_device_all_layer(self, *args: Any) -> None:
-        """0.5.18 to 0.5.20 call this."""
-        self._copy("backup_from_device_all_layer", *args)
-
-    def backup_from_device_all_layer_physical(self, *args: Any) -> None:
-        """0.5.21 and later call this."""
-        self._copy("backup_from_device_all_layer_physical", *args)

@@ -44,7 +44,7 @@ class Write:
     Attributes:
         engine: SGLang's ``L2TransferEngine``.
         ready: events that its reads of device rows wait for.
-        gap: forwards that were launched before it.
+        late: a forward was launched since it began, so that the next gap is not its first.
         keep: what must stay alive until it is done.
         pending: what backends left of it for later gaps between forwards.
         given_up: follows all that was enqueued of it if a part of it failed; None: none did.
@@ -52,7 +52,7 @@ class Write:
 
     engine: Any
     ready: tuple[Event, ...]
-    gap: int = 0
+    late: bool = False
     keep: list[object] = field(default_factory=list)
     pending: list[tuple[Backend, Pending]] = field(default_factory=list)
     given_up: Event | None = None
