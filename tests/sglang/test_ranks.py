@@ -8,13 +8,15 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from sglang_hicache.io_backends.sglang import versions
 from sglang_hicache.io_backends.sglang.errors import RefusedError
-from sglang_hicache.io_backends.sglang.handover import ranks
+from sglang_hicache.io_backends.sglang.handover import decision_handover, ranks
 from sglang_hicache.io_backends.sglang.handover.ranks import Standing, disagreement
+from sglang_hicache.io_backends.sglang.scheduler import scheduler_hooks
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.load import default_policy
@@ -90,12 +92,64 @@ def test_a_rank_that_does_not_answer_stops_the_others(tmp_path: Path, case: str)
 
 
 def test_a_rank_that_is_alone_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "view", lambda server_args: server_args)
+    monkeypatch.setattr(versions, "view", lambda server_args: server_args)
     monkeypatch.setattr(ranks, "running_facts", lambda scheduler: Facts.given(gpu_arch="sm90"))
     scheduler = SimpleNamespace(server_args=SimpleNamespace(tp_size=1, pp_size=1))
     ranks.agree(scheduler, decide(default_policy(), Facts.given(gpu_arch="sm90")))
     with pytest.raises(RefusedError, match=r"gpu_arch is sm90 .* made for sm100"):
         ranks.agree(scheduler, decide(default_policy(), Facts.given(gpu_arch="sm100")))
+
+
+def test_a_rank_whose_hooks_cannot_be_switched_on_still_meets_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Behind the guard, which comes with the decision, before SGLang loads the plug-in."""
+    module = ModuleType("sglang.srt.managers.scheduler")
+    built, met = [], []
+
+    class Scheduler:
+        def __init__(self, server_args: object) -> None:
+            built.append(self)
+
+    def fails(*_: object) -> None:
+        raise RefusedError("a hook is missing")
+
+    def agree(scheduler: object, decision: object, refusal: Exception | None) -> None:
+        met.append((scheduler, str(refusal)))
+        raise RefusedError(f"rank 1 refuses: {refusal}")
+
+    module.Scheduler = Scheduler  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(decision_handover, "_taken_over", False)
+    monkeypatch.setattr(scheduler_hooks, "_activate", fails)
+    monkeypatch.setattr(ranks, "alone", lambda server_args: False)
+    monkeypatch.setattr(ranks, "agree", agree)
+    decision = decide(default_policy(), Facts.given(gpu_arch="sm90"))
+    arguments = SimpleNamespace(
+        **{decision_handover.ATTRIBUTE: decision_handover.Carried(decision.to_dict())}
+    )
+    decision_handover._guard_scheduler()
+    scheduler = object.__new__(Scheduler)
+    with pytest.raises(SystemExit):
+        scheduler_hooks.around_scheduler_init(Scheduler.__init__, scheduler, arguments)
+    assert built == [scheduler]
+    assert [each for each, _ in met] == [scheduler]
+    assert "a hook is missing" in met[0][1]
+
+
+def test_a_scheduler_that_the_decision_reaches_without_the_plug_in_is_not_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = ModuleType("sglang.srt.managers.scheduler")
+    built: list[object] = []
+    module.Scheduler = type("Scheduler", (), {"__init__": built.append})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(decision_handover, "_taken_over", False)
+    decision_handover._guard_scheduler()
+    with pytest.raises(SystemExit):
+        module.Scheduler()
+    assert built == []
+    assert "was not loaded in this process" in capsys.readouterr().err
 
 
 def standing(rank: int = 0) -> Standing:

@@ -16,6 +16,7 @@ from launching import CHILDREN, Machine, inject
 from test_hook_points import assigned_attributes
 
 from sglang_hicache.bench import tiny_model
+from sglang_hicache.io_backends.sglang import versions
 from sglang_hicache.io_backends.sglang.handover import server_facts
 from sglang_hicache.io_backends.sglang.handover.server_facts import differences, running_facts
 from sglang_hicache.io_backends.sglang.no_gpu import fake_libcuda
@@ -162,11 +163,9 @@ def config(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         dsa_decode_backend=None,
         multimodal=False,
     )
-    monkeypatch.setattr(server_facts, "view", lambda server_args: server_args)
+    found.get_model_config = lambda: SimpleNamespace(is_multimodal=found.multimodal)
+    monkeypatch.setattr(versions, "arguments", versions.ArgumentsInPlace)
     monkeypatch.setattr(server_facts, "detect", lambda given: machine())
-    monkeypatch.setattr(
-        server_facts, "_model_config", lambda server_args: SimpleNamespace(is_multimodal=found.multimodal)
-    )
     return found
 
 
