@@ -1,6 +1,6 @@
 """SGLang's cache on the virtual device: which fences are needed, and that ours are there.
 
-Run by test_race.py, in a process that SGLang is changed in for good (simulation/machine.py).
+Run by test_race.py, in a process that SGLang is changed in for good (bench/race/simulation/machine.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``--hicache-io-unsafe-fences`` on the virtual device: the fences are gone, and the races are there.
 
-Run by test_stress.py, in a process that SGLang is changed in for good (simulation/machine.py).
+Run by test_stress.py, in a process that SGLang is changed in for good (bench/race/simulation/machine.py).
 """
 
 from __future__ import annotations

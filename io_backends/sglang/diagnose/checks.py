@@ -1,7 +1,7 @@
 """What ``hicache-io doctor`` looks at: each check gives findings, and changes nothing.
 
 ``installation`` is about SGLang and this plug-in, ``machine`` about GPU, driver and host memory, ``in_force``
-about the policy. `server_findings` is about one server that would be started.
+about the policy. `server_checks` is about one server that would be started.
 """
 
 from __future__ import annotations

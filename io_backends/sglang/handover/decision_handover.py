@@ -1,8 +1,8 @@
 """The decision on its way from the launching process to every scheduler.
 
 It rides on ``ServerArgs`` as ``_hicache_io``, which SGLang pickles with the arguments. Arriving in another
-process it makes that process unable to build a ``Scheduler`` unless the plug-in is switched on there. This
-is the part that does not depend on SGLang's plug-in framework, which logs a plug-in that fails and goes on:
+process it makes that process unable to build a ``Scheduler`` unless the plug-in's hook is around it. This is
+the part that does not depend on SGLang's plug-in framework, which logs a plug-in that fails and goes on:
 without it, such a scheduler would run SGLang's own copy kernel unfenced.
 """
 
@@ -19,7 +19,6 @@ from ..errors import RefusedError, exit_with
 ATTRIBUTE = "_hicache_io"
 
 _SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
-
 
 _failure: str | None = None
 _taken_over = False

@@ -40,7 +40,7 @@ class KnownPool:
         return self.unserved.get(id(backend))
 
 
-class KnownPools:
+class PoolRegistry:
     """Looks at each pool once, prepares the backends for it, and logs once what SGLang copies itself."""
 
     def __init__(self, device: Device, backends: Sequence[Backend]) -> None:

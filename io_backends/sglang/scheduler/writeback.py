@@ -30,7 +30,7 @@ from .deferred_event import deferred
 from .fences import Fences
 from .indices import PlainIndices, translated
 from .metrics import Metrics
-from .pool_registry import KnownPools, label_of
+from .pool_registry import PoolRegistry, label_of
 from .writes import UPSTREAM, Counters, PoolWrite, Write
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class WriteBack:
         self._forwards = frozenset[str]().union(*(route.forwards for route in routes))
         self._deferred: list[Write] = []
         """Writes of which something is pending, oldest first."""
-        self.pools = KnownPools(device, self._backends)
+        self.pools = PoolRegistry(device, self._backends)
         self._indices = PlainIndices(self.pools.serves)
         self.move_write_operation = self._indices.move_write_operation
         self._in_flight: deque[tuple[Any, Sequence[str], Write]] = deque()
