@@ -40,8 +40,7 @@ class PlainIndices:
         pool = group if anchor is None else anchor.host_pool
         side = operation.pool_transfers or []
         sides = [group.entry_map[transfer.name].host_pool for transfer in side]
-        # 0.5.18 keeps the draft's pool apart and gives it the target's indices.
-        draft = getattr(controller, "mem_pool_host_draft", None)
+        draft = draft_pool_of(controller)
         for each in (pool, *sides, draft):
             self._moves.pop(id(each), None)
         if getattr(controller, "is_kv_sharded", False) or not any(
@@ -94,6 +93,11 @@ class PlainIndices:
             return (host.cpu() if host.is_cuda else host), device
         moved = controller.move_indices(host, device)
         return moved
+
+
+def draft_pool_of(controller: Any) -> Any:
+    """The draft's host pool where it is apart and gets the target's indices (SGLang 0.5.18); else None."""
+    return getattr(controller, "mem_pool_host_draft", None)
 
 
 def translated(device_pool: Any) -> bool:

@@ -19,6 +19,7 @@ from ..handover.decision_handover import ATTRIBUTE, is_ours
 from ..no_gpu import cpu_engine
 from . import kernels
 from .fences import Fences, forwards_of
+from .indices import draft_pool_of
 from .metrics import metrics_of
 from .writeback import WriteBack
 
@@ -183,9 +184,8 @@ def _prepare(controller: Any, active: Active) -> None:
     """Make the backend ready for a controller's pools now, not under the first write."""
     group = controller.mem_pool_host
     pools = [entry.host_pool for entry in getattr(group, "entries", ())] or [group]
-    # 0.5.18 keeps the draft's pool apart and gives it the target's indices: both go one way.
-    draft = getattr(controller, "mem_pool_host_draft", None)
-    if draft is not None:
+    draft = draft_pool_of(controller)
+    if draft is not None:  # two pools with one vector of indices go one way
         active.writeback.pools.serve_alike([*pools, draft])
     for pool in pools:
         active.writeback.pools.serves(pool)
