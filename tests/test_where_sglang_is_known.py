@@ -127,7 +127,7 @@ def crossings() -> set[tuple[str, str]]:
 
 def is_allowed(part: str, name: str) -> bool:
     return part_of(name) in ABOVE or any(
-        name == other or name.startswith(other + ".") for other in MAY_IMPORT[part]
+        name == other or name.startswith(other + ".") for other in MAY_IMPORT.get(part, ())
     )
 
 
