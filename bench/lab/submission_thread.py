@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...io_backends.device.driver import MAX_ENTRIES
 from ...policy.load import default_policy
 from ..measure.cases import Case
 from ..measure.contenders import Task, ours
@@ -40,7 +41,7 @@ from ..measure.one_write import Setting
 from ..measure.results import CPU_WATERMARK
 
 ALONE, INLINE, COPIES, ALL = "alone", "inline", "copies", "all"
-CALL_ENTRIES = (8192, 512, 64)
+CALL_ENTRIES = (MAX_ENTRIES, 4096, 16384)
 """Entries of a driver call at most."""
 
 STAGING_MB = 2048
@@ -393,7 +394,8 @@ def main() -> int:
     environment = describe(cpu=args.cpu)
     for name, value in environment.items():
         print(f"{name}: {value}", flush=True)
-    setting = Setting(open_bench(args.cpu), default_policy(), 1)
+    most = {} if args.cpu else {"max_batch_entries": max(CALL_ENTRIES)}
+    setting = Setting(open_bench(args.cpu, **most), default_policy(), 1)
     found: list[dict[str, Any]] = []
     end = time.monotonic() + args.budget
     print("ms of thread: p50 p99 max; step: mean p99 max; launch: p99; done: p50 p99", flush=True)
