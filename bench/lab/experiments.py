@@ -3,9 +3,9 @@
     python -m sglang_hicache.bench.lab.experiments bench/results/*/experiments*.json [--json]
 
 Of the plans ``experiments`` and ``experiments-bytes`` of the GPU plans: `fenced_kernel` with none of its
-fences, with the producer's alone, and with all. One row for each GPU, SGLang kernel package, attention backend,
-page size and arm: hours of load, bytes written, requests, errors, servers that died, and answers that were not
-those of a server without HiCache, where that can be compared.
+fences, with the producer's alone, and with all. One row for each GPU, SGLang kernel package, attention
+backend, page size and arm: hours of load, bytes written, requests, errors, servers that died, and answers
+that were not those of a server without HiCache, where that can be compared.
 """
 
 from __future__ import annotations
