@@ -1,9 +1,8 @@
 """Runs in the launching process and at the start of every scheduler: one decision, and nobody without it.
 
 ``decision_handover`` carries the decision on ``ServerArgs``, and keeps a scheduler from starting where the
-plug-in is not at work. ``server_facts`` reads what the decision rests on, from arguments
-and from a built scheduler, and compares the two. ``ranks`` makes sure that all schedulers of a
-server act alike.
+plug-in is not at work. ``server_facts`` reads what the decision rests on, from arguments and from a built
+scheduler, and compares the two. ``ranks`` makes sure that all schedulers of a server act alike.
 
 Imports what is above, and ``scheduler.pool_geometry`` to read a pool's facts; imported by ``plugin``,
 ``launcher``, ``scheduler`` and ``diagnose``.
