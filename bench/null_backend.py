@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..io_backends.device.base import Device, Stream
-from ..io_backends.geometry import PoolGeometry
 from ..io_backends.interface import Submission, Transfer
+from ..io_backends.plan.geometry import PoolGeometry
 from ..io_backends.sglang.unsafe import NULL
 from .damaged import third_party
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from .device.base import Device, Stream
-from .geometry import PoolGeometry
 from .interface import Submission, Transfer
-from .plan import direct_batches
+from .plan.copies import direct_batches
+from .plan.geometry import PoolGeometry
 
 BREAK_EVEN_ENTRY_BYTES = 34 * 1024
 """Bytes of an entry at which the link takes as long as the driver: about 0.6 us an entry at 55 GB/s (vLLM and

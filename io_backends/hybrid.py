@@ -9,15 +9,15 @@ drain so that what SGLang records there is the transfer's completion. A write is
 
 Where no forward waits for gathers, the chunks are a pipeline: a gather waits on the GPU for the drain of the
 memory it fills; two chunks fill the ring, so that one is gathered while another drains (see
-:func:`~.chunks.chunk_lengths`).
+:func:`~.plan.chunks.chunk_lengths`).
 
 Where forwards do wait, that would make them wait for the link. Under a scheduler's overlap loop there is one
 gap between forwards for each of them, and it is filled in advance, while the forward before it runs: whether
 memory is free *then* cannot be asked. So a gap takes what fits memory that was gathered into in earlier gaps,
 whether or not it is drained by now: the forward in between gives the link its time, and a ring that holds a
-step's rows (:mod:`~.staging_size`) keeps pace with any forward that is longer than their transfer. What does
-not fit is left for the next gap (:class:`~.interface.Pending`), where whoever left it asks for all of it:
-then, and when the link is busy all the time, forwards wait for the link, and nothing else is lost.
+step's rows (:mod:`~.plan.ring_size`) keeps pace with any forward that is longer than their transfer. What
+does not fit is left for the next gap (:class:`~.interface.Pending`), where whoever left it asks for all of
+it: then, and when the link is busy all the time, forwards wait for the link, and nothing else is lost.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .chunks import ring_units
 from .device.base import Device, Event, Staging, Stream
-from .geometry import PoolGeometry
 from .interface import OptionsError, Submission, Transfer
-from .staged_plan import PlannedChunk, WritePlan, plan_write
-from .staging import ANY_GAP, Ring
-from .staging_size import DEFAULT_STAGING_MB, least_staging, staging_size
+from .plan.chunks import ring_units
+from .plan.geometry import PoolGeometry
+from .plan.ring import ANY_GAP, Ring
+from .plan.ring_size import DEFAULT_STAGING_MB, least_staging, staging_size
+from .plan.staged_write import PlannedChunk, WritePlan, plan_write
 
 DEFAULT_GATHER_CTAS = 64
 """Thread blocks of the gather. An H100 gathers 134 MB in 320, 191, 134, 115 and 114 us with 16, 32, 64, 132
@@ -42,7 +42,7 @@ and 264 of them, launch included. Short gathers disturb less than narrow ones: a
 
 
 AUTO = "auto"
-"""Of ``staging_mb``, and what it is without it: :func:`~.staging_size.staging_size` where forwards wait,
+"""Of ``staging_mb``, and what it is without it: :func:`~.plan.ring_size.staging_size` where forwards wait,
 :data:`DEFAULT_STAGING_MB` elsewhere."""
 
 

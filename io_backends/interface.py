@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from .device.base import Device, Event, Stream
-from .geometry import PoolGeometry
-from .plan import Slots
+from .plan.copies import Slots
+from .plan.geometry import PoolGeometry
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from ...io_backends.geometry import Component, PoolGeometry, host_strides
-from ...io_backends.staged_plan import drain_entries
+from ...io_backends.plan.geometry import Component, PoolGeometry, host_strides
+from ...io_backends.plan.staged_write import drain_entries
 
 Slots = npt.NDArray[np.int64]
 

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from ...io_backends import PoolGeometry, get_backend
-from ...io_backends.chunks import Chunk, Staged
-from ...io_backends.plan import CopyBatch
+from ...io_backends.plan.chunks import Chunk, Staged
+from ...io_backends.plan.copies import CopyBatch
 from ...io_backends.sglang.routes import one_route
 from ...io_backends.virtual import gpu as cuda
 from ...io_backends.virtual.device import VirtualDevice

@@ -34,9 +34,9 @@ from typing import Any
 
 import numpy as np
 
-from ...io_backends.chunks import Chunk, staged
-from ...io_backends.plan import CopyBatch
-from ...io_backends.staged_plan import drain_copies
+from ...io_backends.plan.chunks import Chunk, staged
+from ...io_backends.plan.copies import CopyBatch
+from ...io_backends.plan.staged_write import drain_copies
 from ...policy.load import default_policy
 from . import sglang_pools
 from .cases import MODELS, Case

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..chunks import Chunk, Staged
-from ..geometry import PoolGeometry
-from ..plan import CopyBatch
+from ..plan.chunks import Chunk, Staged
+from ..plan.copies import CopyBatch
+from ..plan.geometry import PoolGeometry
 
 Stream = Any
 """A stream of the device's own kind: ``torch.cuda.Stream``, or what the CPU engine uses."""

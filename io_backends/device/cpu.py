@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from ..chunks import Chunk, Staged
-from ..geometry import Component, HostStrides, PoolGeometry
-from ..plan import CopyBatch
+from ..plan.chunks import Chunk, Staged
+from ..plan.copies import CopyBatch
+from ..plan.geometry import Component, HostStrides, PoolGeometry
 
 
 @dataclass(frozen=True, slots=True)

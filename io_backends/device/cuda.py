@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..chunks import STAGING_ALIGNMENT, Chunk, Staged
-from ..geometry import PoolGeometry
-from ..plan import CopyBatch
+from ..plan.chunks import STAGING_ALIGNMENT, Chunk, Staged
+from ..plan.copies import CopyBatch
+from ..plan.geometry import PoolGeometry
 from .base import DeviceUnavailableError, Event, Stream
 from .driver import MAX_ENTRIES, Driver
 from .gather import Gather

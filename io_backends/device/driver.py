@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..plan import CopyBatch
+from ..plan.copies import CopyBatch
 from .base import DeviceUnavailableError
 from .host_ranges import drop_empty
 

@@ -11,8 +11,8 @@ import importlib
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from ..chunks import STAGING_ALIGNMENT, Chunk, Staged, staged
-from ..geometry import PoolGeometry
+from ..plan.chunks import STAGING_ALIGNMENT, Chunk, Staged, staged
+from ..plan.geometry import PoolGeometry
 from .gather_plan import UNITS_PER_THREAD, WARPS, Launch, Rows, plan
 
 _TILE_LIMIT = 2**31

@@ -7,8 +7,8 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..chunks import Staged
-from ..geometry import Component, PoolGeometry
+from ..plan.chunks import Staged
+from ..plan.geometry import Component, PoolGeometry
 
 WARPS = 8
 """Warps a thread block. Unmeasured."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..geometry import PoolGeometry
-from ..plan import CopyBatch
+from ..plan.copies import CopyBatch
+from ..plan.geometry import PoolGeometry
 
 SHORT = 16
 """Entries up to which Python goes through a batch faster than numpy."""

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from ..plan import CopyBatch
+from ..plan.copies import CopyBatch
 from .base import Event, Stream
 from .driver import Driver
 from .host_ranges import SHORT, drop_empty

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...policy.routes import WriteFacts
-from ..geometry import PoolGeometry
 from ..interface import Backend
-from ..staged_plan import count_runs, drain_entries
+from ..plan.geometry import PoolGeometry
+from ..plan.staged_write import count_runs, drain_entries
 
 if TYPE_CHECKING:
     from ...policy.decide import Decision

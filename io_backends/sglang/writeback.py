@@ -21,8 +21,8 @@ import numpy as np
 
 from ..copy_engine import BREAK_EVEN_ENTRY_BYTES
 from ..device.base import Device, Event
-from ..geometry import PoolGeometry
 from ..interface import Backend, Submission, Transfer
+from ..plan.geometry import PoolGeometry
 from . import kernels
 from .completion import deferred
 from .fences import Fences

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..chunks import STAGING_ALIGNMENT, Chunk, Staged
 from ..device.cpu import rows_view, strided_rows
 from ..device.driver import CopyRefusedError
-from ..geometry import Component, PoolGeometry
-from ..plan import CopyBatch
+from ..plan.chunks import STAGING_ALIGNMENT, Chunk, Staged
+from ..plan.copies import CopyBatch
+from ..plan.geometry import Component, PoolGeometry
 from . import gpu as torch_cuda
 from .gpu import Event, Gpu, Stream
 from .memory import POISON, Block, Borrowed

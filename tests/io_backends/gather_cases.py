@@ -19,11 +19,11 @@ from pools import POISON, MemoryPool, make_pool, on_the_host
 from strategies import LAYOUTS, pools, writes
 
 from sglang_hicache.io_backends import Transfer, get_backend
-from sglang_hicache.io_backends.chunks import STAGING_ALIGNMENT, Chunk, staged
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.device.gather import Gather
 from sglang_hicache.io_backends.device.gather_plan import plan
-from sglang_hicache.io_backends.staged_plan import plan_write
+from sglang_hicache.io_backends.plan.chunks import STAGING_ALIGNMENT, Chunk, staged
+from sglang_hicache.io_backends.plan.staged_write import plan_write
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_gather.py"
 

@@ -13,11 +13,11 @@ from pools import MemoryPool, make_pool
 from strategies import pools, writes
 
 from sglang_hicache.io_backends import Backend, Transfer, get_backend
-from sglang_hicache.io_backends.chunks import STAGING_ALIGNMENT
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.interface import OptionsError
+from sglang_hicache.io_backends.plan.chunks import STAGING_ALIGNMENT
+from sglang_hicache.io_backends.plan.ring import ANY_GAP, Ring
 from sglang_hicache.io_backends.registry import OWN_NAMES
-from sglang_hicache.io_backends.staging import ANY_GAP, Ring
 
 LAYOUTS_OF_ALL = ("layer_first", "page_first", "page_first_direct")
 

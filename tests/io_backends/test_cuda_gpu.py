@@ -16,12 +16,12 @@ from pools import POISON, make_pool, on_the_host
 from strategies import LAYOUTS, pools, writes
 
 from sglang_hicache.io_backends import CopyBatch, direct_copies
-from sglang_hicache.io_backends.chunks import Chunk
 from sglang_hicache.io_backends.device.base import DeviceUnavailableError
 from sglang_hicache.io_backends.device.cuda import CudaDevice
 from sglang_hicache.io_backends.device.driver import CopyRefusedError, DriverError
 from sglang_hicache.io_backends.device.host_ranges import HostRange, UnknownHostMemoryError
 from sglang_hicache.io_backends.device.turns import TURN_BYTES
+from sglang_hicache.io_backends.plan.chunks import Chunk
 
 pytestmark = MARKS
 if WHY_NOT is None:

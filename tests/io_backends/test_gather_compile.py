@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from pools import make_pool
 
-from sglang_hicache.io_backends.chunks import Chunk, staged
 from sglang_hicache.io_backends.device.gather import Gather
 from sglang_hicache.io_backends.device.gather_plan import WARPS, Launch, plan
+from sglang_hicache.io_backends.plan.chunks import Chunk, staged
 
 pytest.importorskip("triton", reason="the gather needs Triton")
 if os.environ.get("TRITON_INTERPRET") == "1":

@@ -13,7 +13,8 @@ from pools import POISON, MemoryPool, make_pool
 from strategies import LAYOUTS, pools, writes
 
 from sglang_hicache.io_backends import CopyBatch, direct_copies
-from sglang_hicache.io_backends.chunks import (
+from sglang_hicache.io_backends.device.cpu import CpuDevice
+from sglang_hicache.io_backends.plan.chunks import (
     STAGING_ALIGNMENT,
     Chunk,
     Staged,
@@ -23,8 +24,7 @@ from sglang_hicache.io_backends.chunks import (
     chunks,
     staged,
 )
-from sglang_hicache.io_backends.device.cpu import CpuDevice
-from sglang_hicache.io_backends.staged_plan import (
+from sglang_hicache.io_backends.plan.staged_write import (
     drain_copies,
     drain_entries,
     plan_write,

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from pools import make_pool
 
 from sglang_hicache.bench.measure.cases import MODELS, Case, pool_of
-from sglang_hicache.io_backends.chunks import LEAD_BYTES, fine_lengths, ring_units
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.hybrid import HybridBackend
 from sglang_hicache.io_backends.interface import OptionsError
-from sglang_hicache.io_backends.staged_plan import plan_write
-from sglang_hicache.io_backends.staging import Ring
-from sglang_hicache.io_backends.staging_size import DEFAULT_STAGING_MB, FREE_SHARE, staging_size
+from sglang_hicache.io_backends.plan.chunks import LEAD_BYTES, fine_lengths, ring_units
+from sglang_hicache.io_backends.plan.ring import Ring
+from sglang_hicache.io_backends.plan.ring_size import DEFAULT_STAGING_MB, FREE_SHARE, staging_size
+from sglang_hicache.io_backends.plan.staged_write import plan_write
 
 MIB = 2**20
 

@@ -13,9 +13,9 @@ from stand_in_scheduler import fences
 from sglang_hicache.io_backends import Submission, Transfer
 from sglang_hicache.io_backends.copy_engine import BREAK_EVEN_ENTRY_BYTES
 from sglang_hicache.io_backends.device.cpu import CpuDevice, CpuStream
-from sglang_hicache.io_backends.geometry import Component, PoolGeometry, host_strides
 from sglang_hicache.io_backends.hybrid import HybridBackend
 from sglang_hicache.io_backends.interface import OptionsError
+from sglang_hicache.io_backends.plan.geometry import Component, PoolGeometry, host_strides
 from sglang_hicache.io_backends.sglang import kernels, known_pools, writeback
 from sglang_hicache.io_backends.sglang.indices import PlainIndices
 from sglang_hicache.io_backends.sglang.pools import UnsupportedPoolError

@@ -17,7 +17,7 @@ from sglang_hicache.io_backends import Transfer, get_backend
 from sglang_hicache.io_backends.device.base import Device
 from sglang_hicache.io_backends.device.driver import CopyRefusedError
 from sglang_hicache.io_backends.interface import Submission
-from sglang_hicache.io_backends.plan import CopyBatch
+from sglang_hicache.io_backends.plan.copies import CopyBatch
 from sglang_hicache.io_backends.virtual import gpu as cuda
 from sglang_hicache.io_backends.virtual.device import VirtualDevice
 from sglang_hicache.io_backends.virtual.gpu import Stream

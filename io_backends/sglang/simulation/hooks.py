@@ -9,7 +9,7 @@ from typing import Any
 from ....policy.decide import Decision
 from ... import get_backend
 from ...hybrid import HybridBackend
-from ...staging import Ring
+from ...plan.ring import Ring
 from ...virtual.device import VirtualDevice
 from .. import runtime, unsafe
 from ..fences import Fences

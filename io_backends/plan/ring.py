@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from .chunks import STAGING_ALIGNMENT
-from .device.base import Event
+
+Event = Any
+"""Whatever the ring's ``done`` understands."""
 
 
 @dataclass(slots=True)

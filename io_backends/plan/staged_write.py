@@ -25,8 +25,7 @@ from .chunks import (
     staged,
     write_chunks,
 )
-from .geometry import Component, HostStrides, PoolGeometry
-from .plan import (
+from .copies import (
     Addresses,
     CopyBatch,
     Slots,
@@ -38,6 +37,7 @@ from .plan import (
     run_starts,
     slot_addresses,
 )
+from .geometry import Component, HostStrides, PoolGeometry
 
 
 class PlannedChunk(NamedTuple):

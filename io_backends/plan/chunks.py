@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .copies import Slots
 from .geometry import HostStrides, PoolGeometry, host_strides
-from .plan import Slots
 
 STAGING_ALIGNMENT = 256
 """Bytes. cudaMalloc's alignment, so that 16-byte accesses in the gather never straddle."""

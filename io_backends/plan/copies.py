@@ -1,7 +1,7 @@
 """What to copy, as arrays of source, destination and bytes: pure functions of geometry and indices.
 
 :func:`direct_copies` goes straight from device rows to host rows; its entries are as long as the rows that
-are contiguous on *both* sides. The other plan, through a staging buffer, is in :mod:`~.staged_plan`.
+are contiguous on *both* sides. The other plan, through a staging buffer, is in :mod:`~.staged_write`.
 
 Addresses are plain integers, so all of this runs and is tested byte for byte on ordinary memory.
 """
