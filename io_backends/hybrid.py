@@ -32,7 +32,7 @@ from .plan.chunks import ring_units
 from .plan.geometry import PoolGeometry
 from .plan.ring import ANY_GAP, Ring
 from .plan.ring_size import DEFAULT_STAGING_MB, least_staging, staging_size
-from .plan.staged_write import PlannedChunk, WritePlan, plan_write
+from .plan.staged_write import PlannedChunk, WritePlan
 
 DEFAULT_GATHER_CTAS = 64
 """Thread blocks of the gather. An H100 gathers 134 MB in 320, 191, 134, 115 and 114 us with 16, 32, 64, 132
@@ -51,7 +51,7 @@ class _Write:
 
     def __init__(self, backend: HybridBackend, transfer: Transfer, plan: WritePlan, stream: Stream) -> None:
         self.transfer = transfer
-        self._plan = plan
+        self.plan = plan
         self._left = range(len(plan))
         self.left_tokens = transfer.tokens
         self._next: PlannedChunk | None = None
@@ -68,7 +68,7 @@ class _Write:
     def next(self) -> PlannedChunk | None:
         """The chunk that comes next, or None after the last one."""
         if self._next is None and self._left:
-            self._next = self._plan[self._left[0]]
+            self._next = self.plan[self._left[0]]
         return self._next
 
     def went(self) -> None:
@@ -108,6 +108,7 @@ class HybridBackend:
     """Gather into a bounded staging ring, drain by copy engine."""
 
     name = "hybrid"
+    whole_pages = True
     layouts = frozenset({"layer_first", "page_first", "page_first_direct", "page_head"})
 
     def __init__(self, device: Device, options: Mapping[str, Any]) -> None:
@@ -146,9 +147,9 @@ class HybridBackend:
         """Why no write of this pool can go through the ring; None if it can."""
         if ring_units(geometry, self._ring.nbytes) >= 2:
             return None
-        unit, count = ("page", geometry.page_size) if geometry.paged else ("token", 1)
+        units = "pages" if geometry.paged else "tokens"
         return (
-            f"two {unit}s of {geometry.bytes_per_token * count} bytes do not fit the staging ring of "
+            f"two {units} of {geometry.unit_bytes} bytes do not fit the staging ring of "
             f"{self._ring.nbytes} bytes; raise staging_mb"
         )
 
@@ -217,8 +218,7 @@ class HybridBackend:
         if tokens != len(transfer.host_slots):
             raise ValueError(f"{len(transfer.host_slots)} host indices for {tokens} device indices")
         self._allocate()  # not before where nobody starts it: the ring may still get another size
-        fine = transfer.forwards_wait
-        plan = plan_write(geometry, transfer.host_slots, self._ring.nbytes, fine=fine)
+        plan = WritePlan(geometry, transfer.host_slots, self._ring.nbytes, fine=transfer.forwards_wait)
         for event in transfer.ready:
             self._device.wait(self._gather_stream, event)
         write = _Write(self, transfer, plan, stream)
@@ -281,7 +281,7 @@ class HybridBackend:
             write = self._waiting[0]
             while (planned := write.next()) is not None:
                 try:
-                    event = self._enqueue_chunk(write.transfer, planned, before)
+                    event = self._enqueue_chunk(write, planned, before)
                 except BaseException as error:
                     # The transfer fails as a whole: SGLang sees the error and acknowledges nothing.
                     self.abandon(write)
@@ -296,7 +296,7 @@ class HybridBackend:
             write.finish()
         return gathered
 
-    def _enqueue_chunk(self, transfer: Transfer, planned: PlannedChunk, before: int) -> Event | None:
+    def _enqueue_chunk(self, write: _Write, planned: PlannedChunk, before: int) -> Event | None:
         device = self._device
         taken = self._ring.take(planned.room, gap=self._gap, before=before)
         if taken is None:
@@ -306,13 +306,12 @@ class HybridBackend:
         try:
             for event in drained:
                 device.wait(self._gather_stream, event)
-            device.gather(
-                planned.staged, base, transfer.device_slots, planned.chunk, self._gather_stream, self._ctas
-            )
+            rows = write.transfer.device_slots
+            device.gather(planned.staged, base, rows, planned.chunk, self._gather_stream, self._ctas)
             gathered = device.record(self._gather_stream)
             device.wait(self._drain_stream, gathered)
             # Planned now: the gather runs meanwhile.
-            for part in planned.drain(base).split(self._limit):
+            for part in write.plan.drain(planned, base).split(self._limit):
                 device.copy(part, self._drain_stream)
         finally:
             # After an error too: whoever gets the region next must wait for what was enqueued.

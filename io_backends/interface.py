@@ -136,6 +136,8 @@ class Backend(Protocol):
 
     - ``upstream_indices``: where it is true, indices are moved as SGLang's own copy wants them (host indices
       on the GPU, or device indices on the host), and it calls ``upstream_copy``;
+    - ``whole_pages``: where it is true, a write to a paged layout that is not whole pages, each in order, is
+      left to SGLang's own copy (:func:`~.plan.staged_write.is_whole`);
     - ``staging_bytes``, (in use, in all), and ``waiting_bytes``, of rows that it left for later: for metrics;
     - ``start(*, step_tokens, forwards_wait, sharers)``: called once, when the pools that are known before
       serving are prepared and SGLang has allocated its own: with the tokens that a forward makes rows of,

@@ -35,8 +35,8 @@ from typing import Any
 import numpy as np
 
 from ...io_backends.plan.chunks import Chunk, staged
-from ...io_backends.plan.copies import CopyBatch
-from ...io_backends.plan.staged_write import drain_copies
+from ...io_backends.plan.copies import CopyBatch, run_starts
+from ...io_backends.plan.staged_write import drain_runs
 from ...policy.load import default_policy
 from . import sglang_pools
 from .cases import MODELS, Case
@@ -167,7 +167,7 @@ def _gathers(device: Bench, memory: Memory, size: Size) -> Iterator[Part]:
     staging = device.allocate_staging(GATHERED[-1] + 2**20)
     for nbytes in GATHERED:
         tokens = min(nbytes // geometry.bytes_per_token, size.slots)
-        place, chunk = staged(geometry, tokens), Chunk(0, tokens, 0)
+        place, chunk = staged(geometry, tokens), Chunk(0, tokens)
         for name, base in (("gather", staging.address), ("sm_store", memory.pinned.data_ptr())):
             for ctas in CTAS:
 
@@ -188,8 +188,8 @@ def _drains(device: Bench, memory: Memory, size: Size) -> Iterator[Part]:
         staging = device.allocate_staging(nbytes + 2**20)
         pages = rng.permutation(size.slots // page)[: size.tokens // page]
         host = (pages[:, None] * page + np.arange(page)).reshape(-1)
-        whole = Chunk(0, len(host), 0)
-        batch = drain_copies(geometry, staged(geometry, len(host)), whole, host, staging.address)
+        starts = run_starts(host, None, None)
+        batch = drain_runs(staged(geometry, len(host)), starts, host[starts], staging.address)
         batch = _in_order(batch, batch.dst.argsort())
         mixed = _in_order(batch, rng.permutation(len(batch)))
         halves = batch.split(-(-len(batch) // 2))

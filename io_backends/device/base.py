@@ -103,7 +103,7 @@ class Device(Protocol):
         Args:
             staged: the pool, and the layout of the destination, which begins at address ``base``.
             device_slots: where each token of the transfer is, int64 [n] on the device.
-            chunk: which tokens, and their first slot in ``staged``.
+            chunk: which tokens; the first one goes to slot 0 of ``staged``.
             ctas: thread blocks to use at most.
         """
         ...

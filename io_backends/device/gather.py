@@ -48,7 +48,7 @@ class Gather:
         nothing = torch.empty(0, dtype=torch.int64, device=device)
         # Staging's strides, not the host's: they decide the width of an access.
         for launch in plan(staged(geometry, geometry.page_size), STAGING_ALIGNMENT, self._tile_units):
-            self._run(launch, STAGING_ALIGNMENT, nothing, Chunk(0, 0, 0), 1, None)
+            self._run(launch, STAGING_ALIGNMENT, nothing, Chunk(0, 0), 1, None)
 
     def launch(
         self,
@@ -65,7 +65,7 @@ class Gather:
             staged: the pool, and the layout of the destination, which begins at address ``base``.
             device_slots: int64 or int32 tensor [n] on the rows' device; not checked against the pool's size,
                 since that would wait for the device.
-            chunk: which of them to copy, and the slot of the first one there.
+            chunk: which of them to copy; the first one goes to slot 0 there.
             ctas: thread blocks at most.
 
         Raises:
@@ -105,8 +105,8 @@ class Gather:
 
     def _run(self, launch: Launch, base: int, slots: Any, chunk: Chunk, grid: int, stream: Any) -> None:
         table = self._table(launch.rows, slots.device)
-        start, stop, first_slot = chunk
-        arguments = (table, slots, base + launch.offset, start, stop - start, first_slot, *launch.arguments)
+        start, stop = chunk
+        arguments = (table, slots, base + launch.offset, start, stop - start, 0, *launch.arguments)
         # Whatever else the arguments are, these decide which code runs: see gather_kernel's decorator.
         key = (slots.dtype, launch.code)
         compiled = self._compiled.get(key)

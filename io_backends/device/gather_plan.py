@@ -159,7 +159,7 @@ def _launch(rows: Rows, staged: Staged, base: int, tile_units: int) -> Launch:
         "part_stride": apart,
     }
     width = access_width(base + to.base, rows.bits, *strides.values())
-    page_size = geometry.page_size if geometry.paged else 1
+    page_size = geometry.unit_slots
     constants = _constants(rows, geometry.layers, page_size, width, tile_units)
     code = tuple(constants.values())
     per_block = constants["PARTS"] * constants["LAYERS"] * constants["PIECES"] * constants["SEGMENTS"]

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
-from .copies import Slots
 from .geometry import HostStrides, PoolGeometry, host_strides
 
 STAGING_ALIGNMENT = 256
@@ -34,15 +30,10 @@ class Staged:
 
 
 class Chunk(NamedTuple):
-    """Tokens ``[start, stop)`` of a transfer; token ``start`` goes to staging slot ``first_slot``.
-
-    ``first_slot`` is below the page size and non-zero only for a paged layout's chunk that starts inside
-    a page.
-    """
+    """Tokens ``[start, stop)`` of a write, whole pages in a paged layout; ``start`` is staging slot 0."""
 
     start: int
     stop: int
-    first_slot: int
 
     @property
     def tokens(self) -> int:
@@ -77,16 +68,9 @@ bench/results/2026-11-25-h100/profile.json); half of that is about what a second
 thread."""
 
 
-def chunk_slots(geometry: PoolGeometry, chunk: Chunk) -> int:
-    """Staging slots of ``chunk``."""
-    slots = chunk.first_slot + chunk.tokens
-    return -(-slots // geometry.page_size) * geometry.page_size if geometry.paged else slots
-
-
 def ring_units(geometry: PoolGeometry, ring_bytes: int) -> int:
     """Tokens (pages, in a paged layout) that two chunks which fill a ring hold together."""
-    unit = geometry.bytes_per_token * (geometry.page_size if geometry.paged else 1)
-    return max(0, ring_bytes - 2 * STAGING_ALIGNMENT * len(geometry.components)) // unit
+    return max(0, ring_bytes - 2 * STAGING_ALIGNMENT * len(geometry.components)) // geometry.unit_bytes
 
 
 def chunk_units(total: int, ring: int) -> tuple[int, int]:
@@ -182,43 +166,4 @@ def _ring_and_lead(geometry: PoolGeometry, ring_bytes: int) -> tuple[int, int]:
             f"{geometry.label}: two {'pages' if geometry.paged else 'tokens'} do not fit a staging ring of "
             f"{ring_bytes} bytes; raise staging_mb"
         )
-    unit = geometry.bytes_per_token * (geometry.page_size if geometry.paged else 1)
-    return ring, -(-LEAD_BYTES // unit)
-
-
-def chunks(
-    geometry: PoolGeometry, host_slots: Slots, ring_bytes: int, *, fine: bool = False
-) -> Iterator[Chunk]:
-    """Split a transfer into chunks of which any two neighbours fit a ring of ``ring_bytes``.
-
-    In a paged layout a chunk keeps every token at its offset within a page, so that a whole host page is
-    one block in staging too; where the host indices break that rule a new chunk starts.
-
-    Raises:
-        ValueError: not even two tokens (two pages in a paged layout) fit.
-    """
-    n = len(host_slots)
-    if not n:
-        return
-    page = geometry.page_size if geometry.paged else 1
-    breaks: list[int] = []
-    if geometry.paged:
-        offsets, pages = host_slots % page, host_slots // page
-        # A token may follow its predecessor when it is the next one of the same page, or when one page
-        # has just ended and another begins.
-        follows = (np.diff(offsets) == 1) & (np.diff(pages) == 0) | (offsets[1:] == 0) & (
-            offsets[:-1] == page - 1
-        )
-        breaks = (np.flatnonzero(~follows) + 1).tolist()
-    # Around a break neighbours are of different stretches: halves of a ring fit together whatever they are.
-    half = _ring_and_lead(geometry, ring_bytes)[0] // 2
-    for start, stop in zip([0, *breaks], [*breaks, n], strict=True):
-        first = int(host_slots[start]) % page
-        units = -(-(stop - start + first) // page)
-        lengths = (
-            [half] * -(-units // half) if breaks else write_chunks(geometry, units, ring_bytes, fine=fine)
-        )
-        for length in lengths:
-            end = min(stop, start + length * page - first)
-            yield Chunk(start, end, first)
-            start, first = end, 0
+    return ring, -(-LEAD_BYTES // geometry.unit_bytes)

@@ -192,8 +192,8 @@ def slot_addresses(strides: HostStrides, slots: Slots, geometry: PoolGeometry) -
     return strides.base + slots // page * strides.page + slots % page * strides.token
 
 
-def run_starts(a: Slots, b: Slots | None, page_size: int | None, cuts: Slots | None = None) -> Slots:
-    """Where a new run begins: ``a`` or ``b`` does not advance by one, ``a`` enters a new page, or a cut."""
+def run_starts(a: Slots, b: Slots | None, page_size: int | None) -> Slots:
+    """Where a new run begins: ``a`` or ``b`` does not advance by one, or ``a`` enters a new page."""
     if len(a) == 0:
         return np.empty(0, dtype=np.int64)
     new = np.empty(len(a), dtype=np.bool_)
@@ -203,9 +203,7 @@ def run_starts(a: Slots, b: Slots | None, page_size: int | None, cuts: Slots | N
         new[1:] |= b[1:] - b[:-1] != 1
     if page_size is not None:
         new[1:] |= a[1:] % page_size == 0
-    if cuts is not None:
-        new[cuts] = True
-    return np.flatnonzero(new)
+    return new.nonzero()[0]
 
 
 def run_lengths(starts: Slots, total: int) -> Slots:

@@ -153,6 +153,17 @@ class PoolGeometry:
         return self.layout in PAGED_LAYOUTS
 
     @property
+    def unit_slots(self) -> int:
+        """Slots that are staged together, and whose rows are one block on the host: a page, or a token where
+        rows are evenly spaced."""
+        return self.page_size if self.paged else 1
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of those slots: all layers, all components."""
+        return self.unit_slots * self.bytes_per_token
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes that one token moves: all layers, all components."""
         return self.layers * sum(part.row_bytes for part in self.components)

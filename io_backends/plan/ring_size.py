@@ -30,7 +30,7 @@ class StagingSize(NamedTuple):
 
 def least_staging(pools: Sequence[PoolGeometry]) -> int:
     """Bytes of the smallest ring that works: two units of each pool fit, and a chunk of some use."""
-    units = max(pool.bytes_per_token * (pool.page_size if pool.paged else 1) for pool in pools)
+    units = max(pool.unit_bytes for pool in pools)
     padding = 2 * STAGING_ALIGNMENT * max(len(pool.components) for pool in pools)
     return max(min(DEFAULT_STAGING_MB * _MIB, LEAD_BYTES), 2 * units + padding)
 

@@ -138,8 +138,7 @@ class VirtualDevice:
         reads, writes = [slots.bytes], []
         now = slots.values().reshape(-1)[chunk.start : chunk.stop]
         now = now[(now >= 0) & (now < geometry.device_slots)]
-        where = np.arange(chunk.first_slot, chunk.first_slot + chunk.tokens, dtype=np.int64)
-        page, offset = np.divmod(where, geometry.page_size)
+        page, offset = np.divmod(np.arange(chunk.tokens, dtype=np.int64), geometry.page_size)
         for part, to in zip(geometry.components, staged.parts, strict=True):
             to = replace(to, base=base + to.base)
             for layer in range(geometry.layers):

@@ -19,7 +19,7 @@ from sglang_hicache.io_backends.interface import OptionsError
 from sglang_hicache.io_backends.plan.chunks import LEAD_BYTES, fine_lengths, ring_units
 from sglang_hicache.io_backends.plan.ring import Ring
 from sglang_hicache.io_backends.plan.ring_size import DEFAULT_STAGING_MB, FREE_SHARE, staging_size
-from sglang_hicache.io_backends.plan.staged_write import plan_write
+from sglang_hicache.io_backends.plan.staged_write import WritePlan
 
 MIB = 2**20
 
@@ -60,7 +60,7 @@ def test_every_gap_takes_a_steps_rows_of_every_pool(data: st.DataObject) -> None
             cuts = data.draw(st.lists(st.integers(0, pages), max_size=2))
             edges = [0, *sorted(cuts), pages]
             for start, stop in pairwise(edges):
-                plan = plan_write(pool, np.arange((stop - start) * 64), ring.nbytes, fine=True)
+                plan = WritePlan(pool, np.arange((stop - start) * 64), ring.nbytes, fine=True)
                 for nth in range(len(plan)):
                     taken = ring.take(plan[nth].room, gap=gap, before=gap)
                     assert taken is not None, (gap, size)
