@@ -23,7 +23,7 @@ from ..policy.terminal import styled
 from ..policy.vocabulary import MEM_LAYOUTS, NameProblem, check_name
 from . import damaged, identity, serving, tiny_model
 from .demo_output import RunProgress, as_json, console, table, verdict
-from .identity import Run, Setup
+from .identity import DemoRun, DemoSetup
 from .workload import Workload
 
 
@@ -149,7 +149,7 @@ def _sentence(about: dict[str, Any]) -> str:
     return f"{engine} ({about['hardware']}); {versions}"
 
 
-def _prepare(model: str | None, layout: str | None, page_size: int, cache: Path, logs: Path) -> Setup:
+def _prepare(model: str | None, layout: str | None, page_size: int, cache: Path, logs: Path) -> DemoSetup:
     if model is None:
         with console.status("writing the tiny model"):
             try:
@@ -157,7 +157,7 @@ def _prepare(model: str | None, layout: str | None, page_size: int, cache: Path,
             except NoCompilerError as error:
                 _refuse(str(error))
             path = str(tiny_model.write(cache / "tiny-llama"))
-        setup = Setup(path, True, page_size, layout, env, logs, Workload(tiny_model.VOCAB_SIZE))
+        setup = DemoSetup(path, True, page_size, layout, env, logs, Workload(tiny_model.VOCAB_SIZE))
     else:
         from transformers import AutoConfig
 
@@ -165,7 +165,7 @@ def _prepare(model: str | None, layout: str | None, page_size: int, cache: Path,
         # A GPU's kernels round otherwise in another batch, or when a prefix is computed again, and the next
         # token may then be another. So one request at a time, and a reference that evicts nothing.
         workload = Workload(config.vocab_size, clients=1)
-        setup = Setup(model, False, page_size, layout, {}, logs, workload, reference_pool_tokens=32_768)
+        setup = DemoSetup(model, False, page_size, layout, {}, logs, workload, reference_pool_tokens=32_768)
     load = setup.workload
     console.print(
         f"{load.conversations} conversations of {load.turns} turns, {load.clients} at once, with prompts of "
@@ -176,20 +176,20 @@ def _prepare(model: str | None, layout: str | None, page_size: int, cache: Path,
     return setup
 
 
-def _with_damaged(setup: Setup) -> Setup:
+def _with_damaged(setup: DemoSetup) -> DemoSetup:
     """Also know the backend that is wrong on purpose."""
     folder = setup.logs / "third-party"
     return replace(setup, env={**setup.env, **damaged.environment(folder.resolve())})
 
 
-def _run_all(setup: Setup, backends: list[str]) -> tuple[dict[str, Run], dict[str, str]]:
+def _run_all(setup: DemoSetup, backends: list[str]) -> tuple[dict[str, DemoRun], dict[str, str]]:
     """Every run by name, and why those that gave no answers failed."""
     plan: dict[str, str | None] = {
         "reference": None,
         **{name: name for name in backends},
         "damaged": damaged.NAME,
     }
-    runs: dict[str, Run] = {}
+    runs: dict[str, DemoRun] = {}
     failures: dict[str, str] = {}
     with RunProgress(list(plan), setup.workload.requests) as progress:
         for name, backend in plan.items():
@@ -204,7 +204,7 @@ def _run_all(setup: Setup, backends: list[str]) -> tuple[dict[str, Run], dict[st
     return runs, failures
 
 
-def _problems(runs: dict[str, Run], reference: Run) -> dict[str, str]:
+def _problems(runs: dict[str, DemoRun], reference: DemoRun) -> dict[str, str]:
     problems = {}
     for name, run in runs.items():
         why = None if run is reference else run.problem(reference)

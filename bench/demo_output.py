@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..policy.terminal import console as console_of
 from ..policy.terminal import printable, styled
-from .identity import Run, Setup, Status
+from .identity import DemoRun, DemoSetup, Status
 
 # What is said goes to standard error, so that --json has standard output for itself.
 console = console_of(stderr=True, columns=110)
@@ -54,7 +54,7 @@ class RunProgress:
         return report
 
 
-def table(runs: Mapping[str, Run], reference: Run) -> Table:
+def table(runs: Mapping[str, DemoRun], reference: DemoRun) -> Table:
     """One row a run."""
     shown = Table(
         title="Write-back to host memory, and what came back",
@@ -85,7 +85,7 @@ def table(runs: Mapping[str, Run], reference: Run) -> Table:
     return shown
 
 
-def verdict(setup: Setup, failures: Mapping[str, str], seconds: float) -> Text:
+def verdict(setup: DemoSetup, failures: Mapping[str, str], seconds: float) -> Text:
     """The last lines: good or not, and what that shows."""
     found = ("Good: every output is the reference's, and the damage shows.", "bold green")
     if failures:
@@ -99,7 +99,7 @@ def verdict(setup: Setup, failures: Mapping[str, str], seconds: float) -> Text:
     return styled(found, f"{about} ({seconds:.0f} s)")
 
 
-def as_json(run: Run, reference: Run) -> dict[str, Any]:
+def as_json(run: DemoRun, reference: DemoRun) -> dict[str, Any]:
     """One run, for `--json`."""
     result = {
         "name": run.name,

@@ -138,7 +138,7 @@ def run_bench(args: argparse.Namespace) -> Part:
         seconds=args.seconds,
     )
 
-    def keep(run: results.Run) -> None:
+    def keep(run: results.Results) -> None:
         results.save(run, args.out)
 
     run = suite.measure(ask, say, keep)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..io_backends.registry import AUTO
 from .measure.cases import Case
-from .measure.results import Row, Run, load
+from .measure.results import Results, Row, load
 from .measure.tables import markdown_row
 
 CONTENDERS = (
@@ -34,7 +34,7 @@ FENCED = ("hybrid", "fenced_kernel", "sglang_staged", "sglang_kernel")
 MODEL, TOKENS = "Qwen3-8B", 4096
 
 
-def tables(run: Run) -> str:
+def tables(run: Results) -> str:
     """What it ran on, GB/s of every cell at 4,096 tokens of Qwen3-8B, and the slow-down of forwards."""
     machine = run.environment
     rows = [row for row in run.of("bandwidth") if (row.case.model, row.case.tokens) == (MODEL, TOKENS)]
@@ -69,7 +69,7 @@ def _shape(case: Case) -> str:
     return f"{case.tokens:,} {slots} tokens, `{case.layout}`, page {case.page_size}"
 
 
-def fence_table(run: Run) -> str:
+def fence_table(run: Results) -> str:
     """How long one write holds back a forward that must not share the SMs with it."""
     rows = run.of("fence")
     names = _present(FENCED, rows)
@@ -82,7 +82,7 @@ def fence_table(run: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sustained_table(run: Run) -> str:
+def sustained_table(run: Results) -> str:
     """What it ran on, and for each kind of forwards who keeps pace with them, and what that costs them."""
     machine, link = run.environment, run.ceilings["link"]
     rows = [row for row in run.of("sustained") if row.metrics]

@@ -19,7 +19,7 @@ Status = Callable[[str, int, float], None]
 
 
 @dataclass(frozen=True)
-class Setup:
+class DemoSetup:
     """What all runs of one check have in common.
 
     Attributes:
@@ -47,7 +47,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Run:
+class DemoRun:
     """One server's answers, and what the plug-in counted there.
 
     Attributes:
@@ -82,11 +82,11 @@ class Run:
         """One of the plug-in's counters, 0 where the plug-in did not run."""
         return int(self.plugin["counters"][counter]) if self.plugin else 0
 
-    def identical(self, reference: Run) -> int:
+    def identical(self, reference: DemoRun) -> int:
         """How many answers are the reference's."""
         return workload.identical(self.answers, reference.answers)
 
-    def problem(self, reference: Run) -> str | None:
+    def problem(self, reference: DemoRun) -> str | None:
         """What is wrong with this run, in a sentence; None when it is as it must be."""
         if self.plugin is None:
             return "the plug-in did not run in the server (hicache_io is missing from /server_info)"
@@ -109,7 +109,7 @@ def plugin_state(info: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**states[0], "counters": counters}
 
 
-def run(setup: Setup, name: str, backend: str | None, *, status: Status) -> Run:
+def run(setup: DemoSetup, name: str, backend: str | None, *, status: Status) -> DemoRun:
     """Start a server, send it the workload, and stop it.
 
     Args:
@@ -140,4 +140,4 @@ def run(setup: Setup, name: str, backend: str | None, *, status: Status) -> Run:
         )
         info = server.info()
     status("done", len(answers), server.elapsed_s())
-    return Run(name, backend, answers, plugin_state(info), info["version"], server.start_s, server.log)
+    return DemoRun(name, backend, answers, plugin_state(info), info["version"], server.start_s, server.log)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ..io_backends.registry import AUTO
 from .gpu_table import print_of_file
 from .measure.cases import Case
-from .measure.results import Row, Run, load
+from .measure.results import Results, Row, load
 from .measure.stand_ins import DECODE_STEPS
 from .measure.tables import markdown_row
 
@@ -37,7 +37,7 @@ PACE, DONE, SUSTAINED_SLOW_DOWN, WAIT_MS = 0.9, 1.25, 1.05, 0.3
 Cells = dict[Case, dict[str, Row]]
 
 
-def table(run: Run) -> str:
+def table(run: Results) -> str:
     """One line for each target, split where that says more."""
     lines = [markdown_row(["target", "where", "cells", "reached in", "least", "median", "greatest"])]
     lines.append(markdown_row(["---"] * 7))
@@ -50,7 +50,7 @@ def table(run: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cells(run: Run, measurement: str) -> Cells:
+def cells(run: Results, measurement: str) -> Cells:
     """Rows with figures by case and contender."""
     found: Cells = {}
     for row in run.of(measurement):
@@ -120,7 +120,7 @@ def _over_staged(found: Cells) -> Iterator[Line]:
         )
 
 
-def _slow_down(run: Run) -> Iterator[Line]:
+def _slow_down(run: Results) -> Iterator[Line]:
     groups: dict[str, list[float]] = {}
     for name in ("copy_engine", "hybrid"):
         measured = [row for row in run.of("interference") if row.contender == name and row.metrics]
@@ -135,7 +135,7 @@ def _slow_down(run: Run) -> Iterator[Line]:
         yield (f"forward slowed {SLOW_DOWN}x", where, values, lambda v: v < SLOW_DOWN + 0.005, "{:.2f}x")
 
 
-def _stall(run: Run) -> Iterator[Line]:
+def _stall(run: Results) -> Iterator[Line]:
     for case, rows in cells(run, "fence").items():
         if {"hybrid", "fenced_kernel"} <= rows.keys():
             ours, theirs = (_waited(rows[name]) for name in ("hybrid", "fenced_kernel"))
@@ -155,7 +155,7 @@ def _waited(row: Row) -> float:
     return max(stall, late)
 
 
-def _submit(run: Run) -> Iterator[Line]:
+def _submit(run: Results) -> Iterator[Line]:
     measured = {**cells(run, "submit"), **cells(run, "bandwidth")}
     groups: dict[str, list[float]] = {}
     for case, rows in measured.items():
@@ -176,7 +176,7 @@ def _thread_us(row: Row) -> float:
     return sum(row.metrics[name].median for name in ("submit_us", "later_us") if name in row.metrics)
 
 
-def _sustained(run: Run) -> Iterator[Line]:
+def _sustained(run: Results) -> Iterator[Line]:
     """Cases that ask for more than half of the link stand apart."""
     link = run.ceilings["link"].median
     rows = {(row.case, row.forward, row.contender): row for row in run.of("sustained") if row.metrics}

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from .cases import Case, entry_bytes
-from .results import Row, Run, Spread
+from .results import Results, Row, Spread
 
 _NAMES = {"hybrid, forwards wait": "hybrid", "Llama-3-70B TP8": "Llama-3-70B-TP8"}
 _INTERFERENCE = Case("Qwen3-8B", "page_first", 16, 8192, True)
 """The one case that these runs measured interference in (their gpu_suite)."""
 
 
-def read(data: Mapping[str, Any]) -> Run:
+def read(data: Mapping[str, Any]) -> Results:
     """A run in the first format.
 
     Raises:
@@ -26,7 +26,7 @@ def read(data: Mapping[str, Any]) -> Run:
     """
     hardware = dict(data["hardware"])
     sglang = {f"sglang_{name}": value for name, value in data.get("sglang", {}).items() if name != "sglang"}
-    run = Run({**hardware, "sglang": data.get("sglang", {}).get("sglang"), **sglang})
+    run = Results({**hardware, "sglang": data.get("sglang", {}).get("sglang"), **sglang})
     for name in ("link", "hbm"):
         run.ceilings[name] = _once(data[f"{name}_gb_per_s"])
     for measurement in ("bandwidth", "fence"):

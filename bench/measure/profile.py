@@ -12,8 +12,8 @@ write      one write of ``hybrid`` end to end: until the first gather is asked f
            how long it idles between copies
 small_copy how long a copy of 1 KiB to the host takes on another stream while one write goes on; SGLang copies
            the token ids of each step to the host
-turns      the same, and the write's own time, by the bytes of a turn (:mod:`~.io_backends.device.turns`); and
-           how much decode steps slow down, which wait for their ids, beside writes that never stop
+turns      the same, and the write's own time, by the bytes of a turn (:mod:`~.copy_interleaving`);
+           and how much decode steps slow down, which wait for their ids, beside writes that never stop
 beside     how much a forward slows down beside ``hybrid``, by the gather's thread blocks
 
 Constants of the backends cite what this prints; the file has the spread of the repeats.

@@ -18,11 +18,11 @@ from ..plan.chunks import STAGING_ALIGNMENT, Chunk, Staged
 from ..plan.copies import CopyBatch
 from ..plan.geometry import PoolGeometry
 from .base import DeviceUnavailableError, Event, Stream
+from .copy_interleaving import TURN_BYTES, InterleavedCopies
 from .driver import MAX_ENTRIES, Driver
 from .gather import Gather
 from .gather_plan import UNITS_PER_THREAD, WARPS
-from .host_ranges import HostRange, HostRanges, host_extents
-from .turns import TURN_BYTES, Turns
+from .host_memory import HostRange, HostRanges, host_extents
 
 _INDEX_TYPES = {4: np.int32, 8: np.int64}
 _INDEX_BYTES = 2**20
@@ -91,7 +91,7 @@ class CudaDevice:
 
     Args:
         max_batch_entries: entries in one driver call at most.
-        turn_bytes: copied before others get the copy engine, see :mod:`~.turns`.
+        turn_bytes: copied before others get the copy engine, see :mod:`~.copy_interleaving`.
         gather_warps, gather_units_per_thread: shape of the gather's thread blocks, for measurements.
 
     Raises:
@@ -119,7 +119,7 @@ class CudaDevice:
                 "PyTorch finds no CUDA device: check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES"
             )
         self._driver = Driver(max_batch_entries)
-        self._turns = Turns(self._torch.cuda.Event, self._driver, self.new_stream, turn_bytes)
+        self._turns = InterleavedCopies(self._torch.cuda.Event, self._driver, self.new_stream, turn_bytes)
         self._host = HostRanges()
         self._gather = Gather(warps=gather_warps, units_per_thread=gather_units_per_thread)
         self._indices: IndexReader | None = None

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..plan.chunks import STAGING_ALIGNMENT, Chunk, Staged, staged
 from ..plan.geometry import PoolGeometry
-from .gather_plan import UNITS_PER_THREAD, WARPS, Launch, Rows, plan
+from .gather_plan import UNITS_PER_THREAD, WARPS, DeviceRows, Launch, plan
 
 _TILE_LIMIT = 2**31
 
@@ -30,7 +30,7 @@ class Gather:
     def __init__(self, *, warps: int = WARPS, units_per_thread: int = UNITS_PER_THREAD) -> None:
         self._warps = warps
         self._tile_units = warps * 32 * units_per_thread
-        self._tables: dict[Rows, Any] = {}
+        self._tables: dict[DeviceRows, Any] = {}
         self._compiled: dict[tuple[Any, ...], Any] = {}
         # Those of _INDEX_TYPES that were seen: torch takes a while to make a type's name.
         self._index_types: set[Any] = set()
@@ -95,7 +95,7 @@ class Gather:
                 )
             self._run(launch, base, device_slots, chunk, min(ctas, tiles), stream)
 
-    def _table(self, rows: Rows, device: Any) -> Any:
+    def _table(self, rows: DeviceRows, device: Any) -> Any:
         table = self._tables.get(rows)
         if table is None:
             # Once a pool. From pageable memory, so torch waits until it is there, and any stream may read it.
@@ -106,6 +106,8 @@ class Gather:
     def _run(self, launch: Launch, base: int, slots: Any, chunk: Chunk, grid: int, stream: Any) -> None:
         table = self._table(launch.rows, slots.device)
         start, stop = chunk
+        # The first slot is always 0. The kernel takes it all the same: compiled without it, it puts registers on
+        # the stack (sm_120, Triton 3.8).
         arguments = (table, slots, base + launch.offset, start, stop - start, 0, *launch.arguments)
         # Whatever else the arguments are, these decide which code runs: see gather_kernel's decorator.
         key = (slots.dtype, launch.code)

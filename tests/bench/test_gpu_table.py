@@ -11,7 +11,7 @@ import pytest
 
 from sglang_hicache.bench.gpu_table import steps_table, sustained_table, waits_table
 from sglang_hicache.bench.measure.cases import Case
-from sglang_hicache.bench.measure.results import Row, Run, Spread
+from sglang_hicache.bench.measure.results import Results, Row, Spread
 
 CASE = "Qwen3-8B page_first page 16 8192 tokens fragmented triton"
 
@@ -68,7 +68,7 @@ def test_pace_is_a_line_for_each_contender_and_says_who_has_no_fence() -> None:
         for who, found in (("auto", spreads), ("sglang_kernel", spreads), ("hybrid", {}))
     )
     machine = dict.fromkeys(("gpu", "driver", "cuda", "torch", "sglang", "date"), "x")
-    run = Run(machine, [ours, theirs, failed], ceilings={"link": Spread(52.5, 48.4, 55.0, 5)})
+    run = Results(machine, [ours, theirs, failed], ceilings={"link": Spread(52.5, 48.4, 55.0, 5)})
     assert sustained_table(run).splitlines()[4:] == [
         "| Qwen3-8B, prefill 25 ms, 8,192 tokens | 64 | `auto` | 45.00 of 50.00 (90%) | 1.100x "
         "| 2.00, at most 7.00 | 30.0, p99 55.0 | 3,624 |",

@@ -16,7 +16,7 @@ from sglang_hicache.bench.measure import plots, report, results, tables
 from sglang_hicache.bench.measure.cases import Case
 from sglang_hicache.bench.measure.compare import WORSE, compare, not_comparable
 from sglang_hicache.bench.measure.judge import judge
-from sglang_hicache.bench.measure.results import CSV_COLUMNS, METRICS, Row, Run, Spread, merged, to_csv
+from sglang_hicache.bench.measure.results import CSV_COLUMNS, METRICS, Results, Row, Spread, merged, to_csv
 from sglang_hicache.policy.terminal import console
 
 SAVED = Path(__file__).parents[2] / "bench" / "results" / "2026-11-23-h200"
@@ -43,7 +43,7 @@ def row(contender: str, *ms: float, measurement: str = "bandwidth", safe: bool =
     return made
 
 
-def a_run(ran_on: str = "CPU", **environment: object) -> Run:
+def a_run(ran_on: str = "CPU", **environment: object) -> Results:
     everything = [
         row(who, 1.0, 2.0, 3.0, measurement=name, forward="gemm" if name == "interference" else None)
         for name in ("bandwidth", "fence", "interference", "submit", "latency")
@@ -56,7 +56,7 @@ def a_run(ran_on: str = "CPU", **environment: object) -> Run:
         "cpu": "some CPU",
         **environment,
     }
-    return Run(
+    return Results(
         {**about, "git": "abc", "command": "hicache-io bench all", "date": "2026-11-23"},
         everything,
         {"link": spread(55.0)},
@@ -65,7 +65,7 @@ def a_run(ran_on: str = "CPU", **environment: object) -> Run:
 
 def test_json_and_back() -> None:
     run = a_run()
-    again = Run.from_dict(json.loads(json.dumps(run.to_dict())))
+    again = Results.from_dict(json.loads(json.dumps(run.to_dict())))
     assert again == run
     data = run.to_dict()
     assert (data["ran_on"], data["schema"]) == ("CPU", results.SCHEMA)
@@ -128,7 +128,7 @@ def test_the_first_format_is_read_without_losing_a_figure(name: str) -> None:
                 assert new.metrics["submit_us"].median == saved["submit_us"]
     for saved, new in zip(old.get("interference", []), run.of("interference"), strict=True):
         assert new.metrics["slow_down"].median == saved["slow_down"]
-    assert Run.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+    assert Results.from_dict(json.loads(json.dumps(run.to_dict()))) == run
 
 
 def test_runs_of_one_machine_become_one_and_of_two_do_not() -> None:
@@ -138,7 +138,7 @@ def test_runs_of_one_machine_become_one_and_of_two_do_not() -> None:
     assert len(both.rows) == len(first.rows)
     assert next(each for each in both.of("bandwidth") if each.contender == "auto").metrics["ms"].median == 7.0
     with pytest.raises(ValueError, match="gpu is NVIDIA H200 and NVIDIA B200"):
-        merged([first, Run({**first.environment, "gpu": "NVIDIA B200"})])
+        merged([first, Results({**first.environment, "gpu": "NVIDIA B200"})])
 
 
 # The watermark, in every form.
@@ -270,7 +270,7 @@ def test_auto_is_held_to_the_least_median_of_the_safe_ones(
 
 
 def verdicts(before: Row, after: Row, **more: float) -> dict[str | None, str]:
-    changes = compare(Run({"ran_on": "GPU"}, [before]), Run({"ran_on": "GPU"}, [after]), **more)
+    changes = compare(Results({"ran_on": "GPU"}, [before]), Results({"ran_on": "GPU"}, [after]), **more)
     return {each.metric: each.verdict for each in changes}
 
 
@@ -305,7 +305,7 @@ def test_rows_that_lost_their_figures_are_worse_and_others_are_named() -> None:
     assert verdicts(row("hybrid", 1.0, 1.0), failed) == {None: "fails"}
     assert "fails" in WORSE
     assert verdicts(failed, row("hybrid", 1.0)) == {None: "new"}
-    found = compare(Run({}, [row("hybrid", 1.0)]), Run({}, [row("auto", 1.0)]))
+    found = compare(Results({}, [row("hybrid", 1.0)]), Results({}, [row("auto", 1.0)]))
     assert [(each.row.contender, each.verdict) for each in found] == [("auto", "new"), ("hybrid", "gone")]
 
 

@@ -17,10 +17,10 @@ from strategies import LAYOUTS, pools, whole_writes, writes
 
 from sglang_hicache.io_backends import CopyBatch, direct_copies
 from sglang_hicache.io_backends.device.base import DeviceUnavailableError
+from sglang_hicache.io_backends.device.copy_interleaving import TURN_BYTES
 from sglang_hicache.io_backends.device.cuda import CudaDevice
 from sglang_hicache.io_backends.device.driver import CopyRefusedError, DriverError
-from sglang_hicache.io_backends.device.host_ranges import HostRange, UnknownHostMemoryError
-from sglang_hicache.io_backends.device.turns import TURN_BYTES
+from sglang_hicache.io_backends.device.host_memory import HostRange, UnknownHostMemoryError
 from sglang_hicache.io_backends.plan.chunks import Chunk
 
 pytestmark = MARKS

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ..plan.copies import CopyBatch
 from .base import Event, Stream
 from .driver import Driver
-from .host_ranges import SHORT, drop_empty
+from .host_memory import SHORT, drop_empty
 
 TURN_BYTES = 32 * 2**20
 """Bytes of a turn, which others wait for: 0.6 ms at 55 GB/s, twice that while two streams take turns with
@@ -86,7 +86,7 @@ class _Pair:
             raise
 
 
-class Turns:
+class InterleavedCopies:
     """Enqueues copies; what is on a stream behind them waits for all of them, as if they were all on it.
 
     Args:

@@ -54,7 +54,7 @@ class Wave:
     host_tokens: int
 
 
-class Side:
+class LoadedServer:
     """A server, with what it was asked and what it answered.
 
     Args:
