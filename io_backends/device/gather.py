@@ -106,8 +106,8 @@ class Gather:
     def _run(self, launch: Launch, base: int, slots: Any, chunk: Chunk, grid: int, stream: Any) -> None:
         table = self._table(launch.rows, slots.device)
         start, stop = chunk
-        # The first slot is always 0. The kernel takes it all the same: compiled without it, it puts registers on
-        # the stack (sm_120, Triton 3.8).
+        # The first slot is always 0. Compiled without that argument, the kernel puts registers on the stack
+        # (sm_120, Triton 3.8).
         arguments = (table, slots, base + launch.offset, start, stop - start, 0, *launch.arguments)
         # Whatever else the arguments are, these decide which code runs: see gather_kernel's decorator.
         key = (slots.dtype, launch.code)
