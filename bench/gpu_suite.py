@@ -8,7 +8,7 @@ tests      ``pytest -m gpu``; its output in ``gpu_tests.txt``
 sanitize   compute-sanitizer's memcheck and racecheck on a small write of each backend, where the tool is
 bench      every measurement, or those named with ``--measure``, within the time budget; ``bench.json``, CSV,
            tables, plots and ``report.html``
-profile    where the time of one write goes (:mod:`~.measure.profile`); ``profile.json``
+profile    where the time of one write goes (:mod:`~.lab.profile`); ``profile.json``
 calibrate  ``calibration.json`` and ``machine.yaml``
 
 ``suite.json`` says how each part went. SGLang takes part where it can be imported, or its bundle
@@ -31,8 +31,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..policy.options import check_option
-from .measure import profile, report, results, suite, tables
-from .measure.calibrate import ON_CPU, Plan, calibrate, quicker
+from .calibrate.run import ON_CPU, Plan, calibrate, quicker
+from .lab import profile
+from .measure import report, results, suite, tables
 from .measure.cases import MODELS
 from .measure.contenders import names
 from .measure.devices import gpu_missing
@@ -90,7 +91,7 @@ def run_sanitizer(args: argparse.Namespace) -> Part:
         command = [SANITIZER, "--tool", tool, *options, "--error-exitcode", str(_SANITIZER_ERROR)]
         # SGLang's JIT may start compilers; they are not what is checked.
         command += ["--target-processes", "application-only", sys.executable, "-m"]
-        command += ["sglang_hicache.bench.measure.small_write", "--model", "Qwen3-8B"]
+        command += ["sglang_hicache.bench.lab.small_write", "--model", "Qwen3-8B"]
         # From torch's cache a read beyond a tensor still hits memory that is allocated.
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         try:

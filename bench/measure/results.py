@@ -14,7 +14,6 @@ from typing import Any
 from .cases import Case
 
 SCHEMA = 2
-"""1 was the format of bench/results/2026-11-23-h200, which :mod:`~.first_format` reads."""
 
 CPU_WATERMARK = "measured on a CPU: shows that the code runs, says nothing about the speed of a GPU"
 
@@ -180,15 +179,11 @@ class Results:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Results:
-        """The inverse of :meth:`to_dict`, and a reader of the first format.
+        """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: it is neither.
+            ValueError: it is something else.
         """
-        if "bandwidth" in data or "fence" in data:
-            from .first_format import read
-
-            return read(data)
         if data.get("schema") != SCHEMA:
             raise ValueError(f"no result of hicache-io bench (schema {data.get('schema')!r}, not {SCHEMA})")
         rows = [

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...policy.terminal import styled
-from ..demo_output import console
+from ..demo.output import console
 from .loaded_server import LoadedServer
 from .run import Limits, Outcome
 from .server import ServerFacts

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sglang_hicache.bench.gpu_table import steps_table, sustained_table, waits_table
+from sglang_hicache.bench.lab.gpu_table import steps_table, sustained_table, waits_table
 from sglang_hicache.bench.measure.cases import Case
 from sglang_hicache.bench.measure.results import Results, Row, Spread
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_hicache.bench import targets
+from sglang_hicache.bench.lab import targets
 from sglang_hicache.bench.measure.cases import Case
 from sglang_hicache.bench.measure.results import Results, Row, Spread
 

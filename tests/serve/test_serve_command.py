@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 pytest.importorskip("aiohttp")
 
-from sglang_hicache.bench import damaged, gpu_plan, gpu_plans, null_backend
+from sglang_hicache.bench import damaged, gpu_plan, gpu_plans
 from sglang_hicache.bench.cli import app
-from sglang_hicache.bench.serve import arms, models, public, result, run, workloads
+from sglang_hicache.bench.serve import arms, models, null_backend, public, result, run, workloads
 from sglang_hicache.bench.serve.arms import Cell
 from sglang_hicache.bench.serve.models import Model
 from sglang_hicache.bench.serve.result import CellResult
@@ -82,7 +82,7 @@ def test_what_copies_nothing_is_in_no_installation(tmp_path: Path) -> None:
     (variables,) = null_backend.environment(tmp_path).items()
     assert variables[0] == "PYTHONPATH"
     text = (tmp_path / "hicache_io_null-0.dist-info" / "entry_points.txt").read_text()
-    assert "null = sglang_hicache.bench.null_backend:NullBackend" in text
+    assert "null = sglang_hicache.bench.serve.null_backend:NullBackend" in text
     assert arms.server_env("auto", tmp_path) == {}
     assert "damaged" in str(arms.server_env(damaged.NAME, tmp_path / "damaged"))
     device: Any = None

@@ -9,8 +9,9 @@ import pytest
 from launching import CHILDREN, Machine, inject
 from own_process import fake_driver, run_cases
 
-from sglang_hicache.bench import identity, tiny_model
-from sglang_hicache.bench.identity import DemoRun, DemoSetup
+from sglang_hicache.bench import tiny_model
+from sglang_hicache.bench.demo import identity
+from sglang_hicache.bench.demo.identity import DemoRun, DemoSetup
 from sglang_hicache.bench.workload import Workload
 
 HERE = Path(__file__).parent

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from launching import Machine
 
-from sglang_hicache.bench import damaged, identity, tiny_model
-from sglang_hicache.bench.identity import DemoRun, DemoSetup
+from sglang_hicache.bench import damaged, tiny_model
+from sglang_hicache.bench.demo import identity
+from sglang_hicache.bench.demo.identity import DemoRun, DemoSetup
 from sglang_hicache.bench.workload import Workload
 
 pytestmark = pytest.mark.server

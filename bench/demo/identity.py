@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import damaged, serving, workload
-from .workload import Answer, Workload
+from .. import damaged, serving, workload
+from ..workload import Answer, Workload
 
 # Told what a run is doing: a few words, answers so far, and seconds since the server was started.
 Status = Callable[[str, int, float], None]

@@ -10,13 +10,13 @@ import typer
 
 from ...policy.errors import PolicyError
 from ...policy.terminal import console as console_of
+from ..measure.cases import MODELS
+from ..measure.command import Live, refuse, stderr_console
+from ..measure.devices import gpu_missing
+from ..measure.results import CPU_WATERMARK
 from . import machine_policy
-from .calibrate import ON_CPU, Calibration, Plan, quicker
-from .calibrate import calibrate as measure
-from .cases import MODELS
-from .command import Live, refuse, stderr_console
-from .devices import gpu_missing
-from .results import CPU_WATERMARK
+from .run import ON_CPU, Calibration, Plan, quicker
+from .run import calibrate as measure
 
 
 def calibrate(

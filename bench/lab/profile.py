@@ -1,6 +1,6 @@
 """Where the time of one write goes: its parts, each measured alone, and all of them on one clock.
 
-    python -m sglang_hicache.bench.measure.profile --out profile.json [--cpu]
+    python -m sglang_hicache.bench.lab.profile --out profile.json [--cpu]
 
 gather     how long the gather of one chunk takes from before its launch, by thread blocks
 sm_store   the same kernel writing straight to pinned host memory: what any SM kernel can reach on the link
@@ -38,16 +38,16 @@ from ...io_backends.plan.chunks import Chunk, staged
 from ...io_backends.plan.copies import CopyBatch, run_starts
 from ...io_backends.plan.staged_write import drain_runs
 from ...policy.load import default_policy
-from . import sglang_pools
-from .cases import MODELS, Case
-from .contenders import contenders
-from .devices import Bench, gpu_missing, no_collection, open_bench
-from .environment import describe
-from .interference import interference
-from .memory import Memory
-from .one_write import Setting
-from .results import CPU_WATERMARK, Spread
-from .timing import link_ceiling, one_write
+from ..measure import sglang_pools
+from ..measure.cases import MODELS, Case
+from ..measure.contenders import contenders
+from ..measure.devices import Bench, gpu_missing, no_collection, open_bench
+from ..measure.environment import describe
+from ..measure.interference import interference
+from ..measure.memory import Memory
+from ..measure.one_write import Setting
+from ..measure.results import CPU_WATERMARK, Spread
+from ..measure.timing import link_ceiling, one_write
 
 MODEL = "Qwen3-8B"
 CTAS = (8, 16, 32, 64, 132, 264)

@@ -1,7 +1,7 @@
 """A write-back that copies nothing and says it is done: the limit that no write-back can beat.
 
 Host memory then holds rubbish, and a request that reads it back gets a wrong answer. So it is for timing
-alone, and known to servers only as :mod:`~.damaged` is; a server refuses it without
+alone, and known to servers only as ``damaged`` is; a server refuses it without
 ``--i-know-this-corrupts`` all the same, and no policy can choose it (:mod:`~..io_backends.sglang.unsafe`).
 """
 
@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..io_backends.device.base import Device, Stream
-from ..io_backends.interface import Submission, Transfer
-from ..io_backends.plan.geometry import PoolGeometry
-from ..io_backends.sglang.unsafe import NULL
-from .damaged import third_party
+from ...io_backends.device.base import Device, Stream
+from ...io_backends.interface import Submission, Transfer
+from ...io_backends.plan.geometry import PoolGeometry
+from ...io_backends.sglang.unsafe import NULL
+from ..damaged import third_party
 
 logger = logging.getLogger(__name__)
 

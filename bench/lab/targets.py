@@ -1,6 +1,6 @@
 """How a saved GPU run stands against this project's targets, as a Markdown table for the README.
 
-    python -m sglang_hicache.bench.targets bench/results/DATE-GPU/bench.json
+    python -m sglang_hicache.bench.lab.targets bench/results/DATE-GPU/bench.json
 
 Targets: ``auto`` at least 95 % of one large copy's rate from 4,096 tokens, at least as fast as the best of
 SGLang's paths in every cell, 1.3 times its default (the staged write-back) on average; forwards at most 3 %
@@ -20,12 +20,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 
-from ..io_backends.registry import AUTO
+from ...io_backends.registry import AUTO
+from ..measure.cases import Case
+from ..measure.results import Results, Row, load
+from ..measure.stand_ins import DECODE_STEPS
+from ..measure.tables import markdown_row
 from .gpu_table import print_of_file
-from .measure.cases import Case
-from .measure.results import Results, Row, load
-from .measure.stand_ins import DECODE_STEPS
-from .measure.tables import markdown_row
 
 STAGED, KERNEL = "sglang_staged", "sglang_kernel"
 LONG = 4096

@@ -17,14 +17,15 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ..io_backends.registry import AUTO, OWN_NAMES, available_backends, unknown_backend
-from ..io_backends.sglang.fake_libcuda import NoCompilerError
-from ..policy.terminal import styled
-from ..policy.vocabulary import MEM_LAYOUTS, NameProblem, check_name
-from . import damaged, identity, serving, tiny_model
-from .demo_output import RunProgress, as_json, console, table, verdict
+from ...io_backends.registry import AUTO, OWN_NAMES, available_backends, unknown_backend
+from ...io_backends.sglang.fake_libcuda import NoCompilerError
+from ...policy.terminal import styled
+from ...policy.vocabulary import MEM_LAYOUTS, NameProblem, check_name
+from .. import damaged, serving, tiny_model
+from ..workload import Workload
+from . import identity
 from .identity import DemoRun, DemoSetup
-from .workload import Workload
+from .output import RunProgress, as_json, console, table, verdict
 
 
 def demo(

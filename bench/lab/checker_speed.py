@@ -1,4 +1,4 @@
-"""How long the race checker takes: ``python -m sglang_hicache.io_backends.virtual.checker_speed
+"""How long the race checker takes: ``python -m sglang_hicache.bench.lab.checker_speed
 [OPERATIONS]``.
 
 Two programs, with as many operations as asked for:
@@ -17,8 +17,8 @@ import time
 
 import numpy as np
 
-from .races import Checker
-from .ranges import ByteRanges
+from ...io_backends.virtual.races import Checker
+from ...io_backends.virtual.ranges import ByteRanges
 
 _ROW = 256
 _ROWS = 4096

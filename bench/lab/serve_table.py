@@ -1,8 +1,8 @@
 """Markdown tables of saved runs of whole servers, for the README.
 
-    python -m sglang_hicache.bench.serve_table bench/results/DATE-GPU-servers/first.json ...
-    python -m sglang_hicache.bench.serve_table --workload prefill FILE...
-    python -m sglang_hicache.bench.serve_table --verified FILE...
+    python -m sglang_hicache.bench.lab.serve_table bench/results/DATE-GPU-servers/first.json ...
+    python -m sglang_hicache.bench.lab.serve_table --workload prefill FILE...
+    python -m sglang_hicache.bench.lab.serve_table --verified FILE...
 
 Of several runs with a cell of the same name the last one counts. With ``--verified``, which combinations have
 served without an error, and for how many answers it was compared that they are the same as without HiCache.
@@ -16,12 +16,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..io_backends.registry import AUTO
-from ..io_backends.sglang.unsafe import NULL
-from .measure.tables import markdown_row
-from .serve.account import Sum
-from .serve.arms import NONE
-from .serve.result import CellResult, Result, load
+from ...io_backends.registry import AUTO
+from ...io_backends.sglang.unsafe import NULL
+from ..measure.tables import markdown_row
+from ..serve.account import Sum
+from ..serve.arms import NONE
+from ..serve.result import CellResult, Result, load
 
 ARMS = {
     "kernel": "SGLang `kernel` (its default)",

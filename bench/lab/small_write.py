@@ -1,6 +1,6 @@
 """One small write by each of this project's backends, every byte checked: what compute-sanitizer is run on.
 
-    compute-sanitizer --tool memcheck python -m sglang_hicache.bench.measure.small_write
+    compute-sanitizer --tool memcheck python -m sglang_hicache.bench.lab.small_write
 
 Exit status 1 if a byte was wrong or a backend failed.
 """
@@ -12,10 +12,10 @@ import sys
 
 from ...io_backends.registry import OWN_NAMES
 from ...policy.load import default_policy
-from .cases import LAYOUTS, MODELS, Case
-from .contenders import contenders
-from .devices import gpu_missing, open_bench
-from .one_write import Setting, check
+from ..measure.cases import LAYOUTS, MODELS, Case
+from ..measure.contenders import contenders
+from ..measure.devices import gpu_missing, open_bench
+from ..measure.one_write import Setting, check
 
 CASES = [Case(model, layout, 16, 64, True) for model in ("Qwen3-8B", "DeepSeek-V3") for layout in LAYOUTS]
 

@@ -10,8 +10,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from ..policy.terminal import console as console_of
-from ..policy.terminal import printable, styled
+from ...policy.terminal import console as console_of
+from ...policy.terminal import printable, styled
 from .identity import DemoRun, DemoSetup, Status
 
 # What is said goes to standard error, so that --json has standard output for itself.

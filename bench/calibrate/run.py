@@ -9,7 +9,16 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ...policy.load import default_policy
-from . import machine_policy, sglang_pools
+from ..measure import sglang_pools
+from ..measure.cases import MODELS, Case, entry_bytes
+from ..measure.contenders import Submit, Task, ours
+from ..measure.devices import open_bench
+from ..measure.environment import describe
+from ..measure.one_write import Setting, bandwidth, check
+from ..measure.results import CPU_WATERMARK, Row
+from ..measure.suite import Say
+from ..measure.timing import interleaved, one_write
+from . import machine_policy
 from .calibration import (
     LEAST_SM_WORK_FIRST,
     Choice,
@@ -18,14 +27,6 @@ from .calibration import (
     best_value,
     segments,
 )
-from .cases import MODELS, Case, entry_bytes
-from .contenders import Submit, Task, ours
-from .devices import open_bench
-from .environment import describe
-from .one_write import Setting, bandwidth, check
-from .results import CPU_WATERMARK, Row
-from .suite import Say
-from .timing import interleaved, one_write
 
 LAYOUTS = ("layer_first", "page_first")
 """``page_first_direct`` has no SM kernel in SGLang, and ``page_head`` only ``hybrid``: there is no choice."""

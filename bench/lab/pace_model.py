@@ -1,7 +1,7 @@
 """``bench sustained`` in model time: the real backend, ring and planner under the same loop, on a device that
 moves nothing and whose work takes as long as a cost model says. A model, not a measurement.
 
-    python -m sglang_hicache.bench.measure.pace_model [--staging-mb 256 512 auto] [--json]
+    python -m sglang_hicache.bench.lab.pace_model [--staging-mb 256 512 auto] [--json]
 
 Bytes, entries and ring are those of the real model's rows. What the model leaves out: contention for SMs, HBM
 and the host's CPUs (see :class:`~sglang_hicache.io_backends.virtual.model.CostModel`).
@@ -29,11 +29,11 @@ from ...io_backends.virtual.model import CostModel
 from ...io_backends.virtual.operations import Operation
 from ...io_backends.virtual.timeline import NOTE, ModelOrder
 from ...policy.vocabulary import FORWARDS
-from .cases import MODELS, Case, pool_of, slots_of
-from .contenders import Task
-from .overlap import Flight, Step, Trace, Writer, figures, run
-from .patterns import LEAST_CYCLES, PATTERNS, whole_pages
-from .writers import OwnWriter
+from ..measure.cases import MODELS, Case, pool_of, slots_of
+from ..measure.contenders import Task
+from ..measure.overlap import Flight, Step, Trace, Writer, figures, run
+from ..measure.patterns import LEAST_CYCLES, PATTERNS, whole_pages
+from ..measure.writers import OwnWriter
 
 H100 = CostModel(hbm_gb_per_s=2000.0)
 """With a gather of 64 thread blocks: 134 MB in 134 us (part gather of

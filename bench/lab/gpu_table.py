@@ -1,7 +1,7 @@
 """Markdown tables of a saved GPU run, for the README.
 
-    python -m sglang_hicache.bench.gpu_table bench/results/DATE-GPU/bench.json
-    python -m sglang_hicache.bench.gpu_table bench/results/DATE-GPU/profile.json
+    python -m sglang_hicache.bench.lab.gpu_table bench/results/DATE-GPU/bench.json
+    python -m sglang_hicache.bench.lab.gpu_table bench/results/DATE-GPU/profile.json
 
 Of a profile, how long small copies to the host wait beside one write; of a run of ``sustained`` alone,
 whether write-back keeps pace.
@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..io_backends.registry import AUTO
-from .measure.cases import Case
-from .measure.results import Results, Row, load
-from .measure.tables import markdown_row
+from ...io_backends.registry import AUTO
+from ..measure.cases import Case
+from ..measure.results import Results, Row, load
+from ..measure.tables import markdown_row
 
 CONTENDERS = (
     "auto",
@@ -118,7 +118,7 @@ def waits_table(profile: Mapping[str, Any]) -> str:
     """How long a copy of 1 KiB to the host waits beside one write, by who writes and by the bytes of a turn.
 
     Args:
-        profile: what :mod:`~.measure.profile` saved.
+        profile: what :mod:`~.profile` saved.
     """
     cells: dict[str, dict[str, str]] = {}
     for part in profile["parts"]:
@@ -144,7 +144,7 @@ def steps_table(profile: Mapping[str, Any]) -> str:
     """How much decode steps, whose ids the host waits for, slow down by the bytes of a turn.
 
     Args:
-        profile: what :mod:`~.measure.profile` saved.
+        profile: what :mod:`~.profile` saved.
     """
     lines = [markdown_row(["decode steps beside", "slow-down", "GB/s"]), markdown_row(["---"] * 3)]
     for part in profile["parts"]:

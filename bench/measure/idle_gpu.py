@@ -163,7 +163,7 @@ def make_device() -> Any:
     """A CudaDevice whose GPU is idle, to measure on; ``synchronize()`` completes all events."""
     import torch
 
-    from ..io_backends.device.cuda import CudaDevice
+    from ...io_backends.device.cuda import CudaDevice
 
     class Device(CudaDevice):
         def prepare_gather(self, geometry: Any) -> None:

@@ -1,6 +1,6 @@
 """What the plug-in costs a server that does not use it: one with it, one without, HiCache off in both.
 
-``python -m sglang_hicache.bench.overhead --out FILE`` starts both on SGLang's CPU engine, where they take
+``python -m sglang_hicache.bench.lab.overhead --out FILE`` starts both on SGLang's CPU engine, where they take
 turns under the same load (`hicache-io stress --compare`), so that whatever drifts meanwhile hits both alike.
 The difference is judged against the spread of the turns. The figures say nothing about a GPU.
 """
@@ -23,8 +23,8 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from . import serving, tiny_model
-from .demo_output import console
+from .. import serving, tiny_model
+from ..demo.output import console
 
 WITH, WITHOUT = "with the plug-in", "without"
 

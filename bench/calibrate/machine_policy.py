@@ -28,8 +28,8 @@ from ...policy.load import (
     policy_in_force,
 )
 from ...policy.vocabulary import ATTENTION_BACKENDS, NO_SPECULATION
+from ..measure.results import CPU_WATERMARK
 from .calibration import Choice, Segment
-from .results import CPU_WATERMARK
 
 HEADER = "Written by hicache-io calibrate. Do not edit: run it again.\n"
 CPU_HEADER = f"NOT FOR USE: {CPU_WATERMARK}.\n"
