@@ -155,9 +155,12 @@ def _verified(cell: CellResult) -> list[str] | None:
 
 
 def _command(machine: dict[str, Any], cell: CellResult) -> str:
+    """What serves this cell again, by the name that the script has today."""
     words = shlex.split(str(machine["command"]))
-    plan = words[: words.index("-m") + 3]
-    return shlex.join([*plan, "--cell", cell.name])
+    module = words.index("-m") + 1
+    if words[module].endswith(".gpu_plan"):
+        words[module] = f"{__package__}.gpu_plan"
+    return shlex.join([*words[: module + 2], "--cell", cell.name])
 
 
 def main() -> None:

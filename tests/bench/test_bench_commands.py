@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from sglang_hicache.bench import gpu_suite
 from sglang_hicache.bench.calibrate import command as calibrate_command
 from sglang_hicache.bench.calibrate import machine_policy
 from sglang_hicache.bench.calibrate import run as calibrating
 from sglang_hicache.bench.calibrate.run import Calibration, Plan
 from sglang_hicache.bench.cli import app
+from sglang_hicache.bench.lab import gpu_suite
 from sglang_hicache.bench.measure import report, results, suite
 from sglang_hicache.bench.measure.cases import Case
 from sglang_hicache.bench.measure.devices import gpu_missing

@@ -83,7 +83,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, module: str, tex
     path = tmp_path / "bench.json"
     if text is not None:
         path.write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", f"sglang_hicache.bench.{module}", str(path)]
+    command = [sys.executable, "-m", f"sglang_hicache.bench.lab.{module}", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

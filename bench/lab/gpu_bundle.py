@@ -1,7 +1,7 @@
 """Packs a whole SGLang server for a machine that has a GPU, CUDA and Python, but no SGLang and no network.
 
-    python3.12 bench/gpu_bundle.py                               # here; writes .gpu/parts, about 1.2 GB
-    python3 bench/gpu_bundle.py --unpack .gpu/parts --site DIR   # on the GPU machine
+    python3.12 bench/lab/gpu_bundle.py                               # here; writes .gpu/parts, about 1.2 GB
+    python3 bench/lab/gpu_bundle.py --unpack .gpu/parts --site DIR   # on the GPU machine
     source DIR/env.sh
 
 Both forms need nothing but Python: the one that packs must be the GPU machine's version (wheels are built
@@ -37,7 +37,7 @@ PART_BYTES = 54 * 2**20
 """What travels at once is 64 MiB, with the checkout."""
 
 MANIFEST = "manifest.json"
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 LEFT_OUT = re.compile(
     # CUDA's libraries: the machine's torch has them, of the same CUDA.

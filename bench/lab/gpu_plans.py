@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import damaged
-from .serve import models, run
-from .serve.arms import CPU_PAGE, CPU_POOL_TOKENS, NONE, Cell, unserved
+from .. import damaged
+from ..serve import models, run
+from ..serve.arms import CPU_PAGE, CPU_POOL_TOKENS, NONE, Cell, unserved
 
 FA3 = ("--attention-backend", "fa3")
 GRAPHS = ("--cuda-graph-max-bs-decode", "32")

@@ -1,7 +1,7 @@
 """A named list of cells, run on a machine that is lent for minutes: whole servers under load.
 
-    python -m sglang_hicache.bench.gpu_plan first --out DIR --budget 480
-    python -m sglang_hicache.bench.gpu_plan --list
+    python -m sglang_hicache.bench.lab.gpu_plan first --out DIR --budget 480
+    python -m sglang_hicache.bench.lab.gpu_plan --list
 
 What was measured is saved after each turn of each server, so that nothing is lost when the machine goes away:
 NAME.json, and at the end of each cell NAME.csv, NAME.md, NAME.html and NAME-logs.tar.gz. A cell that fails is
@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..measure.devices import gpu_missing
+from ..measure.environment import describe
+from ..serve import report, result, run, tables
 from .gpu_plans import GIB, PLANS, Step, host_bytes, kv_bytes_per_token
-from .measure.devices import gpu_missing
-from .measure.environment import describe
-from .serve import report, result, run, tables
 
 _MOST_TOUCHED = 100 * GIB
 """A machine with one GPU has 128 GiB; touching more than it has would end this process."""

@@ -1,6 +1,6 @@
 """One call on a machine with a GPU: correctness first, then figures, all of it saved as data.
 
-    python -m sglang_hicache.bench.gpu_suite --out results [--parts tests bench] [--budget 300]
+    python -m sglang_hicache.bench.lab.gpu_suite --out results [--parts tests bench] [--budget 300]
 
 Prints device, driver, CUDA and versions, then runs the parts in that order:
 
@@ -8,11 +8,11 @@ tests      ``pytest -m gpu``; its output in ``gpu_tests.txt``
 sanitize   compute-sanitizer's memcheck and racecheck on a small write of each backend, where the tool is
 bench      every measurement, or those named with ``--measure``, within the time budget; ``bench.json``, CSV,
            tables, plots and ``report.html``
-profile    where the time of one write goes (:mod:`~.lab.profile`); ``profile.json``
+profile    where the time of one write goes (:mod:`~.profile`); ``profile.json``
 calibrate  ``calibration.json`` and ``machine.yaml``
 
 ``suite.json`` says how each part went. SGLang takes part where it can be imported, or its bundle
-(:mod:`~sglang_hicache.bench.gpu_bundle`) is on ``PYTHONPATH``. Needs neither typer nor rich; without
+(:mod:`~sglang_hicache.bench.lab.gpu_bundle`) is on ``PYTHONPATH``. Needs neither typer nor rich; without
 matplotlib there are no plots. Exit status 1 if a test or the sanitizer failed, or a byte was wrong.
 """
 
@@ -30,14 +30,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..policy.options import check_option
-from .calibrate.run import ON_CPU, Plan, calibrate, quicker
-from .lab import profile
-from .measure import report, results, suite, tables
-from .measure.cases import MODELS
-from .measure.contenders import names
-from .measure.devices import gpu_missing
-from .measure.environment import describe
+from ...policy.options import check_option
+from ..calibrate.run import ON_CPU, Plan, calibrate, quicker
+from ..measure import report, results, suite, tables
+from ..measure.cases import MODELS
+from ..measure.contenders import names
+from ..measure.devices import gpu_missing
+from ..measure.environment import describe
+from . import profile
 
 PARTS = ("tests", "sanitize", "bench", "profile", "calibrate")
 GPU_TESTS = ("tests/io_backends", "tests/sglang/test_gpu_pools.py")
