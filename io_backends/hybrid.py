@@ -1,6 +1,6 @@
 """``hybrid``: a short gather on the SMs packs scattered rows into staging, the copy engines drain it.
 
-Wins when device rows are scattered or entries would be short (page_first, small pages): the gather runs at
+Wins when device rows are scattered or copies would be short (page_first, small pages): the gather runs at
 HBM speed, so a forward that must not share the SMs waits for a fraction of the transfer, and the drain is
 few large copies whatever the device side looked like.
 

@@ -109,7 +109,7 @@ class Submission:
     """What a backend enqueued.
 
     Attributes:
-        copies: entries for the copy engine; a kernel counts as one.
+        copies: for the copy engine; a kernel counts as one.
         nbytes: bytes that arrive on the host.
         sm_done: event recorded after the last work that runs on the GPU's SMs, or None when there is none.
             Forwards that the decision lists wait for it, and for nothing later.

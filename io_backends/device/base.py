@@ -109,5 +109,5 @@ class Device(Protocol):
         ...
 
     def copy(self, batch: CopyBatch, stream: Stream) -> None:
-        """Copy-engine work: every entry of ``batch``, in any order among themselves."""
+        """Copy-engine work: every copy of ``batch``, in any order among themselves."""
         ...

@@ -28,17 +28,17 @@ above)."""
 
 
 def split_long(batch: CopyBatch, most: int) -> CopyBatch:
-    """``batch`` with every entry cut into pieces of at most ``most`` bytes; itself if none is longer.
+    """``batch`` with every copy cut into pieces of at most ``most`` bytes; itself if none is longer.
 
     Args:
-        batch: entries without zero-byte ones.
+        batch: copies without zero-byte ones.
         most: bytes, at least 1.
     """
     nbytes = batch.nbytes.view(np.int64)
     if int(nbytes.max(initial=0)) <= most:
         return batch
     pieces = -(-nbytes // most)
-    # Where each piece begins within its entry: 0, most, 2 * most, ...
+    # Where each piece begins within its copy: 0, most, 2 * most, ...
     nth = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     begin = nth * most
     step = begin.view(np.uint64)
@@ -111,7 +111,7 @@ class InterleavedCopies:
         self._lock = threading.Lock()
 
     def copy(self, batch: CopyBatch, stream: Stream) -> None:
-        """Enqueue every entry on ``stream``, or on one that takes turns with it.
+        """Enqueue every copy on ``stream``, or on one that takes turns with it.
 
         Args:
             batch: addresses as the GPU sees them.
@@ -157,7 +157,7 @@ class InterleavedCopies:
                 dst, src, left = dst + nbytes, src + nbytes, left - nbytes
 
     def _many(self, batch: CopyBatch, pair: _Pair) -> None:
-        """Whole entries, none longer than a turn."""
+        """Whole copies, none longer than a turn."""
         ends: npt.NDArray[np.int64] = np.cumsum(batch.nbytes.view(np.int64))
         start = done = 0
         while start < len(ends):

@@ -1,4 +1,4 @@
-"""Batches made fit for the driver: no entry across two registered host ranges (empty ones it leaves out).
+"""Batches made fit for the driver: no copy across two registered host ranges (empty ones it leaves out).
 
 SGLang registers a large host buffer in several calls, and a copy that spans two registrations fails. Where
 the GPU sees registered memory under another address (WSL2), the same table of ranges translates. Pure
@@ -18,7 +18,7 @@ from ..plan.copies import CopyBatch
 from ..plan.geometry import PoolGeometry
 
 SHORT = 16
-"""Entries up to which Python goes through a batch faster than numpy."""
+"""Copies up to which Python goes through a batch faster than numpy."""
 
 
 class UnknownHostMemoryError(ValueError):
@@ -45,7 +45,7 @@ class HostRange:
 
 
 def drop_empty(batch: CopyBatch) -> CopyBatch:
-    """``batch`` without its zero-byte entries, which cuMemcpyBatchAsync rejects; the same object if none."""
+    """``batch`` without its zero-byte copies, which cuMemcpyBatchAsync rejects; the same object if none."""
     if np.count_nonzero(batch.nbytes) == batch.nbytes.size:
         return batch
     some = batch.nbytes != 0
@@ -53,11 +53,11 @@ def drop_empty(batch: CopyBatch) -> CopyBatch:
 
 
 def split_at(batch: CopyBatch, boundaries: npt.ArrayLike) -> CopyBatch:
-    """``batch`` with every entry cut where its destination crosses one of ``boundaries``.
+    """``batch`` with every copy cut where its destination crosses one of ``boundaries``.
 
     Args:
-        batch: entries without zero-byte ones.
-        boundaries: ascending addresses [m]; an entry that starts or ends on one is left whole.
+        batch: copies without zero-byte ones.
+        boundaries: ascending addresses [m]; a copy that starts or ends on one is left whole.
 
     Returns:
         The same bytes in the same order, and the same object when nothing crosses.
@@ -69,16 +69,16 @@ def split_at(batch: CopyBatch, boundaries: npt.ArrayLike) -> CopyBatch:
     if not inner.any():
         return batch
     pieces = inner + 1
-    entry = np.repeat(np.arange(len(batch)), pieces)
-    # Which piece of its entry each piece is: 0, 1, ... and 0 again.
-    nth = np.arange(len(entry)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    begin = batch.dst[entry]
-    end = stops[entry]
+    copy = np.repeat(np.arange(len(batch)), pieces)
+    # Which piece of its copy each piece is: 0, 1, ... and 0 again.
+    nth = np.arange(len(copy)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    begin = batch.dst[copy]
+    end = stops[copy]
     later = nth > 0
-    begin[later] = cuts[(first[entry] + nth - 1)[later]]
-    earlier = nth < inner[entry]
-    end[earlier] = cuts[(first[entry] + nth)[earlier]]
-    return CopyBatch(dst=begin, src=batch.src[entry] + (begin - batch.dst[entry]), nbytes=end - begin)
+    begin[later] = cuts[(first[copy] + nth - 1)[later]]
+    earlier = nth < inner[copy]
+    end[earlier] = cuts[(first[copy] + nth)[earlier]]
+    return CopyBatch(dst=begin, src=batch.src[copy] + (begin - batch.dst[copy]), nbytes=end - begin)
 
 
 def host_extents(geometry: PoolGeometry) -> list[tuple[int, int]]:
@@ -97,7 +97,7 @@ def host_extents(geometry: PoolGeometry) -> list[tuple[int, int]]:
 
 
 class HostRanges:
-    """The host memory that copies may write, and how entries must be cut and shifted for it."""
+    """The host memory that copies may write, and how copies must be cut and shifted for it."""
 
     def __init__(self) -> None:
         self._ranges: list[HostRange] = []
@@ -112,7 +112,7 @@ class HostRanges:
         kept = [r for r in self._ranges if not any(r.start < n.stop and n.start < r.stop for n in new)]
         self._ranges = sorted([*kept, *new], key=lambda r: r.start)
         self._starts = [r.start for r in self._ranges]
-        # Nothing lies below 0: entries in a range with a shift never fit as they are.
+        # Nothing lies below 0: copies in a range with a shift never fit as they are.
         self._plain_stops = [0 if r.shift else r.stop for r in self._ranges]
         self._shifts = np.array([r.shift for r in self._ranges], dtype=np.int64)
         edges = {edge for r in self._ranges for edge in (r.start, r.stop)}
@@ -133,7 +133,7 @@ class HostRanges:
         """``batch`` cut at range boundaries, its destinations as the GPU sees them.
 
         Raises:
-            UnknownHostMemoryError: an entry writes outside all ranges; nothing was enqueued.
+            UnknownHostMemoryError: a copy writes outside all ranges; nothing was enqueued.
         """
         if self._fits_as_it_is(batch):
             return batch
@@ -142,7 +142,7 @@ class HostRanges:
             batch = drop_empty(batch)
             if not len(batch):
                 return batch
-            # Cut at every boundary, an entry lies in one range as a whole or outside all of them.
+            # Cut at every boundary, a copy lies in one range as a whole or outside all of them.
             batch = split_at(batch, self._boundaries)
             lost = np.flatnonzero(~self._inside(batch))
             if len(lost):
@@ -154,7 +154,7 @@ class HostRanges:
         return self._shifted(batch) if self._shifts.any() else batch
 
     def _fits_as_it_is(self, batch: CopyBatch) -> bool:
-        """Whether every entry of a short batch lies in a range without a shift; for a long one, False.
+        """Whether every copy of a short batch lies in a range without a shift; for a long one, False.
 
         A chunk that drains in two copies is the common case; numpy's calls would cost it ten times as much.
         """
@@ -168,7 +168,7 @@ class HostRanges:
         return True
 
     def _inside(self, batch: CopyBatch) -> npt.NDArray[np.bool_]:
-        """Which entries lie in one range. Compares with each: there are few, and a search costs more."""
+        """Which copies lie in one range. Compares with each: there are few, and a search costs more."""
         stops = batch.dst + batch.nbytes
         low, high = int(batch.dst.min()), int(stops.max())
         inside = np.zeros(len(batch), dtype=np.bool_)

@@ -1,6 +1,6 @@
 """What to copy, as arrays of source, destination and bytes: pure functions of geometry and indices.
 
-:func:`direct_copies` goes straight from device rows to host rows; its entries are as long as the rows that
+:func:`direct_copies` goes straight from device rows to host rows; its copies are as long as the rows that
 are contiguous on *both* sides. The other plan, through a staging buffer, is in :mod:`~.staged_write`.
 
 Addresses are plain integers, so all of this runs and is tested byte for byte on ordinary memory.
@@ -23,7 +23,7 @@ Addresses = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True)
 class CopyBatch:
-    """Copies with no order among them. Three uint64 arrays of one length; no entry is empty."""
+    """Copies with no order among them. Three uint64 arrays of one length; none is empty."""
 
     dst: Addresses
     src: Addresses
@@ -32,11 +32,11 @@ class CopyBatch:
     def __len__(self) -> int:
         return len(self.nbytes)
 
-    def split(self, entries: int | None) -> Sequence[CopyBatch]:
-        """Batches of at most ``entries`` copies; this one as it is for None."""
-        if entries is None or len(self) <= entries:
+    def split(self, copies: int | None) -> Sequence[CopyBatch]:
+        """Batches of at most ``copies`` copies; this one as it is for None."""
+        if copies is None or len(self) <= copies:
             return (self,)
-        parts = [slice(start, start + entries) for start in range(0, len(self), entries)]
+        parts = [slice(start, start + copies) for start in range(0, len(self), copies)]
         return [CopyBatch(self.dst[part], self.src[part], self.nbytes[part]) for part in parts]
 
     @property
@@ -75,7 +75,7 @@ def as_addresses(values: Slots) -> Addresses:
 
 
 def direct_copies(geometry: PoolGeometry, host_slots: Slots, device_slots: Slots) -> CopyBatch:
-    """Copies from device rows to host rows, one entry per run that is contiguous on both sides.
+    """Copies from device rows to host rows, one copy per run that is contiguous on both sides.
 
     Args:
         geometry: the pool.
