@@ -52,8 +52,8 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check $(SOURCES)
 	@mkdir -p build/types/sglang_hicache
 	@for folder in io_backends policy bench; do ln -sfn ../../../$$folder build/types/sglang_hicache/$$folder; done
-	$(MYPY) --strict -p sglang_hicache.policy \
-		$(addprefix -m sglang_hicache.io_backends.,geometry plan interface registry copy_engine hybrid fenced_kernel)
+	$(MYPY) --strict -p sglang_hicache.policy -p sglang_hicache.io_backends.plan \
+		$(addprefix -m sglang_hicache.io_backends.,interface registry copy_engine hybrid fenced_kernel)
 	$(MYPY) --disable-error-code import-untyped --no-warn-unused-ignores \
 		-p sglang_hicache.io_backends -p sglang_hicache.bench
 

@@ -18,8 +18,8 @@ from ..policy import commands
 # imported when they are asked for (and by `hicache-io --help`, which prints the first line of their help).
 LAZY: dict[str, str] = {
     "bench": "sglang_hicache.bench.measure.command:bench",
-    "calibrate": "sglang_hicache.bench.measure.calibrate_command:calibrate",
-    "demo": "sglang_hicache.bench.demo:demo",
+    "calibrate": "sglang_hicache.bench.calibrate.command:calibrate",
+    "demo": "sglang_hicache.bench.demo.command:demo",
     "doctor": "sglang_hicache.io_backends.sglang.diagnose.doctor:doctor",
     "race": "sglang_hicache.bench.race.command:race",
     "stress": "sglang_hicache.bench.stress.command:stress",

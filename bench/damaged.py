@@ -13,9 +13,9 @@ import numpy as np
 
 from ..io_backends.copy_engine import CopyEngineBackend
 from ..io_backends.device.base import Stream
-from ..io_backends.geometry import PoolGeometry
 from ..io_backends.interface import Submission, Transfer
-from ..io_backends.plan import CopyBatch, direct_copies
+from ..io_backends.plan.copies import CopyBatch, direct_copies
+from ..io_backends.plan.geometry import PoolGeometry
 from ..io_backends.registry import ENTRY_POINT_GROUP
 
 NAME = "damaged"

@@ -1,13 +1,13 @@
 """What moves the bytes: backends, the plan of a transfer, the device seam, and SGLang's side of it.
 
-``geometry`` and ``plan`` are pure functions of numbers; ``copy_engine``, ``hybrid`` and ``fenced_kernel``
+``plan`` is pure functions of numbers; ``copy_engine``, ``hybrid`` and ``fenced_kernel``
 are the backends; ``device`` is the only way to hardware; ``sglang`` is the only folder that knows SGLang.
 """
 
 from .device.base import Device
-from .geometry import Component, HostStrides, PoolGeometry, host_strides
 from .interface import Backend, BackendFactory, OptionsError, Submission, Transfer
-from .plan import CopyBatch, direct_copies
+from .plan.copies import CopyBatch, direct_copies
+from .plan.geometry import Component, HostStrides, PoolGeometry, host_strides
 from .registry import (
     UnknownBackendError,
     available_backends,

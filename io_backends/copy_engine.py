@@ -1,8 +1,8 @@
 """``copy_engine``: the GPU's DMA engines move the rows, in batches of copies.
 
 Wins when runs are long on both sides (layer_first with contiguous slots): no SM does any work, so no forward
-ever waits. Loses when entries are short: a batched copy costs the driver about 0.6 us
-an entry (vLLM's and LMCache's published figures, H200, CUDA 13.0).
+ever waits. Loses when copies are short: a batched copy costs the driver about 0.6 us
+a copy (vLLM's and LMCache's published figures, H200, CUDA 13.0).
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from .device.base import Device, Stream
-from .geometry import PoolGeometry
 from .interface import Submission, Transfer
-from .plan import direct_batches
+from .plan.copies import direct_batches
+from .plan.geometry import PoolGeometry
 
 BREAK_EVEN_ENTRY_BYTES = 34 * 1024
-"""Bytes of an entry at which the link takes as long as the driver: about 0.6 us an entry at 55 GB/s (vLLM and
-LMCache, H200, CUDA 13.0). Shorter ones are bound by the host's CPU, or by the engine: an H100 moved entries
-of 32 KiB at 43 GB/s and of 128 KiB at 49, where the link has 55, with 0.4 us of the CPU an entry
+"""Bytes of a copy at which the link takes as long as the driver: about 0.6 us a copy at 55 GB/s (vLLM and
+LMCache, H200, CUDA 13.0). Shorter ones are bound by the host's CPU, or by the engine: an H100 moved copies
+of 32 KiB at 43 GB/s and of 128 KiB at 49, where the link has 55, with 0.4 us of the CPU a copy
 (bench/results/2026-11-25-h100/profile.json)."""
 
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from .device.base import Device, Stream
-from .geometry import PoolGeometry
 from .interface import Submission, Transfer
-from .plan import direct_copies
+from .plan.copies import direct_copies
+from .plan.geometry import PoolGeometry
 
 
 class FencedKernelBackend:

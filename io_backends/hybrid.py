@@ -1,6 +1,6 @@
 """``hybrid``: a short gather on the SMs packs scattered rows into staging, the copy engines drain it.
 
-Wins when device rows are scattered or entries would be short (page_first, small pages): the gather runs at
+Wins when device rows are scattered or copies would be short (page_first, small pages): the gather runs at
 HBM speed, so a forward that must not share the SMs waits for a fraction of the transfer, and the drain is
 few large copies whatever the device side looked like.
 
@@ -9,15 +9,15 @@ drain so that what SGLang records there is the transfer's completion. A write is
 
 Where no forward waits for gathers, the chunks are a pipeline: a gather waits on the GPU for the drain of the
 memory it fills; two chunks fill the ring, so that one is gathered while another drains (see
-:func:`~.chunks.chunk_lengths`).
+:func:`~.plan.chunks.chunk_lengths`).
 
 Where forwards do wait, that would make them wait for the link. Under a scheduler's overlap loop there is one
 gap between forwards for each of them, and it is filled in advance, while the forward before it runs: whether
 memory is free *then* cannot be asked. So a gap takes what fits memory that was gathered into in earlier gaps,
 whether or not it is drained by now: the forward in between gives the link its time, and a ring that holds a
-step's rows (:mod:`~.staging_size`) keeps pace with any forward that is longer than their transfer. What does
-not fit is left for the next gap (:class:`~.interface.Pending`), where whoever left it asks for all of it:
-then, and when the link is busy all the time, forwards wait for the link, and nothing else is lost.
+step's rows (:mod:`~.plan.ring_size`) keeps pace with any forward that is longer than their transfer. What
+does not fit is left for the next gap (:class:`~.interface.Pending`), where whoever left it asks for all of
+it: then, and when the link is busy all the time, forwards wait for the link, and nothing else is lost.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .chunks import ring_units
 from .device.base import Device, Event, Staging, Stream
-from .geometry import PoolGeometry
 from .interface import OptionsError, Submission, Transfer
-from .staged_plan import PlannedChunk, WritePlan, plan_write
-from .staging import ANY_GAP, Ring
-from .staging_size import DEFAULT_STAGING_MB, least_staging, staging_size
+from .plan.chunks import ring_units
+from .plan.geometry import PoolGeometry
+from .plan.ring import ANY_GAP, Ring
+from .plan.ring_size import DEFAULT_STAGING_MB, least_staging, staging_size
+from .plan.staged_write import PlannedChunk, WritePlan
 
 DEFAULT_GATHER_CTAS = 64
 """Thread blocks of the gather. An H100 gathers 134 MB in 320, 191, 134, 115 and 114 us with 16, 32, 64, 132
@@ -48,7 +48,7 @@ H100 whose memory would take 0.82 to read and write that (bench/results/2026-11-
 
 
 AUTO = "auto"
-"""Of ``staging_mb``, and what it is without it: :func:`~.staging_size.staging_size` where forwards wait,
+"""Of ``staging_mb``, and what it is without it: :func:`~.plan.ring_size.staging_size` where forwards wait,
 :data:`DEFAULT_STAGING_MB` elsewhere."""
 
 
@@ -57,7 +57,7 @@ class _Write:
 
     def __init__(self, backend: HybridBackend, transfer: Transfer, plan: WritePlan, stream: Stream) -> None:
         self.transfer = transfer
-        self._plan = plan
+        self.plan = plan
         self._left = range(len(plan))
         self.left_tokens = transfer.tokens
         self._next: PlannedChunk | None = None
@@ -74,7 +74,7 @@ class _Write:
     def next(self) -> PlannedChunk | None:
         """The chunk that comes next, or None after the last one."""
         if self._next is None and self._left:
-            self._next = self._plan[self._left[0]]
+            self._next = self.plan[self._left[0]]
         return self._next
 
     def went(self) -> None:
@@ -114,6 +114,7 @@ class HybridBackend:
     """Gather into a bounded staging ring, drain by copy engine."""
 
     name = "hybrid"
+    whole_pages = True
     layouts = frozenset({"layer_first", "page_first", "page_first_direct", "page_head"})
 
     def __init__(self, device: Device, options: Mapping[str, Any]) -> None:
@@ -156,9 +157,9 @@ class HybridBackend:
         """Why no write of this pool can go through the ring; None if it can."""
         if ring_units(geometry, self._ring.nbytes) >= 2:
             return None
-        unit, count = ("page", geometry.page_size) if geometry.paged else ("token", 1)
+        units = "pages" if geometry.paged else "tokens"
         return (
-            f"two {unit}s of {geometry.bytes_per_token * count} bytes do not fit the staging ring of "
+            f"two {units} of {geometry.unit_bytes} bytes do not fit the staging ring of "
             f"{self._ring.nbytes} bytes; raise staging_mb"
         )
 
@@ -227,8 +228,7 @@ class HybridBackend:
         if tokens != len(transfer.host_slots):
             raise ValueError(f"{len(transfer.host_slots)} host indices for {tokens} device indices")
         self._allocate()  # not before where nobody starts it: the ring may still get another size
-        fine = transfer.forwards_wait
-        plan = plan_write(geometry, transfer.host_slots, self._ring.nbytes, fine=fine)
+        plan = WritePlan(geometry, transfer.host_slots, self._ring.nbytes, fine=transfer.forwards_wait)
         for event in transfer.ready:
             self._device.wait(self._gather_stream, event)
         write = _Write(self, transfer, plan, stream)
@@ -291,7 +291,7 @@ class HybridBackend:
             write = self._waiting[0]
             while (planned := write.next()) is not None:
                 try:
-                    event = self._enqueue_chunk(write.transfer, planned, before)
+                    event = self._enqueue_chunk(write, planned, before)
                 except BaseException as error:
                     # The transfer fails as a whole: SGLang sees the error and acknowledges nothing.
                     self.abandon(write)
@@ -306,7 +306,7 @@ class HybridBackend:
             write.finish()
         return gathered
 
-    def _enqueue_chunk(self, transfer: Transfer, planned: PlannedChunk, before: int) -> Event | None:
+    def _enqueue_chunk(self, write: _Write, planned: PlannedChunk, before: int) -> Event | None:
         device = self._device
         taken = self._ring.take(planned.room, gap=self._gap, before=before)
         if taken is None:
@@ -316,18 +316,12 @@ class HybridBackend:
         try:
             for event in drained:
                 device.wait(self._gather_stream, event)
-            device.gather(
-                planned.staged,
-                base,
-                transfer.device_slots,
-                planned.chunk,
-                self._gather_stream,
-                self._ctas[transfer.forwards_wait],
-            )
+            rows, ctas = write.transfer.device_slots, self._ctas[write.transfer.forwards_wait]
+            device.gather(planned.staged, base, rows, planned.chunk, self._gather_stream, ctas)
             gathered = device.record(self._gather_stream)
             device.wait(self._drain_stream, gathered)
             # Planned now: the gather runs meanwhile.
-            for part in planned.drain(base).split(self._limit):
+            for part in write.plan.drain(planned, base).split(self._limit):
                 device.copy(part, self._drain_stream)
         finally:
             # After an error too: whoever gets the region next must wait for what was enqueued.

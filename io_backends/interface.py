@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from .device.base import Device, Event, Stream
-from .geometry import PoolGeometry
-from .plan import Slots
+from .plan.copies import Slots
+from .plan.geometry import PoolGeometry
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class Submission:
     """What a backend enqueued.
 
     Attributes:
-        copies: entries for the copy engine; a kernel counts as one.
+        copies: for the copy engine; a kernel counts as one.
         nbytes: bytes that arrive on the host.
         sm_done: event recorded after the last work that runs on the GPU's SMs, or None when there is none.
             Forwards that the decision lists wait for it, and for nothing later.
@@ -136,6 +136,8 @@ class Backend(Protocol):
 
     - ``upstream_indices``: where it is true, indices are moved as SGLang's own copy wants them (host indices
       on the GPU, or device indices on the host), and it calls ``upstream_copy``;
+    - ``whole_pages``: where it is true, a write to a paged layout that is not whole pages, each in order, is
+      left to SGLang's own copy (:func:`~.plan.staged_write.is_whole`);
     - ``staging_bytes``, (in use, in all), and ``waiting_bytes``, of rows that it left for later: for metrics;
     - ``start(*, step_tokens, forwards_wait, sharers)``: called once, when the pools that are known before
       serving are prepared and SGLang has allocated its own: with the tokens that a forward makes rows of,

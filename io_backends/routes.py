@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..policy.routes import WriteFacts
-from .geometry import PoolGeometry
 from .interface import Backend
-from .staged_plan import count_runs, drain_entries
+from .plan.geometry import PoolGeometry
+from .plan.staged_write import copies_to_drain, count_runs
 
 if TYPE_CHECKING:
     from ..policy.decide import Decision
@@ -74,7 +74,7 @@ def write_facts(geometry: PoolGeometry, host_indices: Any) -> WriteFacts:
     slots = np.asarray(host_indices, dtype=np.int64)
     return WriteFacts(
         tokens=len(slots),
-        entries=drain_entries(geometry, slots),
+        entries=copies_to_drain(geometry, slots),
         nbytes=len(slots) * geometry.bytes_per_token,
         runs=count_runs(slots),
     )

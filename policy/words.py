@@ -43,7 +43,7 @@ def fence_sentence(decision: Decision) -> str:
 def memory_sentence(decision: Decision) -> str | None:
     """GPU memory that the decision takes; None where it takes none."""
     # Here: it imports numpy, which nothing else of `explain` needs.
-    from ..io_backends.staging_size import DEFAULT_STAGING_MB, FREE_SHARE
+    from ..io_backends.plan.ring_size import DEFAULT_STAGING_MB, FREE_SHARE
 
     rings = []
     # As many rings as there are instances.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from sglang_hicache.bench import targets
-from sglang_hicache.bench.gpu_table import fence_table, of_file
+from sglang_hicache.bench.lab import targets
+from sglang_hicache.bench.lab.gpu_table import fence_table, of_file
+from sglang_hicache.bench.lab.serve_table import speed_table, together, verified_table
 from sglang_hicache.bench.measure import results
 from sglang_hicache.bench.serve import result
-from sglang_hicache.bench.serve_table import speed_table, together, verified_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

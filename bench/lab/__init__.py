@@ -1,1 +1,1 @@
-"""Maintainers' scripts: what a decision of this project rests on, measured. Not part of the wheel."""
+"""Scripts of the maintainers, run from a clone and left out of the wheel: how figures and tables are made."""

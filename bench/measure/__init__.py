@@ -10,11 +10,9 @@
 ``submit``          the measurement of the scheduler's thread; ``submit_idle``: without a GPU
 ``interference``    the measurement of forwards beside write-back
 ``judge``           whether ``auto`` was the fastest safe choice
-``results``         rows, JSON, CSV; ``environment``: where they come from; ``first_format``: older ones
+``results``         rows, JSON, CSV; ``environment``: where they come from
 ``tables``          and ``plots`` and ``report`` show results; ``compare`` sets two runs side by side
 ``suite``           runs measurements within a time budget; ``command`` is ``hicache-io bench``
-``calibration``     from measurements to numbers, pure; ``calibrate`` measures; ``machine_policy`` makes rules
-                    and writes them; ``calibrate_command`` is ``hicache-io calibrate``
 
 Figures from a machine without a GPU exercise the code and say so in every form: they are no GPU speed.
 """

@@ -9,8 +9,8 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from ...io_backends.geometry import Component, PoolGeometry, host_strides
-from ...io_backends.staged_plan import drain_entries
+from ...io_backends.plan.geometry import Component, PoolGeometry, host_strides
+from ...io_backends.plan.staged_write import copies_to_drain
 
 Slots = npt.NDArray[np.int64]
 
@@ -153,4 +153,4 @@ def pool_of(case: Case) -> PoolGeometry:
 def entry_bytes(case: Case) -> int:
     """Bytes of the case's write by the copies that drain it from staging."""
     host, _ = slots_of(case)
-    return case.nbytes // drain_entries(pool_of(case), host)
+    return case.nbytes // copies_to_drain(pool_of(case), host)

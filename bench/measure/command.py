@@ -27,7 +27,7 @@ from . import plots, report, results, suite, tables
 from .cases import LAYOUTS, MODELS
 from .contenders import names
 from .devices import gpu_missing
-from .results import Run
+from .results import Results
 
 ALL = "all"
 
@@ -214,7 +214,7 @@ def _run(ask: suite.Ask, out: Path | None, as_json: bool) -> None:
     raise typer.Exit(0 if measured and not wrong else 1)
 
 
-def _save(run: Run, out: Path) -> None:
+def _save(run: Results, out: Path) -> None:
     results.save(run, out)
 
 
@@ -251,7 +251,7 @@ class Live:
         self._bars.stop()
 
 
-def _show_changes(changes: Sequence[comparing.Change], runs: Sequence[Run], every: bool) -> None:
+def _show_changes(changes: Sequence[comparing.Change], runs: Sequence[Results], every: bool) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -290,7 +290,7 @@ def _say_written(paths: Sequence[Path]) -> None:
         console.print(f"no plots: {missing}")
 
 
-def _load(path: Path) -> Run:
+def _load(path: Path) -> Results:
     try:
         return results.load(path)
     except ValueError as error:

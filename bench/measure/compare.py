@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .results import METRICS, Row, Run, Spread
+from .results import METRICS, Results, Row, Spread
 
 LEAST_CHANGE = 0.02
 """A smaller change of the median is none. With five repeats on both sides, ranges that do not overlap come
@@ -66,13 +66,13 @@ class Change:
         }
 
 
-def not_comparable(first: Run, second: Run) -> str | None:
+def not_comparable(first: Results, second: Results) -> str | None:
     """Why the two say nothing about each other, or None."""
     a, b = first.environment.get("ran_on"), second.environment.get("ran_on")
     return f"one ran on a {a} and one on a {b}: their figures cannot be compared" if a != b else None
 
 
-def compare(first: Run, second: Run, least: float = LEAST_CHANGE) -> Iterator[Change]:
+def compare(first: Results, second: Results, least: float = LEAST_CHANGE) -> Iterator[Change]:
     """Every figure that both runs have, and rows that only one has.
 
     Args:

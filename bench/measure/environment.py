@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 _DISTRIBUTIONS = ("torch", "triton", "numpy", "cuda-bindings", "sglang", "sglang-kernel")
@@ -80,11 +81,24 @@ def git_state() -> str | None:
 
 
 def command_line() -> str:
-    """What was typed, as far as Python knows."""
+    """What was typed, as far as Python knows, without folders of this machine (:func:`without_folders`)."""
     program = Path(sys.argv[0])
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = f"python -m {spec.name}" if spec is not None and spec.name != "__main__" else program.name
-    return shlex.join([*name.split(), *sys.argv[1:]])
+    return shlex.join([*name.split(), *map(without_folders, sys.argv[1:])])
+
+
+_ABSOLUTE = re.compile(r"(^(?:-\w)?|(?<=[=,:;]))(?:~[\w-]*)?/(?!/)[^,:;=]*")
+"""An absolute path at the start of an argument, or behind what separates values; not a URL's."""
+
+
+def without_folders(argument: str) -> str:
+    """``argument`` with every absolute path in it cut to its last part: figures are published, and the rest
+    says something of this machine only.
+
+    ``--out=/home/me/results/bench.json`` becomes ``--out=bench.json``. URLs and relative paths stay.
+    """
+    return _ABSOLUTE.sub(lambda path: path[1] + PurePosixPath(path[0][len(path[1]) :]).name, argument)
 
 
 def _version(distribution: str) -> str | None:

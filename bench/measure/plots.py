@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from .results import Row, Run, Spread
+from .results import Results, Row, Spread
 
 FORMATS = ("png", "svg")
 
@@ -45,9 +45,9 @@ def why_not() -> str | None:
     return None
 
 
-def figures(run: Run) -> dict[str, Any]:
+def figures(run: Results) -> dict[str, Any]:
     """matplotlib figures by name; none for what was not measured."""
-    made: dict[str, Callable[[Run, Sequence[Row]], Any]] = {
+    made: dict[str, Callable[[Results, Sequence[Row]], Any]] = {
         "bandwidth": _bandwidth,
         "fence": _fence,
         "interference": _interference,
@@ -61,7 +61,7 @@ def figures(run: Run) -> dict[str, Any]:
     return found
 
 
-def save(run: Run, folder: Path) -> list[Path]:
+def save(run: Results, folder: Path) -> list[Path]:
     """Each figure as PNG and SVG in ``folder``; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -137,7 +137,7 @@ def _with_bars(axis: Any, name: str, points: Sequence[tuple[float, Spread]], **m
     axis.errorbar([x for x, _ in points], mid, yerr=[below, above], **style)
 
 
-def _bandwidth(run: Run, rows: Sequence[Row]) -> Any:
+def _bandwidth(run: Results, rows: Sequence[Row]) -> Any:
     """A panel for each model and layout, with all page sizes of the most measured number of tokens."""
     sizes = [row.case.tokens for row in rows]
     tokens = max(set(sizes), key=lambda size: (sizes.count(size), size))
@@ -187,7 +187,7 @@ def _bandwidth(run: Run, rows: Sequence[Row]) -> Any:
     return figure
 
 
-def _fence(run: Run, rows: Sequence[Row]) -> Any:
+def _fence(run: Results, rows: Sequence[Row]) -> Any:
     titles = {"stall_ms": "fence reached to released", "held_ms": "from before the submission to released"}
     shown = [metric for metric in titles if any(metric in row.metrics for row in rows)]
     figure, axes = canvas(
@@ -210,7 +210,7 @@ def _fence(run: Run, rows: Sequence[Row]) -> Any:
     return figure
 
 
-def _interference(run: Run, rows: Sequence[Row]) -> Any:
+def _interference(run: Results, rows: Sequence[Row]) -> Any:
     """A panel for each layout."""
     layouts = list(dict.fromkeys(row.case.layout for row in rows))
     forwards = list(dict.fromkeys(row.forward or "" for row in rows))
@@ -247,7 +247,7 @@ def _interference(run: Run, rows: Sequence[Row]) -> Any:
     return figure
 
 
-def _sustained(run: Run, rows: Sequence[Row]) -> Any:
+def _sustained(run: Results, rows: Sequence[Row]) -> Any:
     """Bytes not enqueued over the loop: a panel for each case and pattern of forwards."""
     panels = list(dict.fromkeys((row.case, row.forward) for row in rows))
     columns = min(4, len(panels))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plots, results, tables
-from .results import METRICS, Run
+from .results import METRICS, Results
 
 _STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 110em; padding: 0 1em }
@@ -21,7 +21,7 @@ th:first-child, td:first-child { text-align: left }
 """
 
 
-def as_html(run: Run) -> str:
+def as_html(run: Results) -> str:
     """The report of a run."""
     rates = {
         name: f"{rate.median:.1f} GB/s ({rate.low:.1f} to {rate.high:.1f})"
@@ -80,7 +80,7 @@ def pictures(figures: Mapping[str, Any]) -> str:
     return "".join(shown)
 
 
-def write_all(run: Run, folder: Path) -> list[Path]:
+def write_all(run: Results, folder: Path) -> list[Path]:
     """JSON, CSV, Markdown tables, pictures where matplotlib is, and the report; returns what was written."""
     paths = results.save(run, folder)
     as_text = folder / "tables.md"

@@ -14,7 +14,6 @@ from typing import Any
 from .cases import Case
 
 SCHEMA = 2
-"""1 was the format of bench/results/2026-11-23-h200, which :mod:`~.first_format` reads."""
 
 CPU_WATERMARK = "measured on a CPU: shows that the code runs, says nothing about the speed of a GPU"
 
@@ -142,7 +141,7 @@ class Row:
 
 
 @dataclass
-class Run:
+class Results:
     """Rows, and what they were measured on.
 
     Attributes:
@@ -179,16 +178,12 @@ class Run:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Run:
-        """The inverse of :meth:`to_dict`, and a reader of the first format.
+    def from_dict(cls, data: Mapping[str, Any]) -> Results:
+        """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: it is neither.
+            ValueError: it is something else.
         """
-        if "bandwidth" in data or "fence" in data:
-            from .first_format import read
-
-            return read(data)
         if data.get("schema") != SCHEMA:
             raise ValueError(f"no result of hicache-io bench (schema {data.get('schema')!r}, not {SCHEMA})")
         rows = [
@@ -209,21 +204,21 @@ WRONG = "WRONG BYTES"
 """How the reason of a row begins that was measured and did not move the right bytes."""
 
 
-def load(path: Path) -> Run:
+def load(path: Path) -> Results:
     """A saved run.
 
     Raises:
         ValueError: the file is not there, or holds something else; the message says which.
     """
     try:
-        return Run.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return Results.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not a saved run of hicache-io bench ({error})") from error
 
 
-def merged(runs: Iterable[Run]) -> Run:
+def merged(runs: Iterable[Results]) -> Results:
     """Runs of one machine as one; a row measured again replaces the earlier one.
 
     Raises:
@@ -240,7 +235,7 @@ def merged(runs: Iterable[Run]) -> Run:
     ceilings = {name: each for run in runs for name, each in run.ceilings.items()}
     commands = list(dict.fromkeys(str(run.environment.get("command")) for run in runs))
     environment = {**runs[0].environment, "command": "; ".join(commands)}
-    return Run(environment, list(rows.values()), ceilings)
+    return Results(environment, list(rows.values()), ceilings)
 
 
 CSV_COLUMNS = (
@@ -264,7 +259,7 @@ CSV_COLUMNS = (
 )
 
 
-def to_csv(run: Run) -> str:
+def to_csv(run: Results) -> str:
     """One line a row, below lines with ``#`` that say where the figures come from."""
     out = io.StringIO()
     if run.watermark:
@@ -280,7 +275,7 @@ def to_csv(run: Run) -> str:
     return out.getvalue()
 
 
-def _csv_row(run: Run, row: Row) -> dict[str, Any]:
+def _csv_row(run: Results, row: Row) -> dict[str, Any]:
     cells: dict[str, Any] = {"ran_on": run.environment.get("ran_on"), **asdict(row.case)}
     for name in CSV_COLUMNS:
         if name not in cells and name in Row.__dataclass_fields__:
@@ -291,7 +286,7 @@ def _csv_row(run: Run, row: Row) -> dict[str, Any]:
     return cells
 
 
-def save(run: Run, folder: Path, stem: str = "bench") -> list[Path]:
+def save(run: Results, folder: Path, stem: str = "bench") -> list[Path]:
     """``stem.json`` and ``stem.csv`` in ``folder``; returns their paths.
 
     Each is replaced as a whole: who is killed in the middle leaves the earlier one.

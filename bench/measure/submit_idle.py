@@ -69,7 +69,7 @@ def measure(
 
 
 def _rows(asked: Mapping[str, Any]) -> list[Row]:
-    from .. import idle_gpu
+    from . import idle_gpu
 
     with tempfile.TemporaryDirectory() as folder:
         idle_gpu.install(Path(folder))

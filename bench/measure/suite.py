@@ -16,7 +16,7 @@ from .environment import describe
 from .interference import interference
 from .judge import judge
 from .one_write import MEASURED, Setting
-from .results import Row, Run
+from .results import Results, Row
 from .submit import submit
 from .sustained import SECONDS, chosen, sustained
 from .timing import link_ceiling, memory_ceiling
@@ -124,7 +124,7 @@ class Ask:
         return replace(wanted, **{name: tuple(values) for name, values in self.only.items()}).cases()
 
 
-def measure(ask: Ask, say: Say, save: Callable[[Run], None] = lambda run: None) -> Run:
+def measure(ask: Ask, say: Say, save: Callable[[Results], None] = lambda run: None) -> Results:
     """Everything that was asked for; ``save`` is called after each part of it (a case, of ``sustained`` a
     pattern of it), so that who is killed loses no more than the part that ran.
 
@@ -136,7 +136,7 @@ def measure(ask: Ask, say: Say, save: Callable[[Run], None] = lambda run: None) 
         PolicyError: the policy cannot be used.
     """
     device = open_bench(ask.cpu)
-    run = Run(describe(cpu=ask.cpu))
+    run = Results(describe(cpu=ask.cpu))
     setting = Setting(device, policy_in_force(ask.policy), ask.repeats, ask.wanted, ask.options)
     run.environment["policy"] = setting.policy.source
     link_bytes, memory_bytes = (2**24, 2**24) if ask.cpu else (2**30, 2**31)

@@ -10,7 +10,7 @@ from typing import Any
 from ...io_backends.registry import AUTO
 from .cases import Case
 from .contenders import names as contender_names
-from .results import Row, Run
+from .results import Results, Row
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ _IDLE_NOTE = (
 )
 
 
-def tables(run: Run) -> list[Table]:
+def tables(run: Results) -> list[Table]:
     """One table for each measurement of the run, and one of what has no figures."""
     made = []
     for name, shape in _SHAPES.items():
@@ -162,7 +162,7 @@ def tables(run: Run) -> list[Table]:
     return made
 
 
-def _table(run: Run, rows: Sequence[Row], name: str, shape: _Shape) -> Table:
+def _table(run: Results, rows: Sequence[Row], name: str, shape: _Shape) -> Table:
     measured = [row for row in rows if row.metrics]
     found = dict.fromkeys(row.contender for row in measured)
     # The same order in every table; what is no contender comes last.
@@ -217,7 +217,7 @@ def _reasons(missing: Sequence[Row]) -> Table:
     return Table("Not measured", ("measurement", "contender", "rows", "why"), lines)
 
 
-def markdown(run: Run) -> str:
+def markdown(run: Results) -> str:
     """Every table of a run, with the watermark above each."""
     return markdown_of(tables(run), run.watermark)
 
@@ -254,7 +254,7 @@ def as_html(table: Table, watermark: str | None) -> str:
     )
 
 
-def print_tables(run: Run, console: Any) -> None:
+def print_tables(run: Results, console: Any) -> None:
     """Every table on a rich console, each with the watermark in its title."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table as RichTable

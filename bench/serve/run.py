@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import serving, tiny_model
-from ..identity import plugin_state
+from ..demo.identity import plugin_state
 from . import models, public, scrape, workloads
 from .account import Turn, turn_of
 from .arms import NONE, Cell, server_args, server_env

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import typer
 
 from ...policy.terminal import styled
-from ..demo_output import console
+from ..demo.output import console
 from ..measure import environment
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}

@@ -18,7 +18,7 @@ import typer
 
 from ...io_backends.registry import AUTO, OWN_NAMES
 from .. import serving, tiny_model
-from ..demo_output import console
+from ..demo.output import console
 
 
 def main(

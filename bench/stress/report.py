@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ...policy.terminal import styled
-from ..demo_output import console
+from ..demo.output import console
+from .loaded_server import LoadedServer
 from .run import Limits, Outcome
 from .server import ServerFacts
-from .side import Side
 
 CPU_NOTE = (
     "on SGLang's CPU engine: it shows that the right bytes go out and come back. Its times say nothing about "
@@ -45,7 +45,7 @@ class LiveLines:
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def show(self, sides: Sequence[Side]) -> None:
+    def show(self, sides: Sequence[LoadedServer]) -> None:
         """Called four times a second."""
         if console.is_terminal:
             self._live.update(Group(*(self._line(side) for side in sides)))
@@ -55,7 +55,7 @@ class LiveLines:
                 self._said[side.client.url] = len(side.waves)
                 console.print(self._line(side), soft_wrap=True)
 
-    def _line(self, side: Side) -> str:
+    def _line(self, side: LoadedServer) -> str:
         tally = side.tally
         until = "" if self._limits.duration_s is None else f" of {self._limits.duration_s:.0f}"
         waves = "" if self._limits.waves is None else f" of {self._limits.waves}"
@@ -119,7 +119,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _side(side: Side, end: ServerFacts | None) -> dict[str, Any]:
+def _side(side: LoadedServer, end: ServerFacts | None) -> dict[str, Any]:
     tally, loaded = side.tally, side.loaded_s()
     survived = tally.first_problem.at_s if tally.first_problem else loaded
     before = side.facts.plugin["counters"] if side.facts.plugin else {}

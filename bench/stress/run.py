@@ -12,8 +12,8 @@ from typing import Any
 from .account import Book
 from .client import Client, ConnectionLost, RequestFailed
 from .load import Load, sized_for
+from .loaded_server import LoadedServer, is_usable
 from .server import ServerFacts
-from .side import Side, is_usable
 
 _REFERENCE_SILENT_S = 600
 """The reference server is no suspect; this is only so that the test ends."""
@@ -34,8 +34,8 @@ class Limits:
     Attributes:
         duration_s: seconds of load on each server, the reference server included; None for no limit.
         waves: how many; None for no limit.
-        silent_s: see `Side`.
-        tie_nats: see `Side`; None leaves it to what the server says of itself.
+        silent_s: see `LoadedServer`.
+        tie_nats: see `LoadedServer`; None leaves it to what the server says of itself.
     """
 
     duration_s: float | None
@@ -58,14 +58,14 @@ class Outcome:
     """
 
     load: Load
-    sides: Sequence[Side]
+    sides: Sequence[LoadedServer]
     ends: list[ServerFacts | None] = field(default_factory=list)
     interrupted: bool = False
     reference: ServerFacts | None = None
     reference_problem: str | None = None
 
 
-Progress = Callable[[Sequence[Side]], None]
+Progress = Callable[[Sequence[LoadedServer]], None]
 
 
 async def stress(
@@ -100,7 +100,7 @@ async def stress(
                 raise UnusableError(f"{client.url} cannot take this load: {problem}")
         shared = Book()
         sides = [
-            Side(
+            LoadedServer(
                 client,
                 about,
                 load,
@@ -113,7 +113,7 @@ async def stress(
         ]
         asked = None
         if oracle is not None and oracle_facts is not None:
-            asked = Side(oracle, oracle_facts, load, shared, silent_s=_REFERENCE_SILENT_S, tie_nats=0)
+            asked = LoadedServer(oracle, oracle_facts, load, shared, silent_s=_REFERENCE_SILENT_S, tie_nats=0)
         outcome = Outcome(load, sides, reference=oracle_facts)
         stop = _on_interrupt(outcome)
         painter = asyncio.create_task(_paint(lambda: progress(sides)))
@@ -127,7 +127,9 @@ async def stress(
         return outcome
 
 
-async def _waves(outcome: Outcome, asked: Side | None, limits: Limits, stop: Callable[[], bool]) -> None:
+async def _waves(
+    outcome: Outcome, asked: LoadedServer | None, limits: Limits, stop: Callable[[], bool]
+) -> None:
     load, sides = outcome.load, outcome.sides
     number = 0
     while limits.waves is None or number < limits.waves:
@@ -149,11 +151,11 @@ async def _waves(outcome: Outcome, asked: Side | None, limits: Limits, stop: Cal
         number += 1
 
 
-def _stop_for(side: Side, limits: Limits, stop: Callable[[], bool]) -> Callable[[], bool]:
+def _stop_for(side: LoadedServer, limits: Limits, stop: Callable[[], bool]) -> Callable[[], bool]:
     return lambda: stop() or _time_is_up(side, limits)
 
 
-def _time_is_up(side: Side, limits: Limits) -> bool:
+def _time_is_up(side: LoadedServer, limits: Limits) -> bool:
     return limits.duration_s is not None and side.loaded_s() >= limits.duration_s
 
 
@@ -175,7 +177,7 @@ async def _facts(client: Client) -> ServerFacts:
         raise UnusableError(f"{client.url} is no SGLang server that can be used: {error}") from None
 
 
-async def _facts_if_there(side: Side) -> ServerFacts | None:
+async def _facts_if_there(side: LoadedServer) -> ServerFacts | None:
     if side.end is not None:
         return None  # it would be waited for in vain
     try:

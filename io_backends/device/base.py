@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..chunks import Chunk, Staged
-from ..geometry import PoolGeometry
-from ..plan import CopyBatch
+from ..plan.chunks import Chunk, Staged
+from ..plan.copies import CopyBatch
+from ..plan.geometry import PoolGeometry
 
 Stream = Any
 """A stream of the device's own kind: ``torch.cuda.Stream``, or what the CPU engine uses."""
@@ -103,11 +103,11 @@ class Device(Protocol):
         Args:
             staged: the pool, and the layout of the destination, which begins at address ``base``.
             device_slots: where each token of the transfer is, int64 [n] on the device.
-            chunk: which tokens, and their first slot in ``staged``.
+            chunk: which tokens; the first one goes to slot 0 of ``staged``.
             ctas: thread blocks to use at most.
         """
         ...
 
     def copy(self, batch: CopyBatch, stream: Stream) -> None:
-        """Copy-engine work: every entry of ``batch``, in any order among themselves."""
+        """Copy-engine work: every copy of ``batch``, in any order among themselves."""
         ...

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from ..chunks import Chunk, Staged
-from ..geometry import Component, HostStrides, PoolGeometry
-from ..plan import CopyBatch
+from ..plan.chunks import Chunk, Staged
+from ..plan.copies import CopyBatch
+from ..plan.geometry import Component, HostStrides, PoolGeometry
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +98,7 @@ class CpuDevice:
     ) -> None:
         geometry = staged.geometry
         rows = np.asarray(device_slots, dtype=np.int64)[chunk.start : chunk.stop]
-        page, offset = np.divmod(
-            np.arange(chunk.first_slot, chunk.first_slot + chunk.tokens), geometry.page_size
-        )
+        page, offset = np.divmod(np.arange(chunk.tokens), geometry.page_size)
         for part, strides in zip(geometry.components, staged.parts, strict=True):
             to = replace(strides, base=base + strides.base)
             for layer in range(geometry.layers):

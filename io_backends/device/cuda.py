@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..chunks import STAGING_ALIGNMENT, Chunk, Staged
-from ..geometry import PoolGeometry
-from ..plan import CopyBatch
+from ..plan.chunks import STAGING_ALIGNMENT, Chunk, Staged
+from ..plan.copies import CopyBatch
+from ..plan.geometry import PoolGeometry
 from .base import DeviceUnavailableError, Event, Stream
+from .copy_interleaving import TURN_BYTES, InterleavedCopies, turn_of
 from .driver import MAX_ENTRIES, Driver
 from .gather import Gather
 from .gather_plan import UNITS_PER_THREAD, WARPS
-from .host_ranges import HostRange, HostRanges, host_extents
-from .turns import TURN_BYTES, Turns, turn_of
+from .host_memory import HostRange, HostRanges, host_extents
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +98,8 @@ class CudaDevice:
 
     Args:
         max_batch_entries: entries in one driver call at most.
-        turn_bytes: copied before others get the copy engine, see :mod:`~.turns`; without it the link is
-            measured with the first pool.
+        turn_bytes: copied before others get the copy engine, see :mod:`~.copy_interleaving`; without it the
+            link is measured with the first pool.
         prefer_overlap: of copies with forwards, see :class:`~.driver.Driver`; for measurements.
         gather_warps, gather_units_per_thread: shape of the gather's thread blocks, for measurements.
 
@@ -129,7 +129,9 @@ class CudaDevice:
                 "PyTorch finds no CUDA device: check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES"
             )
         self._driver = Driver(max_batch_entries, prefer_overlap=prefer_overlap)
-        self._turns = Turns(self._torch.cuda.Event, self._driver, self.new_stream, turn_bytes or TURN_BYTES)
+        self._turns = InterleavedCopies(
+            self._torch.cuda.Event, self._driver, self.new_stream, turn_bytes or TURN_BYTES
+        )
         self._measures_turns = turn_bytes is None
         self._host = HostRanges()
         self._gather = Gather(warps=gather_warps, units_per_thread=gather_units_per_thread)

@@ -13,13 +13,14 @@ import importlib
 import logging
 import threading
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
 
-from ..plan import CopyBatch
+from ..plan.copies import CopyBatch
 from .base import DeviceUnavailableError
-from .host_ranges import drop_empty
+from .host_memory import drop_empty
 
 logger = logging.getLogger(__name__)
 
@@ -36,20 +37,61 @@ BATCH_VERSION = 12_080
 """CUDA 12.8 brought cuMemcpyBatchAsync. Asked for at this version, CUDA 12.8 to 13 give the form with
 ``failIdx``; CUDA 13's own form has none."""
 
-_LEGACY_STREAMS = (0, 1)
-"""The NULL stream and CU_STREAM_LEGACY, its explicit name."""
 
-_NON_BLOCKING = 1
-"""Of a stream: the NULL stream and it do not wait for each other."""
+class LegacyStream(IntEnum):
+    """Handles of the legacy default stream, which takes no batched copies."""
 
-_SOURCE_ORDER_STREAM = 1
-_PREFER_OVERLAP = 1
-"""CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE: as old as the batched call (CUDA 12.8), which documents it as a
-hint to keep copies off the SMs."""
-_MEMORY_TYPE = 2
-_MEMORY_TYPE_HOST = 1
-_CAN_USE_HOST_POINTER = 91
-_INVALID_VALUE = 1
+    NULL = 0
+    EXPLICIT = 1
+    """CU_STREAM_LEGACY."""
+
+
+class StreamFlag(IntEnum):
+    """CUstream_flags."""
+
+    NON_BLOCKING = 1
+    """The NULL stream and it do not wait for each other."""
+
+
+class SourceOrder(IntEnum):
+    """CUmemcpySrcAccessOrder: when a copy may read its source."""
+
+    STREAM = 1
+
+
+class CopyFlag(IntEnum):
+    """CUmemcpyFlags."""
+
+    DEFAULT = 0
+    PREFER_OVERLAP_WITH_COMPUTE = 1
+    """As old as the batched call (CUDA 12.8), which documents it as a hint to keep copies off the SMs."""
+
+
+class PointerAttribute(IntEnum):
+    """CUpointer_attribute."""
+
+    MEMORY_TYPE = 2
+
+
+class MemoryType(IntEnum):
+    """CUmemorytype."""
+
+    HOST = 1
+
+
+class DeviceAttribute(IntEnum):
+    """CUdevice_attribute."""
+
+    CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM = 91
+
+
+class Result(IntEnum):
+    """CUresult, as far as it is looked at."""
+
+    INVALID_VALUE = 1
+
+
+_LEGACY_STREAMS = frozenset(map(int, LegacyStream))
 _NO_ENTRY = ctypes.c_size_t(-1).value
 
 _size_t = ctypes.c_size_t
@@ -184,11 +226,8 @@ class Driver:
         # One attribute for all entries: its index array says where it begins to apply, not one per entry.
         # The source is device memory that earlier work in the stream writes: any other order than STREAM
         # lets the copy read it early.
-        self._attributes = ctypes.byref(
-            _CopyAttributes(
-                src_access_order=_SOURCE_ORDER_STREAM, flags=_PREFER_OVERLAP if prefer_overlap else 0
-            )
-        )
+        flags = CopyFlag.PREFER_OVERLAP_WITH_COMPUTE if prefer_overlap else CopyFlag.DEFAULT
+        self._attributes = ctypes.byref(_CopyAttributes(src_access_order=SourceOrder.STREAM, flags=flags))
         self._attributes_begin = ctypes.byref(_size_t(0))
         self._scratch = _Scratch(max_entries)
 
@@ -279,7 +318,8 @@ class Driver:
         """
         stream = _pointer(0)
         self._check(
-            "cuStreamCreateWithPriority", self._create_stream(ctypes.byref(stream), _NON_BLOCKING, priority)
+            "cuStreamCreateWithPriority",
+            self._create_stream(ctypes.byref(stream), StreamFlag.NON_BLOCKING, priority),
         )
         assert stream.value
         return stream.value
@@ -287,17 +327,19 @@ class Driver:
     def is_pinned(self, address: int) -> bool:
         """Whether ``address`` is host memory that CUDA allocated or registered."""
         kind = ctypes.c_uint(0)
-        code = self._pointer_attribute(ctypes.byref(kind), _MEMORY_TYPE, address)
-        if code == _INVALID_VALUE:  # how the driver says that it never heard of this memory
+        code = self._pointer_attribute(ctypes.byref(kind), PointerAttribute.MEMORY_TYPE, address)
+        if code == Result.INVALID_VALUE:  # how the driver says that it never heard of this memory
             return False
         self._check("cuPointerGetAttribute", code)
-        return kind.value == _MEMORY_TYPE_HOST
+        return kind.value == MemoryType.HOST
 
     def host_addresses_work(self, ordinal: int) -> bool:
         """Whether GPU ``ordinal`` reaches registered host memory under the host's own addresses."""
         device, value = _int(0), _int(0)
         self._check("cuDeviceGet", self._device(ctypes.byref(device), ordinal))
-        code = self._device_attribute(ctypes.byref(value), _CAN_USE_HOST_POINTER, device)
+        code = self._device_attribute(
+            ctypes.byref(value), DeviceAttribute.CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM, device
+        )
         self._check("cuDeviceGetAttribute", code)
         return value.value != 0
 

@@ -11,9 +11,9 @@ import importlib
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from ..chunks import STAGING_ALIGNMENT, Chunk, Staged, staged
-from ..geometry import PoolGeometry
-from .gather_plan import UNITS_PER_THREAD, WARPS, Launch, Rows, plan
+from ..plan.chunks import STAGING_ALIGNMENT, Chunk, Staged, staged
+from ..plan.geometry import PoolGeometry
+from .gather_plan import UNITS_PER_THREAD, WARPS, DeviceRows, Launch, plan
 
 _TILE_LIMIT = 2**31
 
@@ -30,7 +30,7 @@ class Gather:
     def __init__(self, *, warps: int = WARPS, units_per_thread: int = UNITS_PER_THREAD) -> None:
         self._warps = warps
         self._tile_units = warps * 32 * units_per_thread
-        self._tables: dict[Rows, Any] = {}
+        self._tables: dict[DeviceRows, Any] = {}
         self._compiled: dict[tuple[Any, ...], Any] = {}
         # Those of _INDEX_TYPES that were seen: torch takes a while to make a type's name.
         self._index_types: set[Any] = set()
@@ -48,7 +48,7 @@ class Gather:
         nothing = torch.empty(0, dtype=torch.int64, device=device)
         # Staging's strides, not the host's: they decide the width of an access.
         for launch in plan(staged(geometry, geometry.page_size), STAGING_ALIGNMENT, self._tile_units):
-            self._run(launch, STAGING_ALIGNMENT, nothing, Chunk(0, 0, 0), 1, None)
+            self._run(launch, STAGING_ALIGNMENT, nothing, Chunk(0, 0), 1, None)
 
     def launch(
         self,
@@ -65,7 +65,7 @@ class Gather:
             staged: the pool, and the layout of the destination, which begins at address ``base``.
             device_slots: int64 or int32 tensor [n] on the rows' device; not checked against the pool's size,
                 since that would wait for the device.
-            chunk: which of them to copy, and the slot of the first one there.
+            chunk: which of them to copy; the first one goes to slot 0 there.
             ctas: thread blocks at most.
 
         Raises:
@@ -95,7 +95,7 @@ class Gather:
                 )
             self._run(launch, base, device_slots, chunk, min(ctas, tiles), stream)
 
-    def _table(self, rows: Rows, device: Any) -> Any:
+    def _table(self, rows: DeviceRows, device: Any) -> Any:
         table = self._tables.get(rows)
         if table is None:
             # Once a pool. From pageable memory, so torch waits until it is there, and any stream may read it.
@@ -105,8 +105,10 @@ class Gather:
 
     def _run(self, launch: Launch, base: int, slots: Any, chunk: Chunk, grid: int, stream: Any) -> None:
         table = self._table(launch.rows, slots.device)
-        start, stop, first_slot = chunk
-        arguments = (table, slots, base + launch.offset, start, stop - start, first_slot, *launch.arguments)
+        start, stop = chunk
+        # The first slot is always 0. Compiled without that argument, the kernel puts registers on the stack
+        # (sm_120, Triton 3.8).
+        arguments = (table, slots, base + launch.offset, start, stop - start, 0, *launch.arguments)
         # Whatever else the arguments are, these decide which code runs: see gather_kernel's decorator.
         key = (slots.dtype, launch.code)
         compiled = self._compiled.get(key)

@@ -7,8 +7,8 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..chunks import Staged
-from ..geometry import Component, PoolGeometry
+from ..plan.chunks import Staged
+from ..plan.geometry import Component, PoolGeometry
 
 WARPS = 8
 """Warps a thread block. Unmeasured."""
@@ -25,7 +25,7 @@ _MIN_UNITS = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class DeviceRows:
     """Device rows of the components that one launch copies. Compared by identity, a cheap key.
 
     Attributes:
@@ -57,7 +57,7 @@ class Launch:
         tiles_per_block: tiles for each ``BLOCK_TOKENS`` tokens.
     """
 
-    rows: Rows
+    rows: DeviceRows
     offset: int
     constants: Mapping[str, int]
     strides: dict[str, int]
@@ -108,7 +108,7 @@ def _plan(staged: Staged, base: int, units: int) -> tuple[Launch, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _rows(geometry: PoolGeometry) -> tuple[Rows, ...]:
+def _rows(geometry: PoolGeometry) -> tuple[DeviceRows, ...]:
     """The pool's rows by launch. Cached: a pool has hundreds, a write many chunks."""
     groups: list[list[int]] = []
     parts = geometry.components
@@ -123,7 +123,7 @@ def _rows(geometry: PoolGeometry) -> tuple[Rows, ...]:
         addresses = tuple(address for index in group for address in parts[index].device_rows)
         bits = functools.reduce(operator.or_, addresses, part.piece_bytes | part.device_row_stride)
         made.append(
-            Rows(
+            DeviceRows(
                 group[0],
                 len(group),
                 addresses,
@@ -145,7 +145,7 @@ def _alike(a: Component, b: Component) -> bool:
     )
 
 
-def _launch(rows: Rows, staged: Staged, base: int, tile_units: int) -> Launch:
+def _launch(rows: DeviceRows, staged: Staged, base: int, tile_units: int) -> Launch:
     geometry, to = staged.geometry, staged.parts[rows.first]
     # A layout without pages is one whose pages are single tokens: no division in the kernel.
     page = to.page if geometry.paged else to.token
@@ -159,7 +159,7 @@ def _launch(rows: Rows, staged: Staged, base: int, tile_units: int) -> Launch:
         "part_stride": apart,
     }
     width = access_width(base + to.base, rows.bits, *strides.values())
-    page_size = geometry.page_size if geometry.paged else 1
+    page_size = geometry.unit_slots
     constants = _constants(rows, geometry.layers, page_size, width, tile_units)
     code = tuple(constants.values())
     per_block = constants["PARTS"] * constants["LAYERS"] * constants["PIECES"] * constants["SEGMENTS"]
@@ -167,7 +167,9 @@ def _launch(rows: Rows, staged: Staged, base: int, tile_units: int) -> Launch:
 
 
 @functools.lru_cache(maxsize=64)
-def _constants(rows: Rows, layers: int, page_size: int, width: int, tile_units: int) -> Mapping[str, int]:
+def _constants(
+    rows: DeviceRows, layers: int, page_size: int, width: int, tile_units: int
+) -> Mapping[str, int]:
     """Cached: a chunk of a size not seen before has the same ones."""
     units = rows.piece_bytes // width
     block = block_units(units)

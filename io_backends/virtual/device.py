@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..chunks import STAGING_ALIGNMENT, Chunk, Staged
 from ..device.cpu import rows_view, strided_rows
 from ..device.driver import CopyRefusedError
-from ..geometry import Component, PoolGeometry
-from ..plan import CopyBatch
+from ..plan.chunks import STAGING_ALIGNMENT, Chunk, Staged
+from ..plan.copies import CopyBatch
+from ..plan.geometry import Component, PoolGeometry
 from . import gpu as torch_cuda
 from .gpu import Event, Gpu, Stream
 from .memory import POISON, Block, Borrowed
@@ -138,8 +138,7 @@ class VirtualDevice:
         reads, writes = [slots.bytes], []
         now = slots.values().reshape(-1)[chunk.start : chunk.stop]
         now = now[(now >= 0) & (now < geometry.device_slots)]
-        where = np.arange(chunk.first_slot, chunk.first_slot + chunk.tokens, dtype=np.int64)
-        page, offset = np.divmod(where, geometry.page_size)
+        page, offset = np.divmod(np.arange(chunk.tokens, dtype=np.int64), geometry.page_size)
         for part, to in zip(geometry.components, staged.parts, strict=True):
             to = replace(to, base=base + to.base)
             for layer in range(geometry.layers):

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from sglang_hicache.bench import gpu_suite
+from sglang_hicache.bench.calibrate import command as calibrate_command
+from sglang_hicache.bench.calibrate import machine_policy
+from sglang_hicache.bench.calibrate import run as calibrating
+from sglang_hicache.bench.calibrate.run import Calibration, Plan
 from sglang_hicache.bench.cli import app
-from sglang_hicache.bench.measure import calibrate as calibrating
-from sglang_hicache.bench.measure import calibrate_command, machine_policy, report, results, suite
-from sglang_hicache.bench.measure.calibrate import Calibration, Plan
+from sglang_hicache.bench.lab import gpu_suite
+from sglang_hicache.bench.measure import report, results, suite
 from sglang_hicache.bench.measure.cases import Case
 from sglang_hicache.bench.measure.devices import gpu_missing
-from sglang_hicache.bench.measure.results import CPU_WATERMARK, Row, Run, Spread
+from sglang_hicache.bench.measure.results import CPU_WATERMARK, Results, Row, Spread
 
 CASE = Case("Qwen3-8B", "page_first", 16, 4096, True)
 needs_no_gpu = pytest.mark.skipif(gpu_missing() is None, reason="it is about machines without a GPU")
@@ -31,7 +33,7 @@ def hicache_io(*words: str | Path) -> Result:
 def saved(path: Path, *ms: float, ran_on: str = "GPU", reason: str | None = None) -> Path:
     made = Row("bandwidth", CASE, "hybrid", checked=True, reason=reason)
     made.metrics = {"ms": Spread.of(ms), "gb_per_s": Spread(1.0, 1.0, 1.0, len(ms))} if ms else {}
-    results.save(Run({"ran_on": ran_on, "gpu": "NVIDIA H200"}, [made]), path)
+    results.save(Results({"ran_on": ran_on, "gpu": "NVIDIA H200"}, [made]), path)
     return path / "bench.json"
 
 
@@ -117,8 +119,8 @@ def test_submit_without_a_gpu_runs_against_a_driver_that_does_nothing(tmp_path: 
 
 
 def test_wrong_bytes_end_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(ask: Any, say: Any, save: Any) -> Run:
-        return Run(
+    def wrong(ask: Any, say: Any, save: Any) -> Results:
+        return Results(
             {"ran_on": "CPU"}, [Row("bandwidth", CASE, "hybrid", reason=f"{results.WRONG}: k, layer 0")]
         )
 
@@ -325,7 +327,7 @@ def test_what_a_gpu_machine_runs_needs_neither_typer_nor_rich_nor_matplotlib() -
         "for name in ('typer', 'rich', 'matplotlib'): sys.modules[name] = None\n"
         "from sglang_hicache.bench import gpu_suite\n"
         "from sglang_hicache.bench.measure import report, results\n"
-        "print(report.as_html(results.Run({'ran_on': 'GPU'})).count('No pictures'))\n"
+        "print(report.as_html(results.Results({'ran_on': 'GPU'})).count('No pictures'))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "1", done.stderr

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_hicache.bench.measure import machine_policy
-from sglang_hicache.bench.measure.calibrate import Calibration, Plan, conclude
-from sglang_hicache.bench.measure.calibration import (
+from sglang_hicache.bench.calibrate import machine_policy
+from sglang_hicache.bench.calibrate.calibration import (
     TOLERANCE,
     Choice,
     RefusedError,
@@ -22,6 +21,7 @@ from sglang_hicache.bench.measure.calibration import (
     best_value,
     segments,
 )
+from sglang_hicache.bench.calibrate.run import Calibration, Plan, conclude
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.load import default_policy, policy_in_force

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from sglang_hicache.bench.gpu_table import steps_table, sustained_table, waits_table
+from sglang_hicache.bench.lab.gpu_table import steps_table, sustained_table, waits_table
 from sglang_hicache.bench.measure.cases import Case
-from sglang_hicache.bench.measure.results import Row, Run, Spread
+from sglang_hicache.bench.measure.results import Results, Row, Spread
 
 CASE = "Qwen3-8B page_first page 16 8192 tokens fragmented triton"
 
@@ -68,7 +68,7 @@ def test_pace_is_a_line_for_each_contender_and_says_who_has_no_fence() -> None:
         for who, found in (("auto", spreads), ("sglang_kernel", spreads), ("hybrid", {}))
     )
     machine = dict.fromkeys(("gpu", "driver", "cuda", "torch", "sglang", "date"), "x")
-    run = Run(machine, [ours, theirs, failed], ceilings={"link": Spread(52.5, 48.4, 55.0, 5)})
+    run = Results(machine, [ours, theirs, failed], ceilings={"link": Spread(52.5, 48.4, 55.0, 5)})
     assert sustained_table(run).splitlines()[4:] == [
         "| Qwen3-8B, prefill 25 ms, 8,192 tokens | 64 | `auto` | 45.00 of 50.00 (90%) | 1.100x "
         "| 2.00, at most 7.00 | 30.0, p99 55.0 | 3,624 |",
@@ -83,7 +83,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, module: str, tex
     path = tmp_path / "bench.json"
     if text is not None:
         path.write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", f"sglang_hicache.bench.{module}", str(path)]
+    command = [sys.executable, "-m", f"sglang_hicache.bench.lab.{module}", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sglang_hicache.bench.measure.cases import LAYOUTS, MODELS, Case, entry_bytes, grid, pool_of, slots_of
 from sglang_hicache.bench.measure.devices import TimedCpu
 from sglang_hicache.bench.measure.memory import POISON, Memory
-from sglang_hicache.io_backends.plan import direct_copies
+from sglang_hicache.io_backends.plan.copies import direct_copies
 
 
 def test_bytes_of_named_models() -> None:

@@ -17,7 +17,7 @@ from sglang_hicache.bench.measure.contenders import names
 from sglang_hicache.bench.measure.devices import TimedCpu
 from sglang_hicache.bench.measure.one_write import Setting, bandwidth
 from sglang_hicache.bench.measure.patterns import PATTERNS
-from sglang_hicache.bench.measure.results import METRICS, WRONG, Row, Run, Spread, load, save
+from sglang_hicache.bench.measure.results import METRICS, WRONG, Results, Row, Spread, load, save
 from sglang_hicache.bench.measure.stand_ins import StandIn
 from sglang_hicache.bench.measure.suite import GRIDS, WEIGHTS, Ask, measure
 from sglang_hicache.bench.measure.sustained import CONTENDERS
@@ -86,7 +86,7 @@ def test_wrong_bytes_are_noticed_and_not_measured(mutant: str) -> None:
     assert str(bad.reason).startswith(WRONG)
     assert not bad.checked
     assert not bad.metrics
-    assert Run({}, [bad]).wrong() == [bad]
+    assert Results({}, [bad]).wrong() == [bad]
 
 
 @pytest.mark.usefixtures("tiny")
@@ -140,7 +140,7 @@ def test_every_measurement_has_a_row_for_every_contender() -> None:
     assert {row.forward for row in sustained} == set(PATTERNS)
     assert all({"kept_gb_per_s", "slow_down", "fence_ms", "held_mb"} <= set(row.metrics) for row in sustained)
     assert all(row.series and len(row.series[0]) == 2 for row in sustained)
-    assert Run.from_dict(run.to_dict()).to_dict() == run.to_dict()
+    assert Results.from_dict(run.to_dict()).to_dict() == run.to_dict()
     assert all("ack_us" in row.metrics for row in run.of("latency") if row.metrics)
 
 

@@ -15,8 +15,8 @@ from sglang_hicache.bench.measure.contenders import Task
 from sglang_hicache.bench.measure.overlap import Step, run
 from sglang_hicache.bench.measure.writers import OwnWriter
 from sglang_hicache.io_backends import get_backend
+from sglang_hicache.io_backends.plan.ring import Ring
 from sglang_hicache.io_backends.routes import one_route
-from sglang_hicache.io_backends.staging import Ring
 from sglang_hicache.io_backends.virtual import gpu as cuda
 from sglang_hicache.io_backends.virtual.device import VirtualDevice
 from sglang_hicache.io_backends.virtual.gpu import Event, Stream

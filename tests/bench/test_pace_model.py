@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from sglang_hicache.bench.measure import pace_model
+from sglang_hicache.bench.lab import pace_model
+from sglang_hicache.bench.lab.pace_model import H100, simulate
 from sglang_hicache.bench.measure.cases import MODELS, Case
 from sglang_hicache.bench.measure.overlap import Step, figures, quantile
-from sglang_hicache.bench.measure.pace_model import H100, simulate
 from sglang_hicache.bench.measure.patterns import PATTERNS, whole_pages
 from sglang_hicache.bench.measure.writers import OwnWriter
 from sglang_hicache.io_backends.hybrid import HybridBackend

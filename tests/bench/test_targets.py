@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from sglang_hicache.bench import targets
+from sglang_hicache.bench.lab import targets
 from sglang_hicache.bench.measure.cases import Case
-from sglang_hicache.bench.measure.results import Row, Run, Spread
+from sglang_hicache.bench.measure.results import Results, Row, Spread
 
 
 def row(measurement: str, case: Case, who: str, forward: str | None = None, **metrics: float) -> Row:
@@ -12,7 +12,7 @@ def row(measurement: str, case: Case, who: str, forward: str | None = None, **me
     return Row(measurement, case, who, forward=forward, metrics=spreads, checked=True)
 
 
-def line(run: Run, *words: str) -> list[str]:
+def line(run: Results, *words: str) -> list[str]:
     """Cells, reached, least, median and greatest of the one line that has all words."""
     (found,) = [each for each in targets.table(run).splitlines() if all(word in each for word in words)]
     return [cell.strip() for cell in found.split("|")[3:-1]]
@@ -29,7 +29,7 @@ def test_rates_are_held_to_the_link_to_sglangs_best_and_to_its_default() -> None
         rows.append(row("bandwidth", case, "auto", gb_per_s=ours, link_share=share, submit_us=10.0))
         rows.append(row("bandwidth", case, "sglang_staged", gb_per_s=40.0, submit_us=80.0))
         rows.append(row("bandwidth", case, "sglang_kernel", gb_per_s=50.0))
-    run = Run({"ran_on": "GPU"}, rows)
+    run = Results({"ran_on": "GPU"}, rows)
     # A write of less than 4,096 tokens is not held to the link.
     assert line(run, "95% of the link", "page 16 and 64") == ["1", "1", "96%", "96%", "96%"]
     assert line(run, "95% of the link", "page 1 |") == ["1", "0", "80%", "80%", "80%"]
@@ -45,9 +45,9 @@ def test_threads_are_compared_with_what_was_left_for_later_and_as_the_bandwidth_
         row("submit", ONES, "auto", submit_us=1.0),
         row("submit", ONES, "sglang_staged", submit_us=1.0),
     ]
-    assert line(Run({}, rows), "thread's time", "fragmented") == ["1", "1", "8.0", "8.0", "8.0"]
+    assert line(Results({}, rows), "thread's time", "fragmented") == ["1", "1", "8.0", "8.0", "8.0"]
     rows[0].metrics["later_us"] = Spread(30.0, 30.0, 30.0, 3)
-    assert line(Run({}, rows), "thread's time", "fragmented") == ["1", "0", "2.0", "2.0", "2.0"]
+    assert line(Results({}, rows), "thread's time", "fragmented") == ["1", "0", "2.0", "2.0", "2.0"]
 
 
 def test_forwards_and_stalls() -> None:
@@ -59,7 +59,7 @@ def test_forwards_and_stalls() -> None:
         row("fence", LONG, "hybrid", stall_ms=0.1),
         row("fence", LONG, "fenced_kernel", stall_ms=2.0),
     ]
-    run = Run({}, rows)
+    run = Results({}, rows)
     assert line(run, "`hybrid`, `page_first`, all SMs") == ["2", "1", "1.03x", "1.04x", "1.05x"]
     assert line(run, "`hybrid`, `page_first`, half") == ["1", "0", "1.20x", "1.20x", "1.20x"]
     assert line(run, "`hybrid`, `page_first`, decode steps") == ["1", "0", "40.00x", "40.00x", "40.00x"]
@@ -89,7 +89,7 @@ def test_pace_is_held_against_what_was_asked_and_against_sglangs_kernel() -> Non
         # Without figures of SGLang's kernel there is nothing to divide by.
         sustained(ONES, "sglang_staged", **full),
     ]
-    run = Run({"ran_on": "GPU"}, rows, ceilings={"link": Spread(50.0, 50.0, 50.0, 3)})
+    run = Results({"ran_on": "GPU"}, rows, ceilings={"link": Spread(50.0, 50.0, 50.0, 3)})
     half, nearly_all = "up to half", "page 1, 96% of the link"
     assert line(run, "pace 90%", half) == ["1", "1", "100%", "100%", "100%"]
     assert line(run, "pace 90%", nearly_all) == ["1", "0", "90%", "90%", "90%"]

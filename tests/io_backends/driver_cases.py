@@ -24,9 +24,9 @@ from strategies import pools, writes
 
 from sglang_hicache.io_backends import CopyBatch, direct_copies
 from sglang_hicache.io_backends.device.base import DeviceUnavailableError
+from sglang_hicache.io_backends.device.copy_interleaving import InterleavedCopies
 from sglang_hicache.io_backends.device.driver import CopyRefusedError, Driver, DriverError
-from sglang_hicache.io_backends.device.host_ranges import UnknownHostMemoryError
-from sglang_hicache.io_backends.device.turns import Turns
+from sglang_hicache.io_backends.device.host_memory import UnknownHostMemoryError
 
 STREAM = 0x5EED
 BATCH, SINGLE = 1, 2
@@ -366,10 +366,10 @@ def open_cuda() -> Any:
     return open_device("cuda")
 
 
-def turns_of(torch: FakeTorch, turn_bytes: int, **options: int) -> Turns:
+def turns_of(torch: FakeTorch, turn_bytes: int, **options: int) -> InterleavedCopies:
     numbers = itertools.count(STREAM + 1)
     new_stream = lambda: torch.cuda.ExternalStream(next(numbers))  # noqa: E731
-    return Turns(torch.cuda.Event, Driver(**options), new_stream, turn_bytes)
+    return InterleavedCopies(torch.cuda.Event, Driver(**options), new_stream, turn_bytes)
 
 
 class TestTurns:

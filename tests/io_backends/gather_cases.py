@@ -16,14 +16,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import POISON, MemoryPool, make_pool, on_the_host
-from strategies import LAYOUTS, pools, writes
+from strategies import LAYOUTS, pools, whole_writes
 
 from sglang_hicache.io_backends import Transfer, get_backend
-from sglang_hicache.io_backends.chunks import STAGING_ALIGNMENT, Chunk, staged
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.device.gather import Gather
 from sglang_hicache.io_backends.device.gather_plan import plan
-from sglang_hicache.io_backends.staged_plan import plan_write
+from sglang_hicache.io_backends.plan.chunks import STAGING_ALIGNMENT, Chunk, staged
+from sglang_hicache.io_backends.plan.staged_write import WritePlan
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_gather.py"
 
@@ -57,9 +57,10 @@ def through_staging(
     buffer = np.full(capacity + 2 * guard, POISON, dtype=np.uint8)
     base = -(-int(buffer.ctypes.data + 1) // STAGING_ALIGNMENT) * STAGING_ALIGNMENT + offset
     stream = device.current_stream()
-    for chunk, place, _, planned in plan_write(pool.geometry, host, capacity):
-        device.gather(place, base, slots, chunk, stream, ctas)
-        device.copy(planned(base), stream)
+    plan = WritePlan(pool.geometry, host, capacity)
+    for planned in plan:
+        device.gather(planned.staged, base, slots, planned.chunk, stream, ctas)
+        device.copy(plan.drain(planned, base), stream)
     start = base - int(buffer.ctypes.data)
     assert np.all(buffer[:start] == POISON), "wrote before the staging buffer"
     assert np.all(buffer[start + capacity :] == POISON), "wrote behind the staging buffer"
@@ -70,16 +71,11 @@ def assert_host(pool: MemoryPool, expected: list[np.ndarray]) -> None:
         np.testing.assert_array_equal(got, want, err_msg=part.name)
 
 
-def unit(pool: MemoryPool) -> int:
-    g = pool.geometry
-    return g.bytes_per_token * (g.page_size if g.paged else 1)
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_moves_exactly_these_rows(data: st.DataObject) -> None:
     pool = data.draw(pools())
-    host, slots = data.draw(writes(pool))
+    host, slots = data.draw(whole_writes(pool))
     expected = pool.expected(host, slots)
     warps, units_per_thread = data.draw(st.sampled_from(SHAPES))
     index_dtype = data.draw(st.sampled_from([np.int64, np.int32]))
@@ -89,7 +85,7 @@ def test_moves_exactly_these_rows(data: st.DataObject) -> None:
         slots.astype(index_dtype),
         InterpretedDevice(warps, units_per_thread),
         ctas=data.draw(st.sampled_from([1, 3, 32])),
-        capacity=unit(pool) * data.draw(st.integers(2, 9))
+        capacity=pool.geometry.unit_bytes * data.draw(st.integers(2, 9))
         + 2 * STAGING_ALIGNMENT * len(pool.geometry.components),
         offset=data.draw(st.sampled_from([0, 0, 1, 8])),
     )
@@ -115,10 +111,12 @@ def test_every_layout_and_width(layout: str, row_bytes: tuple[int, ...], heads: 
     )
     rng = np.random.default_rng(0)
     pages = rng.permutation(6)[:5]
-    host = (pages[:, None] * 4 + np.arange(4)).reshape(-1)[:-1]
+    host = (pages[:, None] * 4 + np.arange(4)).reshape(-1)
+    if not pool.geometry.paged:
+        host = host[:-1]
     slots = rng.permutation(64)[: len(host)]
     expected = pool.expected(host, slots)
-    capacity = unit(pool) * 24 + 2 * STAGING_ALIGNMENT * len(row_bytes)
+    capacity = pool.geometry.unit_bytes * 24 + 2 * STAGING_ALIGNMENT * len(row_bytes)
     through_staging(pool, host, slots, InterpretedDevice(1, 4), ctas=2, capacity=capacity)
     assert_host(pool, expected)
 
@@ -172,9 +170,8 @@ def test_row_offsets_pass_32_bits() -> None:
 @settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_hybrid_with_this_gather(data: st.DataObject) -> None:
-    # Not the paged layouts: scattered host slots there are a launch a token, seconds in the interpreter.
-    pool = data.draw(pools(("layer_first", "page_first")))
-    host, slots = data.draw(writes(pool))
+    pool = data.draw(pools())
+    host, slots = data.draw(whole_writes(pool))
     expected = pool.expected(host, slots)
     device = InterpretedDevice()
     backend = get_backend("hybrid")(device, {"staging_mb": 1})
@@ -196,7 +193,7 @@ def test_hybrid_with_this_gather(data: st.DataObject) -> None:
 class TestLaunch:
     def launch(self, slots: torch.Tensor, ctas: int) -> None:
         pool = make_pool("page_first", layers=1, page_size=1, row_bytes=(16,))
-        Gather().launch(on_the_host(pool.geometry), 0, slots, Chunk(0, 1, 0), ctas)
+        Gather().launch(on_the_host(pool.geometry), 0, slots, Chunk(0, 1), ctas)
 
     def test_indices_of_another_type_are_refused(self) -> None:
         with pytest.raises(TypeError, match=r"torch\.float32, not int64 or int32"):
@@ -214,7 +211,7 @@ class TestLaunch:
         pool = make_pool("page_first", layers=1, page_size=1, row_bytes=(16,), pages=8)
         slots = torch.arange(16)[::2]
         expected = pool.expected(np.arange(8), slots.numpy())
-        Gather().launch(on_the_host(pool.geometry), 0, slots, Chunk(0, 8, 0), 1)
+        Gather().launch(on_the_host(pool.geometry), 0, slots, Chunk(0, 8), 1)
         assert_host(pool, expected)
 
     def test_preparing_writes_nothing(self) -> None:

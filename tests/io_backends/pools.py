@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sglang_hicache.io_backends import Component, PoolGeometry, host_strides
-from sglang_hicache.io_backends.chunks import Staged
+from sglang_hicache.io_backends.plan.chunks import Staged
 
 POISON = 0xA5
 

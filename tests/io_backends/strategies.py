@@ -60,3 +60,18 @@ def writes(draw: st.DrawFn, pool: MemoryPool) -> tuple[np.ndarray, np.ndarray]:
     else:
         device = rng.permutation(g.device_slots)[:n]
     return host.astype(np.int64), device.astype(np.int64)
+
+
+@st.composite
+def whole_writes(draw: st.DrawFn, pool: MemoryPool) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`writes`; whole pages in a paged layout, in order or shuffled, also one or none."""
+    g = pool.geometry
+    if not g.paged:
+        return draw(writes(pool))
+    most = min(g.host_slots, g.device_slots) // g.page_size
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    pages = rng.permutation(g.host_slots // g.page_size)[: draw(st.integers(0, most))]
+    if draw(st.booleans()):
+        pages = np.sort(pages)
+    host = (pages[:, None] * g.page_size + np.arange(g.page_size)).reshape(-1)
+    return host.astype(np.int64), rng.permutation(g.device_slots)[: len(host)].astype(np.int64)

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import MemoryPool, make_pool
-from strategies import pools, writes
+from strategies import pools, whole_writes, writes
 
 from sglang_hicache.io_backends import Backend, Transfer, get_backend
-from sglang_hicache.io_backends.chunks import STAGING_ALIGNMENT
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.interface import OptionsError
+from sglang_hicache.io_backends.plan.chunks import STAGING_ALIGNMENT
+from sglang_hicache.io_backends.plan.ring import ANY_GAP, Ring
 from sglang_hicache.io_backends.registry import OWN_NAMES
-from sglang_hicache.io_backends.staging import ANY_GAP, Ring
 
 LAYOUTS_OF_ALL = ("layer_first", "page_first", "page_first_direct")
 
@@ -97,7 +97,7 @@ def make(name: str, device: RecordingDevice, **options: Any) -> Backend:
 @given(st.data())
 def test_moves_exactly_these_rows(name: str, data: st.DataObject) -> None:
     pool = data.draw(pools(LAYOUTS_OF_ALL))
-    host, rows = data.draw(writes(pool))
+    host, rows = data.draw((whole_writes if name == "hybrid" else writes)(pool))
     backend = make(name, RecordingDevice(), staging_mb=1)
     assert backend.supports(pool.geometry) is None
     backend.prepare(pool.geometry)

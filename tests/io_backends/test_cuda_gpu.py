@@ -13,15 +13,15 @@ from gpu import LONG, MARKS, WHY_NOT, GpuPool, assert_host, gpu_pool, prepared, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import POISON, make_pool, on_the_host
-from strategies import LAYOUTS, pools, writes
+from strategies import LAYOUTS, pools, whole_writes, writes
 
 from sglang_hicache.io_backends import CopyBatch, direct_copies
-from sglang_hicache.io_backends.chunks import Chunk
 from sglang_hicache.io_backends.device.base import DeviceUnavailableError
+from sglang_hicache.io_backends.device.copy_interleaving import TURN_BYTES
 from sglang_hicache.io_backends.device.cuda import CudaDevice
 from sglang_hicache.io_backends.device.driver import CopyRefusedError, DriverError
-from sglang_hicache.io_backends.device.host_ranges import HostRange, UnknownHostMemoryError
-from sglang_hicache.io_backends.device.turns import TURN_BYTES
+from sglang_hicache.io_backends.device.host_memory import HostRange, UnknownHostMemoryError
+from sglang_hicache.io_backends.plan.chunks import Chunk
 
 pytestmark = MARKS
 if WHY_NOT is None:
@@ -73,7 +73,7 @@ class TestBytes:
     def test_random_pools_and_writes(self, any_device: CudaDevice, name: str, data: st.DataObject) -> None:
         layouts = ("layer_first", "page_first", "page_first_direct") if name == "copy_engine" else LAYOUTS
         pool = GpuPool(data.draw(pools(layouts)))
-        host, slots = data.draw(writes(pool))
+        host, slots = data.draw((whole_writes if name == "hybrid" else writes)(pool))
         expected = pool.expected(host, slots)
         write(any_device, name, pool, host, slots)
         assert_host(pool, expected)
@@ -112,7 +112,8 @@ class TestBytes:
             pages=160,
             device_slots=2560,
         )
-        host, slots = fragmented(pool, tokens, seed=tokens)
+        # Whole pages, which is all that is written to paged layouts.
+        host, slots = fragmented(pool, -(-tokens // 16) * 16 if pool.geometry.paged else tokens, seed=tokens)
         expected = pool.expected(host, slots)
         write(any_device, "hybrid", pool, host, slots)
         assert_host(pool, expected)
@@ -137,7 +138,7 @@ class TestBytes:
             pages=pages,
             device_slots=pages * page_size,
         )
-        host, slots = fragmented(pool, tokens, seed=1)
+        host, slots = fragmented(pool, -(-tokens // page_size) * page_size, seed=1)
         expected = pool.expected(host, slots)
         for name in ("hybrid",) if layout == "page_head" else ("hybrid", "copy_engine"):
             for array in pool.host:
@@ -297,7 +298,7 @@ class TestRefusals:
             with pytest.raises(CopyRefusedError, match="graph is being captured"):
                 device.copy(batch, stream)
             with pytest.raises(CopyRefusedError, match="graph is being captured"):
-                device.gather(on_the_host(pool.geometry), 0, slots, Chunk(0, 8, 0), stream, 1)
+                device.gather(on_the_host(pool.geometry), 0, slots, Chunk(0, 8), stream, 1)
             counter.add_(1)
         graph.replay()
         torch.cuda.synchronize()

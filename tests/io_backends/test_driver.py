@@ -13,7 +13,7 @@ from own_process import fake_driver, run_cases
 from pools import make_pool
 
 from sglang_hicache.io_backends import CopyBatch
-from sglang_hicache.io_backends.device.host_ranges import (
+from sglang_hicache.io_backends.device.host_memory import (
     HostRange,
     HostRanges,
     UnknownHostMemoryError,

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from pools import make_pool
 
-from sglang_hicache.io_backends.chunks import Chunk, staged
 from sglang_hicache.io_backends.device.gather import Gather
 from sglang_hicache.io_backends.device.gather_plan import WARPS, Launch, plan
+from sglang_hicache.io_backends.plan.chunks import Chunk, staged
 
 pytest.importorskip("triton", reason="the gather needs Triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -188,7 +188,7 @@ def test_later_launches_skip_tritons_look_up_and_launch_the_same(monkeypatch: py
     for dtype in (torch.int64, torch.int32):
         slots = torch.arange(10, dtype=dtype)
         for _ in range(2):
-            gather.launch(staged(pool.geometry, 10), 1 << 20, slots, Chunk(2, 9, 0), 4, stream)
+            gather.launch(staged(pool.geometry, 10), 1 << 20, slots, Chunk(2, 9), 4, stream)
         first, second = recording.launched[-2:]
         assert first == second
         assert first[:4] == (4, 1, 1, 77)

@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pools import POISON, MemoryPool, make_pool
-from strategies import LAYOUTS, pools, writes
+from reference_plan import Piece, reference_plan
+from strategies import LAYOUTS, pools, whole_writes, writes
 
 from sglang_hicache.io_backends import CopyBatch, direct_copies
-from sglang_hicache.io_backends.chunks import (
+from sglang_hicache.io_backends.device.cpu import CpuDevice, rows_view, strided_rows
+from sglang_hicache.io_backends.plan.chunks import (
     STAGING_ALIGNMENT,
     Chunk,
-    Staged,
     chunk_lengths,
-    chunk_slots,
     chunk_units,
-    chunks,
-    staged,
 )
-from sglang_hicache.io_backends.device.cpu import CpuDevice
-from sglang_hicache.io_backends.staged_plan import (
-    drain_copies,
-    drain_entries,
-    plan_write,
-    whole_pages,
-)
+from sglang_hicache.io_backends.plan.staged_write import WritePlan, copies_to_drain, is_whole
 
 DEVICE = CpuDevice()
 
 
 def run(batch: CopyBatch) -> None:
-    assert np.all(batch.nbytes > 0), "an empty entry: cuMemcpyBatchAsync rejects those"
+    assert np.all(batch.nbytes > 0), "an empty copy: cuMemcpyBatchAsync rejects those"
     DEVICE.copy(batch, DEVICE.current_stream())
 
 
@@ -45,21 +38,21 @@ def assert_host(pool: MemoryPool, expected: list[np.ndarray]) -> None:
 
 
 def through_staging(pool: MemoryPool, host: np.ndarray, device: np.ndarray, capacity: int) -> int:
-    """Copy through a staging buffer of ``capacity`` bytes with guards around it; the entries used."""
+    """Copy through a staging buffer of ``capacity`` bytes with guards around it; how many copies it took."""
     guard = 64
     buffer = np.full(capacity + 2 * guard, POISON, dtype=np.uint8)
-    entries = 0
+    copies = 0
     base, stream = int(buffer.ctypes.data) + guard, DEVICE.current_stream()
-    plan = plan_write(pool.geometry, host, capacity)
-    for chunk, place, _, planned in plan:
-        DEVICE.gather(place, base, device, chunk, stream, ctas=1)
-        drain = planned(base)
+    plan = WritePlan(pool.geometry, host, capacity)
+    for planned in plan:
+        DEVICE.gather(planned.staged, base, device, planned.chunk, stream, ctas=1)
+        drain = plan.drain(planned, base)
         run(drain)
-        entries += len(drain)
-    assert entries == plan.copies()
+        copies += len(drain)
+    assert copies == plan.copies()
     assert np.all(buffer[:guard] == POISON), "wrote before the staging buffer"
     assert np.all(buffer[-guard:] == POISON), "wrote behind the staging buffer"
-    return entries
+    return copies
 
 
 @settings(max_examples=400, deadline=None)
@@ -85,7 +78,7 @@ def ring_of(pool: MemoryPool, units: int) -> int:
 @given(st.data())
 def test_gather_and_drain_move_exactly_these_rows(data: st.DataObject) -> None:
     pool = data.draw(pools())
-    host, device = data.draw(writes(pool))
+    host, device = data.draw(whole_writes(pool))
     expected = pool.expected(host, device)
     capacity = ring_of(pool, data.draw(st.integers(2, 9)))
     through_staging(pool, host, device, capacity)
@@ -94,16 +87,16 @@ def test_gather_and_drain_move_exactly_these_rows(data: st.DataObject) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_entries_are_known_before_the_plan(data: st.DataObject) -> None:
+def test_copies_are_counted_before_the_plan(data: st.DataObject) -> None:
     pool = data.draw(pools())
     host, _ = data.draw(writes(pool))
     g = pool.geometry
-    planned = plan_write(g, host, 4 * max(1, len(host)) * 2**20).copies()
-    counted = drain_entries(g, host)
-    if g.paged and whole_pages(host, g.page_size) is None:
-        assert counted >= planned
+    ring = 4 * max(1, len(host)) * 2**20
+    counted = copies_to_drain(g, host)
+    if is_whole(g, host):
+        assert counted == WritePlan(g, host, ring).copies()
     else:
-        assert counted == planned
+        assert counted >= sum(len(drain) for _, _, drain in reference_plan(g, host, ring))
 
 
 @settings(max_examples=200, deadline=None)
@@ -111,16 +104,12 @@ def test_entries_are_known_before_the_plan(data: st.DataObject) -> None:
 def test_chunks_cover_the_transfer_once_and_in_order(data: st.DataObject) -> None:
     pool = data.draw(pools())
     g = pool.geometry
-    host, _ = data.draw(writes(pool))
-    capacity = ring_of(pool, data.draw(st.integers(2, 9)))
+    host, _ = data.draw(whole_writes(pool))
     position = 0
-    for chunk in chunks(g, host, capacity):
+    for chunk, place, _ in WritePlan(g, host, ring_of(pool, data.draw(st.integers(2, 9)))):
         assert chunk.start == position
-        assert chunk.stop > chunk.start
-        assert 0 <= chunk.first_slot < g.page_size
-        if g.paged:
-            offsets = (chunk.first_slot + np.arange(chunk.tokens)) % g.page_size
-            np.testing.assert_array_equal(offsets, host[chunk.start : chunk.stop] % g.page_size)
+        assert chunk.tokens == place.slots > 0
+        assert chunk.tokens % g.unit_slots == 0
         position = chunk.stop
     assert position == len(host)
 
@@ -129,27 +118,17 @@ def test_chunks_cover_the_transfer_once_and_in_order(data: st.DataObject) -> Non
 @given(st.data())
 def test_neighbouring_chunks_fit_the_ring_together(data: st.DataObject) -> None:
     pool = data.draw(pools())
-    host, _ = data.draw(writes(pool))
+    host, _ = data.draw(whole_writes(pool))
     capacity = ring_of(pool, data.draw(st.integers(2, 9)))
-    planned = plan_write(pool.geometry, host, capacity)
+    planned = WritePlan(pool.geometry, host, capacity)
     for each in planned:
         assert each.staged.nbytes <= each.room <= capacity
-        drain = each.drain(0)
+        drain = planned.drain(each, 0)
         assert int((drain.src + drain.nbytes).max()) <= each.staged.nbytes
     for one, next_one in pairwise(planned):
         assert one.room + next_one.room <= capacity
-    units = not pool.geometry.paged or whole_pages(host, pool.geometry.page_size) is not None
-    if units and sum(each.room for each in planned) > capacity:
+    if sum(each.room for each in planned) > capacity:
         assert planned[0].room == planned[2].room
-
-
-def loose(pool: MemoryPool, host: np.ndarray, capacity: int) -> list[tuple[Chunk, Staged, CopyBatch]]:
-    """The general path, which takes whole pages for loose tokens too."""
-    planned = []
-    for chunk in chunks(pool.geometry, host, capacity):
-        place = staged(pool.geometry, chunk_slots(pool.geometry, chunk))
-        planned.append((chunk, place, drain_copies(pool.geometry, place, chunk, host)))
-    return planned
 
 
 def rows_of(batch: CopyBatch) -> set[tuple[int, int, int]]:
@@ -158,16 +137,39 @@ def rows_of(batch: CopyBatch) -> set[tuple[int, int, int]]:
 
 @settings(max_examples=600, deadline=None)
 @given(st.data())
-def test_units_are_planned_as_loose_tokens_are(data: st.DataObject) -> None:
+def test_runs_are_planned_as_the_reference_plans_tokens(data: st.DataObject) -> None:
     pool = data.draw(pools())
-    host, _ = data.draw(writes(pool))
+    host, _ = data.draw(whole_writes(pool))
     capacity = ring_of(pool, data.draw(st.integers(2, 9)))
-    planned, general = plan_write(pool.geometry, host, capacity), loose(pool, host, capacity)
-    for got, (chunk, place, want) in zip(planned, general, strict=True):
-        assert (got.chunk, got.staged) == (chunk, place)
-        drain = got.drain(0)
+    plan = WritePlan(pool.geometry, host, capacity)
+    for got, (piece, place, want) in zip(plan, reference_plan(pool.geometry, host, capacity), strict=True):
+        assert Piece(*got.chunk, 0) == piece
+        assert got.staged == place
+        drain = plan.drain(got, 0)
         assert len(drain) == len(want)
         assert rows_of(drain) == rows_of(want)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_the_reference_moves_exactly_these_rows_of_pages_in_part_too(data: st.DataObject) -> None:
+    pool = data.draw(pools())
+    g = pool.geometry
+    host, device = data.draw(writes(pool))
+    expected = pool.expected(host, device)
+    capacity = ring_of(pool, data.draw(st.integers(2, 9)))
+    staging = np.full(capacity, POISON, dtype=np.uint8)
+    base = int(staging.ctypes.data)
+    for piece, place, drain in reference_plan(g, host, capacity):
+        rows = device[piece.start : piece.stop]
+        page, offset = np.divmod(piece.first_slot + np.arange(len(rows)), g.page_size)
+        for part, to in zip(g.components, place.parts, strict=True):
+            to = replace(to, base=base + to.base)
+            for layer, nth in itertools.product(range(g.layers), range(to.pieces)):
+                there = strided_rows(to, place.slots, g.page_size, part.piece_bytes, layer, nth)
+                there[page, offset] = rows_view(g, part, layer, nth)[rows]
+        run(replace(drain, src=drain.src + np.uint64(base)))
+    assert_host(pool, expected)
 
 
 @settings(max_examples=200, deadline=None)
@@ -175,12 +177,10 @@ def test_units_are_planned_as_loose_tokens_are(data: st.DataObject) -> None:
 def test_copies_are_in_the_order_of_host_memory(data: st.DataObject) -> None:
     pool = data.draw(pools())
     g = pool.geometry
-    host, device = data.draw(writes(pool))
+    host, device = data.draw(whole_writes(pool))
     batches = [direct_copies(g, host, device)] if g.layout == "layer_first" else []
-    if not g.paged or whole_pages(host, g.page_size) is not None:
-        # Loose tokens of pages that are written in part come after the whole ones.
-        planned = plan_write(g, host, ring_of(pool, data.draw(st.integers(2, 9))))
-        batches += [each.drain(0) for each in planned]
+    plan = WritePlan(g, host, ring_of(pool, data.draw(st.integers(2, 9))))
+    batches += [plan.drain(each, 0) for each in plan]
     for batch in batches:
         for memory in pool.host:
             start = int(memory.ctypes.data)
@@ -202,29 +202,56 @@ def test_slots_whose_ends_look_like_one_run_are_looked_at_in_between(layout: str
 
 
 def test_a_chunk_is_planned_from_what_the_slots_were_then() -> None:
-    # Whole pages, not whole ones, and more than one run.
-    for host in (np.arange(8), np.arange(1, 8), np.array([4, 5, 6, 7, 0, 1, 2, 3])):
+    # One run, and more than one.
+    for host in (np.arange(8), np.array([4, 5, 6, 7, 0, 1, 2, 3])):
         for layout in ("page_first", "page_first_direct"):
             pool = make_pool(layout, layers=2, page_size=4, row_bytes=(8, 8))
-            want = rows_of(plan_write(pool.geometry, host, 2**20)[0].drain(0))
+            fresh = WritePlan(pool.geometry, host, 2**20)
+            want = rows_of(fresh.drain(fresh[0], 0))
             given_slots = host.astype(np.int64)
-            plan = plan_write(pool.geometry, given_slots, 2**20)
+            plan = WritePlan(pool.geometry, given_slots, 2**20)
             assert plan.copies() == len(want)
             given_slots[:] = 9
-            assert rows_of(plan[0].drain(0)) == want
+            assert rows_of(plan.drain(plan[0], 0)) == want
 
 
-@given(st.lists(st.integers(0, 8), max_size=4), st.integers(1, 4), st.data())
-def test_whole_pages_are_told_from_anything_else(numbers: list[int], page: int, data: st.DataObject) -> None:
-    slots = (np.array(numbers, dtype=np.int64)[:, None] * page + np.arange(page)).reshape(-1)
-    assert whole_pages(slots, page).tolist() == numbers  # type: ignore[union-attr]
-    if len(slots):
-        where = data.draw(st.integers(0, len(slots) - 1))
-        changed = slots.copy()
-        changed[where] += data.draw(st.sampled_from([-1, 1]))
-        if page > 1:
-            assert whole_pages(changed, page) is None
-            assert whole_pages(slots[1:], page) is None
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_whole_pages_are_told_from_anything_else(data: st.DataObject) -> None:
+    pool = data.draw(pools())
+    g = pool.geometry
+    host, _ = data.draw(writes(pool))
+    page = g.unit_slots
+    by_hand = len(host) % page == 0 and all(
+        first % page == 0 and host[at : at + page].tolist() == list(range(first, first + page))
+        for at, first in ((at, int(host[at])) for at in range(0, len(host), page))
+    )
+    assert is_whole(g, host) == by_hand
+    if by_hand and page > 1 and len(host):
+        where = data.draw(st.integers(0, len(host) - 1))
+        changed = host.copy()
+        changed[where] += data.draw(st.sampled_from([-1, 1, page]))
+        assert not is_whole(g, changed)
+        assert not is_whole(g, host[1:])
+        assert is_whole(g, host + page)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_write_that_is_not_whole_pages_is_refused_before_any_copy(data: st.DataObject) -> None:
+    pool = data.draw(pools(("page_first_direct", "page_head")))
+    host, _ = data.draw(writes(pool))
+    assume(not is_whole(pool.geometry, host))
+
+    def count(plan: WritePlan) -> int:
+        return plan.copies()
+
+    def first(plan: WritePlan) -> CopyBatch:
+        return plan.drain(plan[0], 0)
+
+    for ask in (count, first):
+        with pytest.raises(ValueError, match="must be whole pages of"):
+            ask(WritePlan(pool.geometry, host, 2**30))
 
 
 class TestChunkSizes:
@@ -274,17 +301,17 @@ class TestChunkSizes:
         k_and_v = (2048, 2048)
         pool = make_pool("page_first", layers=36, page_size=1, row_bytes=k_and_v, pages=1, device_slots=1)
         g = replace(pool.geometry, host_slots=8192)
-        planned = plan_write(g, np.arange(8192), 256 * 2**20)
-        assert planned.copies() == sum(len(each.drain(0)) for each in planned) == 18
-        assert planned[0].chunk == Chunk(0, 912, 0)
+        planned = WritePlan(g, np.arange(8192), 256 * 2**20)
+        assert planned.copies() == sum(len(planned.drain(each, 0)) for each in planned) == 18
+        assert planned[0].chunk == Chunk(0, 912)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_staging_below_two_units_is_refused(layout: str) -> None:
     pool = make_pool(layout, layers=2, page_size=4, row_bytes=(16, 16))
     with pytest.raises(ValueError, match="raise staging_mb"):
-        plan_write(pool.geometry, np.arange(4), ring_of(pool, 2) - 1)
-    assert plan_write(pool.geometry, np.arange(4), ring_of(pool, 2))
+        WritePlan(pool.geometry, np.arange(4), ring_of(pool, 2) - 1)
+    assert WritePlan(pool.geometry, np.arange(4), ring_of(pool, 2))
 
 
 @pytest.mark.parametrize(
@@ -366,24 +393,20 @@ class TestEntries:
         device = np.random.default_rng(0).permutation(4096)
         assert through_staging(pool, np.arange(4096), device, 2**20) == expected
 
-    def test_staged_partial_page_costs_a_copy_per_layer(self) -> None:
-        pool = make_pool("page_first_direct", layers=3, page_size=16, row_bytes=(16, 16))
-        host = np.arange(5, 16 + 7)  # the end of one page, the start of the next
-        assert through_staging(pool, host, np.arange(len(host)), 2**20) == 2 * 3 * 2
-
 
 class TestBadIndices:
     @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("bad", [-1, 32, 2**40])
-    @pytest.mark.parametrize("shape", ["loose", "whole pages"])
+    @pytest.mark.parametrize("bad", [-4, 32, 2**40])
+    @pytest.mark.parametrize("shape", ["one run", "more"])
     def test_no_way_through_staging_takes_a_host_index_out_of_range(
         self, layout: str, bad: int, shape: str
     ) -> None:
         pool = make_pool(layout, layers=1, page_size=4, row_bytes=(8, 8))
-        host = np.array([0, 1, 2, 3, bad]) if shape == "loose" else np.arange(4) + bad // 4 * 4
-        for ask in (lambda plan: plan.copies(), lambda plan: plan[0].drain(0)):
+        page = np.arange(4) + bad
+        host = page if shape == "one run" else np.concatenate([np.arange(4), page, np.arange(8, 12)])
+        for ask in (lambda plan: plan.copies(), lambda plan: plan.drain(plan[0], 0)):
             with pytest.raises(ValueError, match="host index"):
-                ask(plan_write(pool.geometry, host, 2**20))
+                ask(WritePlan(pool.geometry, host, 2**20))
 
     def test_a_host_index_out_of_range_is_refused(self) -> None:
         pool = make_pool("page_first", layers=1, page_size=4, row_bytes=(8, 8))

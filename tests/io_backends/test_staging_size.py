@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from pools import make_pool
 
 from sglang_hicache.bench.measure.cases import MODELS, Case, pool_of
-from sglang_hicache.io_backends.chunks import LEAD_BYTES, fine_lengths, ring_units
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.hybrid import HybridBackend
 from sglang_hicache.io_backends.interface import OptionsError
-from sglang_hicache.io_backends.staged_plan import plan_write
-from sglang_hicache.io_backends.staging import Ring
-from sglang_hicache.io_backends.staging_size import DEFAULT_STAGING_MB, FREE_SHARE, staging_size
+from sglang_hicache.io_backends.plan.chunks import LEAD_BYTES, fine_lengths, ring_units
+from sglang_hicache.io_backends.plan.ring import Ring
+from sglang_hicache.io_backends.plan.ring_size import DEFAULT_STAGING_MB, FREE_SHARE, staging_size
+from sglang_hicache.io_backends.plan.staged_write import WritePlan
 
 MIB = 2**20
 
@@ -60,7 +60,7 @@ def test_every_gap_takes_a_steps_rows_of_every_pool(data: st.DataObject) -> None
             cuts = data.draw(st.lists(st.integers(0, pages), max_size=2))
             edges = [0, *sorted(cuts), pages]
             for start, stop in pairwise(edges):
-                plan = plan_write(pool, np.arange((stop - start) * 64), ring.nbytes, fine=True)
+                plan = WritePlan(pool, np.arange((stop - start) * 64), ring.nbytes, fine=True)
                 for nth in range(len(plan)):
                     taken = ring.take(plan[nth].room, gap=gap, before=gap)
                     assert taken is not None, (gap, size)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_hicache.bench import gpu_bundle
+from sglang_hicache.bench.lab import gpu_bundle
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 pytest.importorskip("aiohttp")
 
-from sglang_hicache.bench import damaged, gpu_plan, gpu_plans, null_backend
+from sglang_hicache.bench import damaged
 from sglang_hicache.bench.cli import app
-from sglang_hicache.bench.serve import arms, models, public, result, run, workloads
+from sglang_hicache.bench.lab import gpu_plan, gpu_plans
+from sglang_hicache.bench.serve import arms, models, null_backend, public, result, run, workloads
 from sglang_hicache.bench.serve.arms import Cell
 from sglang_hicache.bench.serve.models import Model
 from sglang_hicache.bench.serve.result import CellResult
@@ -26,7 +27,7 @@ MODEL = Model("kvheavy", "/models/kvheavy", 512)
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("sglang_hicache.bench.serve.command", "sglang_hicache.bench.gpu_plan"):
+    for module in ("sglang_hicache.bench.serve.command", "sglang_hicache.bench.lab.gpu_plan"):
         monkeypatch.setattr(f"{module}.gpu_missing", lambda: "none here")
 
 
@@ -94,7 +95,7 @@ def test_what_copies_nothing_is_in_no_installation(tmp_path: Path) -> None:
     (variables,) = null_backend.environment(tmp_path).items()
     assert variables[0] == "PYTHONPATH"
     text = (tmp_path / "hicache_io_null-0.dist-info" / "entry_points.txt").read_text()
-    assert "null = sglang_hicache.bench.null_backend:NullBackend" in text
+    assert "null = sglang_hicache.bench.serve.null_backend:NullBackend" in text
     assert arms.server_env("auto", tmp_path) == {}
     assert "damaged" in str(arms.server_env(damaged.NAME, tmp_path / "damaged"))
     device: Any = None
@@ -188,7 +189,7 @@ def test_a_cell_that_fails_does_not_stop_a_plan(
         return CellResult.of(cell)
 
     monkeypatch.setattr(run, "run_cell", fake)
-    monkeypatch.setattr("sglang_hicache.bench.gpu_plans.models.make", lambda name, folder: MODEL)
+    monkeypatch.setattr("sglang_hicache.bench.lab.gpu_plans.models.make", lambda name, folder: MODEL)
     words = ["first", "--rehearse", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     assert gpu_plan.main(words) == 1
     saved = result.load(tmp_path / "out" / "first.json")

@@ -15,6 +15,7 @@ from test_serve_account import turn
 from typer.testing import CliRunner
 
 from sglang_hicache.bench.cli import app
+from sglang_hicache.bench.lab.serve_table import speed_table, together, verified_table
 from sglang_hicache.bench.measure.plots import why_not
 from sglang_hicache.bench.serve import arms, plots, report, result, tables
 from sglang_hicache.bench.serve.account import Distribution
@@ -22,7 +23,6 @@ from sglang_hicache.bench.serve.arms import Cell
 from sglang_hicache.bench.serve.models import Model
 from sglang_hicache.bench.serve.result import CPU_WATERMARK, ArmFacts, CellResult, Result
 from sglang_hicache.bench.serve.scrape import Written
-from sglang_hicache.bench.serve_table import speed_table, together, verified_table
 from sglang_hicache.bench.serving import ServerError
 
 MODEL = Model("deepseek-v2-lite", "/somewhere/of/this/machine/deepseek-v2-lite", 512)

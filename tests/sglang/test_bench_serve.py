@@ -48,7 +48,7 @@ def test_three_arms_take_turns(machine: Machine, tmp_path: Path, monkeypatch: py
 
 
 def test_a_server_refuses_what_copies_nothing(machine: Machine, tmp_path: Path) -> None:
-    from sglang_hicache.bench import null_backend
+    from sglang_hicache.bench.serve import null_backend
 
     ended = machine.launch(machine.hicache_args("null"), env=null_backend.environment(tmp_path))
     assert ended.status == 2

@@ -9,8 +9,9 @@ import pytest
 from launching import CHILDREN, Machine, inject
 from own_process import fake_driver, run_cases
 
-from sglang_hicache.bench import identity, tiny_model
-from sglang_hicache.bench.identity import Run, Setup
+from sglang_hicache.bench import tiny_model
+from sglang_hicache.bench.demo import identity
+from sglang_hicache.bench.demo.identity import DemoRun, DemoSetup
 from sglang_hicache.bench.workload import Workload
 
 HERE = Path(__file__).parent
@@ -41,12 +42,12 @@ def test_writes_through_sglangs_pools_on_virtual_streams(tmp_path: Path) -> None
 WORKLOAD = Workload(tiny_model.VOCAB_SIZE, conversations=8, turns=2, output_tokens=8)
 
 
-def serve(machine: Machine, folder: Path, backend: str | None, **env: str) -> Run:
-    given = Setup(str(machine.model), True, 16, None, {**machine.env(), **env}, folder, WORKLOAD)
+def serve(machine: Machine, folder: Path, backend: str | None, **env: str) -> DemoRun:
+    given = DemoSetup(str(machine.model), True, 16, None, {**machine.env(), **env}, folder, WORKLOAD)
     return identity.run(given, backend or "reference", backend, status=lambda *_: None)
 
 
-def serve_emulated(machine: Machine, folder: Path, **env: str) -> Run:
+def serve_emulated(machine: Machine, folder: Path, **env: str) -> DemoRun:
     """Writes of 1.4 MiB (700 tokens) through a ring of 1 MiB, and forwards that wait for gathers."""
     (folder / "policy.yaml").write_text(POLICY)
     hooks = "sglang_hicache.io_backends.sglang.scheduler.scheduler_hooks"
@@ -65,13 +66,13 @@ def serve_emulated(machine: Machine, folder: Path, **env: str) -> Run:
 
 
 @pytest.fixture(scope="module")
-def reference(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def reference(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
     return serve(machine, tmp_path_factory.mktemp("reference"), None)
 
 
 @pytest.mark.server
 def test_a_server_whose_writes_are_larger_than_the_ring(
-    machine: Machine, tmp_path: Path, reference: Run
+    machine: Machine, tmp_path: Path, reference: DemoRun
 ) -> None:
     result = serve_emulated(machine, tmp_path)
     assert result.problem(reference) is None
@@ -86,7 +87,9 @@ def test_a_server_whose_writes_are_larger_than_the_ring(
 
 
 @pytest.mark.server
-def test_a_server_without_fences_answers_wrongly(machine: Machine, tmp_path: Path, reference: Run) -> None:
+def test_a_server_without_fences_answers_wrongly(
+    machine: Machine, tmp_path: Path, reference: DemoRun
+) -> None:
     """The check above can fail."""
     result = serve_emulated(machine, tmp_path, EMULATED_CUDA_UNFENCED="1")
     assert result.host_tokens > 0

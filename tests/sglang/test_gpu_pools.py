@@ -1,6 +1,6 @@
 """SGLang's own host pools and transfer engine on a GPU, our routing on the real device: bytes and events.
 
-Runs with the SGLang installed, or with the one that ``bench/gpu_bundle.py`` packs.
+Runs with the SGLang installed, or with the one that ``bench/lab/gpu_bundle.py`` packs.
 """
 
 from __future__ import annotations

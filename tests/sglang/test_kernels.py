@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_hicache.io_backends.geometry import Component, PoolGeometry, host_strides
+from sglang_hicache.io_backends.plan.geometry import Component, PoolGeometry, host_strides
 from sglang_hicache.io_backends.sglang.scheduler import kernels
 from sglang_hicache.io_backends.sglang.scheduler.kernels import (
     ORDER_BELOW_BYTES,

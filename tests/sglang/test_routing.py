@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from stand_in_scheduler import fences
 
-from sglang_hicache.io_backends import Submission, Transfer
+from sglang_hicache.io_backends import Submission, Transfer, get_backend
 from sglang_hicache.io_backends.copy_engine import BREAK_EVEN_ENTRY_BYTES
 from sglang_hicache.io_backends.device.cpu import CpuDevice, CpuStream
-from sglang_hicache.io_backends.geometry import Component, PoolGeometry, host_strides
 from sglang_hicache.io_backends.hybrid import HybridBackend
 from sglang_hicache.io_backends.interface import OptionsError
+from sglang_hicache.io_backends.plan.geometry import Component, PoolGeometry, host_strides
+from sglang_hicache.io_backends.registry import OWN_NAMES
 from sglang_hicache.io_backends.routes import Route, one_route, routes_of
 from sglang_hicache.io_backends.sglang.scheduler import kernels, pool_registry, writeback
 from sglang_hicache.io_backends.sglang.scheduler.indices import PlainIndices
@@ -444,6 +445,49 @@ class TestRoutes:
         ]
         # SGLang's kernels may run beside whatever any route fences.
         assert write.writeback.fences.before_forward(frozenset({"decode"})) == 1
+
+    @pytest.mark.parametrize("io_backend", ["kernel", "direct"])
+    @pytest.mark.parametrize(
+        ("layout", "slots", "whole"),
+        [
+            ("page_first_direct", (4, 5, 2, 3), True),
+            ("page_first_direct", (), True),
+            ("page_first_direct", (4, 5, 2), False),  # of two
+            ("page_first_direct", (5, 6), False),
+            ("page_first_direct", (5, 4), False),
+            ("page_first_direct", (4, 6), False),
+            ("page_first", (5, 9, 4), True),  # has no pages
+        ],
+    )
+    def test_a_write_that_is_not_whole_pages_takes_sglangs_own_way_and_is_counted(
+        self, io_backend: str, layout: str, slots: tuple[int, ...], whole: bool
+    ) -> None:
+        ours, host, fell_back = Named("ours"), HostPool(layout), []
+        ours.whole_pages = True  # type: ignore[attr-defined]
+        write = Write(one_route(ours, ("extend",)), host, io_backend)
+        write.writeback.metrics = SimpleNamespace(  # type: ignore[assignment]
+            on_its_way=lambda *_: None,
+            wrote=lambda *_, **__: None,
+            fell_back=lambda *given: fell_back.append(given),
+        )
+        write(indices(*slots))
+        assert [list(each.host_slots) for each in ours.given] == ([list(slots)] if whole else [])
+        counters = write.writeback.counters
+        assert counters.fallback_writes == len(host.copied) == len(fell_back) == (not whole)
+        if not whole:
+            ((to, *_),) = host.copied
+            assert to == f"moved {list(slots)}", "indices as SGLang's own copy wants them"
+            assert fell_back == [("kv", writeback.NOT_WHOLE)]
+            # Its kernels may run beside whatever any route fences.
+            assert write.writeback.fences.before_forward(frozenset({"extend"})) == 1
+        # The next one is ours again.
+        write(indices(8, 9))
+        assert [list(each.host_slots) for each in ours.given][-1] == [8, 9]
+
+    def test_hybrid_is_given_whole_pages_only_and_the_others_anything(self) -> None:
+        device = CpuDevice()
+        given = {name: get_backend(name)(device, {}) for name in OWN_NAMES}
+        assert {name for name, each in given.items() if getattr(each, "whole_pages", False)} == {"hybrid"}
 
     def test_short_entries_are_counted(self) -> None:
         write = Write(one_route(Named()), HostPool())

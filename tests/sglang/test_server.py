@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from launching import Machine
 
-from sglang_hicache.bench import damaged, identity, tiny_model
-from sglang_hicache.bench.identity import Run, Setup
+from sglang_hicache.bench import damaged, tiny_model
+from sglang_hicache.bench.demo import identity
+from sglang_hicache.bench.demo.identity import DemoRun, DemoSetup
 from sglang_hicache.bench.workload import Workload
 
 pytestmark = pytest.mark.server
@@ -20,8 +21,8 @@ VERSIONS = Path(__file__).parents[2] / ".sglang-versions"
 WORKLOAD = Workload(tiny_model.VOCAB_SIZE, conversations=12, turns=2, output_tokens=12)
 
 
-def setup(machine: Machine, tmp_path: Path, *, page_size: int = 16, layout: str | None = None) -> Setup:
-    return Setup(
+def setup(machine: Machine, tmp_path: Path, *, page_size: int = 16, layout: str | None = None) -> DemoSetup:
+    return DemoSetup(
         model=str(machine.model),
         cpu_engine=True,
         page_size=page_size,
@@ -32,17 +33,17 @@ def setup(machine: Machine, tmp_path: Path, *, page_size: int = 16, layout: str 
     )
 
 
-def run(given: Setup, backend: str | None) -> Run:
+def run(given: DemoSetup, backend: str | None) -> DemoRun:
     return identity.run(given, backend or "reference", backend, status=lambda *_: None)
 
 
 @pytest.fixture(scope="module")
-def reference(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def reference(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
     """The same server without HiCache. Its outputs depend on no page size and no layout."""
     return run(setup(machine, tmp_path_factory.mktemp("reference")), None)
 
 
-def assert_right(result: Run, reference: Run) -> None:
+def assert_right(result: DemoRun, reference: DemoRun) -> None:
     assert result.problem(reference) is None
     assert result.count("bytes") > 0
     assert result.count("fallback_writes") == 0
@@ -66,7 +67,7 @@ def assert_right(result: Run, reference: Run) -> None:
     ],
 )
 def test_prefixes_come_back_right(
-    machine: Machine, tmp_path: Path, reference: Run, backend: str, layout: str | None, page_size: int
+    machine: Machine, tmp_path: Path, reference: DemoRun, backend: str, layout: str | None, page_size: int
 ) -> None:
     result = run(setup(machine, tmp_path, page_size=page_size, layout=layout), backend)
     assert_right(result, reference)
@@ -85,7 +86,7 @@ def test_prefixes_come_back_right(
         assert result.count("forward_fences") == 0
 
 
-def test_only_the_listed_forwards_wait(machine: Machine, tmp_path: Path, reference: Run) -> None:
+def test_only_the_listed_forwards_wait(machine: Machine, tmp_path: Path, reference: DemoRun) -> None:
     """torch_native stands for a backend that needs a fence, for extends only."""
     policy = tmp_path / "policy.yaml"
     policy.write_text(
@@ -103,7 +104,7 @@ def test_only_the_listed_forwards_wait(machine: Machine, tmp_path: Path, referen
     assert 0 < result.count("forward_fences") <= len(result.answers)
 
 
-def test_a_damaged_write_back_is_noticed(machine: Machine, tmp_path: Path, reference: Run) -> None:
+def test_a_damaged_write_back_is_noticed(machine: Machine, tmp_path: Path, reference: DemoRun) -> None:
     """The check above can fail: without the last layer's V, outputs differ."""
     given = setup(machine, tmp_path)
     env = {**given.env, **damaged.environment(tmp_path / "installed")}
@@ -141,7 +142,9 @@ class RowByRow:
 '''
 
 
-def test_a_third_partys_backend_is_picked_by_name(machine: Machine, tmp_path: Path, reference: Run) -> None:
+def test_a_third_partys_backend_is_picked_by_name(
+    machine: Machine, tmp_path: Path, reference: DemoRun
+) -> None:
     assert len(THIRD_PARTY.strip().splitlines()) < 40
     installed = tmp_path / "installed"
     installed.mkdir()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from sglang_hicache.bench.overhead import _figures, within_noise
+from sglang_hicache.bench.lab.overhead import _figures, within_noise
 
 
 def test_noise_is_told_from_a_difference() -> None:

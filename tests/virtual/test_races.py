@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from naive_races import Command, HostAccess, HostWait, Launch, Naive, Record, Wait
 from programs import STREAMS, Pairs, programs, ranges
 
-from sglang_hicache.io_backends.virtual import checker_speed
+from sglang_hicache.bench.lab import checker_speed
 from sglang_hicache.io_backends.virtual.races import Checker
 from sglang_hicache.io_backends.virtual.ranges import ByteRanges
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from ....io_backends import get_backend
 from ....io_backends.hybrid import HybridBackend
+from ....io_backends.plan.ring import Ring
 from ....io_backends.routes import routes_of
 from ....io_backends.sglang import unsafe
 from ....io_backends.sglang.scheduler import scheduler_hooks
 from ....io_backends.sglang.scheduler.fences import Fences
 from ....io_backends.sglang.scheduler.scheduler_hooks import Active
 from ....io_backends.sglang.scheduler.writeback import WriteBack
-from ....io_backends.staging import Ring
 from ....io_backends.virtual.device import VirtualDevice
 from ....policy.decide import Decision
 from .cache import Cache

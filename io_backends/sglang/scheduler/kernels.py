@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...geometry import PoolGeometry
+from ...plan.geometry import PoolGeometry
 
 _ALL_LAYER_KERNELS = (
     "jit_transfer_hicache_all_layer",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...geometry import LAYOUTS, Component, PoolGeometry, host_strides
+from ...plan.geometry import LAYOUTS, Component, PoolGeometry, host_strides
 
 OTHER_KINDS: Mapping[str, tuple[str, str]] = {
     "MambaPoolHost": ("Mamba", "holds states, not a row for each token"),

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...device.base import Device
-from ...geometry import PoolGeometry
 from ...interface import Backend, OptionsError
+from ...plan.geometry import PoolGeometry
 from . import kernels
 from .pool_geometry import UnsupportedPoolError, describe, host_buffers
 

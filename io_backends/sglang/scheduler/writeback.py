@@ -21,8 +21,9 @@ import numpy as np
 
 from ...copy_engine import BREAK_EVEN_ENTRY_BYTES
 from ...device.base import Device, Event
-from ...geometry import PoolGeometry
 from ...interface import Backend, Submission, Transfer
+from ...plan.geometry import PoolGeometry
+from ...plan.staged_write import is_whole
 from ...routes import Route, distinct, write_facts
 from .. import versions
 from . import kernels
@@ -36,6 +37,10 @@ from .writes import UPSTREAM, Counters, PoolWrite, Write
 logger = logging.getLogger(__name__)
 
 _NO_SLOTS = np.empty(0, dtype=np.int64)
+
+NOT_WHOLE = "a write to a paged layout was not whole pages, each in order"
+"""Why a write takes SGLang's own path though a backend serves its pool. SGLang writes nothing else (0.5.18 to
+0.5.23, see :mod:`~sglang_hicache.io_backends.plan.staged_write`), so this is looked at, and never seen."""
 
 
 class WriteBack:
@@ -86,9 +91,9 @@ class WriteBack:
                 engine,
                 [
                     transfer._replace(
-                        host_pool=_RoutedPool(self, PoolWrite(write, transfer.host_pool, route, by_host))
+                        host_pool=_RoutedPool(self, PoolWrite(write, transfer.host_pool, route, by_host, why))
                     )
-                    for transfer, route, by_host in chosen
+                    for transfer, route, by_host, why in chosen
                 ],
             )
         except BaseException:
@@ -110,7 +115,7 @@ class WriteBack:
                     functools.partial(self._seen_done, write) if self.metrics is not None else None,
                 )
             )
-        by = [UPSTREAM if route is None else route.backend.name for _, route, _ in chosen]
+        by = [UPSTREAM if route is None else route.backend.name for _, route, *_ in chosen]
         self._keep(completion, by, write)
         return completion
 
@@ -216,15 +221,16 @@ class WriteBack:
         if self.metrics is not None:
             self._gauge()
 
-    def _choose(self, transfer: Any, io_backend: str) -> tuple[Any, Route | None, bool]:
-        """The way a pool's rows take, with the indices where that wants them, and whether by host slot.
+    def _choose(self, transfer: Any, io_backend: str) -> tuple[Any, Route | None, bool, str | None]:
+        """The way a pool's rows take, with the indices where that wants them, whether by host slot, and why
+        this write does not take the way of its pool.
 
         None: SGLang's own path.
         """
         pool = transfer.host_pool
         move = self._indices.move_of(pool)
         served = self.pools[pool]
-        route, by_host = None, False
+        route, by_host, why = None, False, None
         # Host indices on the GPU were moved by SGLang, for its own copy.
         plain = not transfer.host_indices.is_cuda and not translated(transfer.device_pool)
         if served.geometry is not None and plain:
@@ -235,10 +241,14 @@ class WriteBack:
             elif route.upstream_indices and io_backend == "kernel":
                 # Asked while they are on the host. SGLang's direct copies have an order of their own.
                 by_host = kernels.host_order_pays(served.geometry, transfer.host_indices)
+            elif getattr(route.backend, "whole_pages", False) and not is_whole(
+                served.geometry, transfer.host_indices
+            ):
+                route, why = None, NOT_WHOLE
         if move is not None and (route is None or route.upstream_indices):
             host, device = move(transfer.host_indices, transfer.device_indices, may_stage=route is None)
             transfer = transfer._replace(host_indices=host, device_indices=device)
-        return transfer, route, by_host
+        return transfer, route, by_host, why
 
     def _route(self, geometry: PoolGeometry, host_indices: Any) -> Route:
         if len(self._routes) == 1:
@@ -307,7 +317,7 @@ class WriteBack:
         self.counters.bytes += tokens * int(part.pool.size_per_token)
         if self.metrics is not None:
             reasons = self.pools[part.pool].reasons
-            reason = reasons[0] if reasons else "SGLang translates or shards its indices"
+            reason = part.why or (reasons[0] if reasons else "SGLang translates or shards its indices")
             self.metrics.fell_back(label_of(part.pool), reason)
 
     def _keep(self, completion: Any, backends: Sequence[str], write: Write) -> None:

@@ -77,9 +77,12 @@ class PoolWrite:
         pool: the host pool.
         route: the way it takes; None: SGLang's own path.
         by_host: whether SGLang's kernel gets it by ascending host slot.
+        why: why it takes SGLang's own path though a backend serves its pool; None: it does not, or the pool's
+            reasons say.
     """
 
     write: Write
     pool: Any
     route: Route | None
     by_host: bool
+    why: str | None = None

@@ -1,0 +1,463 @@
+"""Where the time of one write goes: its parts, each measured alone, and all of them on one clock.
+
+    python -m sglang_hicache.bench.lab.profile --out profile.json [--cpu]
+
+gather     how long the gather of one chunk takes from before its launch, by thread blocks
+sm_store   the same kernel writing straight to pinned host memory: what any SM kernel can reach on the link
+order      SGLang's SM kernel on short rows of layer_first, in the order given and by host slot, over host
+           pools of several sizes, sorting included
+drain      copies from staging to host slots that lie scattered over several GiB, by bytes of a copy, in the
+           order of their host addresses and in random order, on one stream and on two
+write      one write of ``hybrid`` end to end: until the first gather is asked for, until the link is busy,
+           how long it idles between copies
+small_copy how long a copy of 1 KiB to the host takes on another stream while one write goes on; SGLang copies
+           the token ids of each step to the host
+turns      the same, and the write's own time, by the bytes of a turn (:mod:`~.copy_interleaving`);
+           and how much decode steps slow down, which wait for their ids, beside writes that never stop
+beside     how much a forward slows down beside ``hybrid``, by the gather's thread blocks
+
+Constants of the backends cite what this prints; the file has the spread of the repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...io_backends.plan.chunks import Chunk, staged
+from ...io_backends.plan.copies import CopyBatch, run_starts
+from ...io_backends.plan.staged_write import drain_runs
+from ...policy.load import default_policy
+from ..measure import sglang_pools
+from ..measure.cases import MODELS, Case
+from ..measure.contenders import contenders
+from ..measure.devices import Bench, gpu_missing, no_collection, open_bench
+from ..measure.environment import describe
+from ..measure.interference import interference
+from ..measure.memory import Memory
+from ..measure.one_write import Setting
+from ..measure.results import CPU_WATERMARK, Spread
+from ..measure.timing import link_ceiling, one_write
+
+MODEL = "Qwen3-8B"
+CTAS = (8, 16, 32, 64, 132, 264)
+CTAS_BESIDE = (16, 32, 64, 132)
+NO_TURNS = 2**62
+GATHERED = (2**23, 2**27)
+"""Bytes of the chunks that are gathered."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is moved: by the drains, the slots they are scattered over, the writes end to end and beside
+    forwards."""
+
+    tokens: int
+    slots: int
+    writes: tuple[Case, ...]
+    beside: Case
+    long: tuple[Case, ...]
+    """Writes that small copies are made beside."""
+    turns: tuple[int, ...]
+    """Bytes of a turn."""
+    ordered: tuple[tuple[str, int, int, int], ...]
+    """(model, page size, tokens, slots of both pools)"""
+    repeats: int
+
+
+def on_gpu() -> Size:
+    """64 Ki slots of Qwen3-8B are 9 GiB on each side."""
+    writes = tuple(
+        Case(model, "page_first", page, tokens, fragmented)
+        for model in ("Qwen3-8B", "DeepSeek-V3")
+        for page, fragmented in ((1, False), (1, True), (16, True))
+        for tokens in (512, 4096)
+    )
+    ordered = tuple(
+        (model, page, tokens, slots)
+        for model, page in ((MODEL, 1), (MODEL, 4), (MODEL, 16), ("DeepSeek-V3", 1))
+        for tokens in (1024, 4096, 32768)
+        for slots in (tokens * 9 // 8, 2**16)
+    )
+    long = tuple(
+        Case(MODEL, layout, page, 8192, True) for layout, page in (("page_first", 16), ("layer_first", 64))
+    )
+    beside = Case(MODEL, "page_first", 16, 8192, True)
+    turns = (*(mib * 2**20 for mib in (8, 16, 32, 64)), NO_TURNS)
+    return Size(4096, 2**16, writes, beside, long, turns, ordered, 5)
+
+
+def on_cpu() -> Size:
+    """Enough to exercise the code."""
+    case = Case(MODEL, "page_first", 1, 64, True)
+    return Size(64, 256, (case,), case, (case,), (NO_TURNS,), ((MODEL, 1, 64, 256),), 2)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part.
+
+    Attributes:
+        part: ``gather``, ``sm_store``, ``order``, ``drain``, ``write``, ``small_copy``, ``turns`` or
+            ``beside``.
+        what: what was varied, in words.
+        metrics: ``ms``, ``gb_per_s`` (of bytes written), ``thread_us`` where it was asked for; of ``write``
+            those of :func:`_trace`; of ``small_copy`` and ``turns`` ``ms``, ``gb_per_s`` and ``thread_us`` of
+            the write without small copies, and of these ``alone_us``, ``first_us`` right after the
+            submission, ``median_us`` and ``most_us``; of ``beside``, and of ``turns`` beside decode steps,
+            ``slow_down`` and ``gb_per_s``.
+    """
+
+    part: str
+    what: str
+    metrics: dict[str, Spread]
+
+
+def measure(device: Bench, size: Size) -> Iterator[Part]:
+    """Every part."""
+    memory = Memory(MODELS[MODEL], size.slots, device)
+    memory.refill()
+    yield from _gathers(device, memory, size)
+    yield from _drains(device, memory, size)
+    del memory
+    setting = Setting(device, default_policy(), size.repeats, ("hybrid",))
+    yield from _orders(setting, size)
+    for case in size.writes:
+        yield _write(setting, case, size.repeats)
+    for case in size.long:
+        yield from _small_copies(replace(setting, wanted=None), case, size.repeats)
+    for turn_bytes in size.turns:
+        other = Setting(
+            open_bench(device.where == "cpu", turn_bytes=turn_bytes),
+            setting.policy,
+            size.repeats,
+        )
+        for case in size.long:
+            # Who moves long copies there.
+            other.wanted = ("copy_engine",) if case.layout == "layer_first" else ("hybrid",)
+            yield from _small_copies(other, case, size.repeats, turn_bytes)
+            for row in interference(other, case, ("decode",)):
+                metrics = {
+                    name: each for name, each in row.metrics.items() if name in ("slow_down", "gb_per_s")
+                }
+                yield Part("turns", f"{_turns(turn_bytes)}, {row.contender}, {case}, {row.forward}", metrics)
+    for ctas in CTAS_BESIDE:
+        setting.options = {"hybrid": {"gather_ctas": ctas}}
+        for row in interference(setting, size.beside):
+            metrics = {name: each for name, each in row.metrics.items() if name in ("slow_down", "gb_per_s")}
+            yield Part("beside", f"{row.forward}, {ctas} blocks", metrics)
+
+
+def _gathers(device: Bench, memory: Memory, size: Size) -> Iterator[Part]:
+    geometry = memory.geometry("page_first", 1)
+    device.prepare_gather(geometry)
+    stream = device.new_stream()
+    slots = np.random.default_rng(0).permutation(size.slots)
+    rows = device.indices(slots.astype(np.int64))
+    staging = device.allocate_staging(GATHERED[-1] + 2**20)
+    for nbytes in GATHERED:
+        tokens = min(nbytes // geometry.bytes_per_token, size.slots)
+        place, chunk = staged(geometry, tokens), Chunk(0, tokens)
+        for name, base in (("gather", staging.address), ("sm_store", memory.pinned.data_ptr())):
+            for ctas in CTAS:
+
+                def run(base: int = base, place: Any = place, chunk: Chunk = chunk, ctas: int = ctas) -> None:
+                    device.gather(place, base, rows, chunk, stream, ctas)
+
+                done = _timed(device, stream, run, tokens * geometry.bytes_per_token, size.repeats)
+                yield Part(name, f"{tokens * geometry.bytes_per_token / 1e6:.1f} MB, {ctas} blocks", done)
+
+
+def _drains(device: Bench, memory: Memory, size: Size) -> Iterator[Part]:
+    stream, second = device.new_stream(), device.new_stream()
+    rng = np.random.default_rng(1)
+    shapes = [("layer_first", 16), ("layer_first", 64), *(("page_first", page) for page in (1, 4, 16, 64))]
+    for layout, page in shapes:
+        geometry = memory.geometry(layout, page)
+        nbytes = size.tokens * geometry.bytes_per_token
+        staging = device.allocate_staging(nbytes + 2**20)
+        pages = rng.permutation(size.slots // page)[: size.tokens // page]
+        host = (pages[:, None] * page + np.arange(page)).reshape(-1)
+        starts = run_starts(host, None, None)
+        batch = drain_runs(staged(geometry, len(host)), starts, host[starts], staging.address)
+        batch = _in_order(batch, batch.dst.argsort())
+        mixed = _in_order(batch, rng.permutation(len(batch)))
+        halves = batch.split(-(-len(batch) // 2))
+
+        def on_two(halves: Sequence[CopyBatch] = halves) -> None:
+            device.wait(second, device.record(stream))
+            for half, each in zip(halves, (stream, second), strict=True):
+                device.copy(half, each)
+            device.wait(stream, device.record(second))
+
+        ways: dict[str, Callable[[], None]] = {
+            "by host address": functools.partial(device.copy, batch, stream),
+            "in random order": functools.partial(device.copy, mixed, stream),
+            "by host address, halves on two streams": on_two,
+        }
+        for way, run in ways.items():
+            done = _timed(device, stream, run, nbytes, size.repeats)
+            what = f"{len(batch):,} copies of {nbytes // len(batch):,} bytes on average, {layout}, {way}"
+            yield Part("drain", what, done)
+
+
+def _orders(setting: Setting, size: Size) -> Iterator[Part]:
+    """Nothing where SGLang's kernel cannot run."""
+    device = setting.device
+    rng = np.random.default_rng(2)
+    for name, group in itertools.groupby(size.ordered, lambda each: each[0]):
+        cases = list(group)
+        memory = Memory(MODELS[name], max(slots for _, _, _, slots in cases), device)
+        for _, page, tokens, slots in cases:
+            case = Case(name, "layer_first", page, tokens, True)
+            task = setting.task(case, memory.part(slots), forwards_wait=False)
+            host, rows = (
+                (rng.permutation(slots // page)[: tokens // page, None] * page + np.arange(page)).reshape(-1)
+                for _ in range(2)
+            )
+            task = replace(task, host=host, rows=rows, device_slots=device.indices(rows))
+            for way, by_host in (("in random order", False), ("by host slot", True)):
+                copy = sglang_pools.submission(task, "sglang_kernel", by_host=by_host)
+                if isinstance(copy, str):
+                    return
+
+                def run(copy: Callable[[], None] = copy, stream: Any = task.stream) -> None:
+                    with device.use_stream(stream):
+                        copy()
+
+                done = _timed(device, task.stream, run, case.nbytes, size.repeats)
+                run_bytes, pool = page * MODELS[name].components[0], slots * MODELS[name].bytes_per_token
+                what = f"{name}, {tokens:,} tokens in runs of {run_bytes:,} bytes over {pool / 2**30:.1f} GiB"
+                yield Part("order", f"{what}, {way}", done)
+
+
+def _in_order(batch: CopyBatch, order: Any) -> CopyBatch:
+    return CopyBatch(batch.dst[order], batch.src[order], batch.nbytes[order])
+
+
+def _timed(
+    device: Bench, stream: Any, run: Callable[[], None], nbytes: int, repeats: int
+) -> dict[str, Spread]:
+    found: list[tuple[float, float]] = []
+    with no_collection():
+        for turn in range(repeats + 1):
+            device.flush()
+            device.synchronize()
+            start = device.record(stream)
+            began = time.perf_counter_ns()
+            run()
+            asked = time.perf_counter_ns() - began
+            end = device.record(stream)
+            device.synchronize()
+            if turn:
+                found.append((max(start.elapsed_time(end), 1e-6), asked / 1e3))
+    return {
+        "ms": Spread.of([ms for ms, _ in found]),
+        "gb_per_s": Spread.of([nbytes / ms / 1e6 for ms, _ in found]),
+        "thread_us": Spread.of([us for _, us in found]),
+    }
+
+
+class Traced:
+    """A device that notes when gathers and copies were asked for and ran; all else is the device's own."""
+
+    def __init__(self, device: Bench) -> None:
+        self._device = device
+        self.pieces: list[tuple[str, int, Any, Any, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
+
+    def gather(self, place: Any, base: int, slots: Any, chunk: Chunk, stream: Any, ctas: int) -> None:
+        self._around(
+            "gather", stream, 0, lambda: self._device.gather(place, base, slots, chunk, stream, ctas)
+        )
+
+    def copy(self, batch: CopyBatch, stream: Any) -> None:
+        self._around("copy", stream, batch.total_bytes, lambda: self._device.copy(batch, stream))
+
+    def _around(self, kind: str, stream: Any, nbytes: int, run: Callable[[], None]) -> None:
+        asked = time.perf_counter_ns()
+        begin = self._device.record(stream)
+        run()
+        self.pieces.append((kind, asked, begin, self._device.record(stream), nbytes))
+
+
+def _write(setting: Setting, case: Case, repeats: int) -> Part:
+    memory = setting.memory(case)
+    memory.refill()
+    task = setting.task(case, memory, forwards_wait=False)
+    traced = Traced(task.device)
+    (hybrid,) = contenders(replace(task, device=traced), ("hybrid",))
+    assert hybrid.submit is not None, hybrid.reason
+    found: dict[str, list[float]] = {}
+    with no_collection():
+        for turn in range(repeats + 1):
+            numbers = _trace(task, traced, hybrid.submit)
+            for name, value in numbers.items():
+                if turn:
+                    found.setdefault(name, []).append(value)
+    return Part("write", str(case), {name: Spread.of(values) for name, values in found.items()})
+
+
+def _small_copies(
+    setting: Setting, case: Case, repeats: int, turn_bytes: int | None = None
+) -> Iterator[Part]:
+    import torch
+
+    device = setting.device
+    memory = setting.memory(case)
+    task = setting.task(case, memory, forwards_wait=False)
+    other = device.forward_stream()
+    source = torch.zeros(1024, dtype=torch.uint8, device=device.where)
+    target = torch.empty(1024, dtype=torch.uint8, pin_memory=device.where == "cuda")
+
+    def copy_us() -> float:
+        began = time.perf_counter_ns()
+        with device.use_stream(other):
+            target.copy_(source, non_blocking=True)
+        copied = device.record(other)
+        while not device.query(copied):
+            pass
+        return (time.perf_counter_ns() - began) / 1e3
+
+    def beside(submit: Callable[[Any], Any]) -> Mapping[str, float]:
+        device.synchronize()
+        numbers = {"alone_us": copy_us()}
+        with device.use_stream(task.stream):
+            submit(lambda event: None)
+            end = device.record(task.stream)
+        took = [copy_us()]
+        while not device.query(end):
+            took.append(copy_us())
+        return numbers | {"first_us": took[0], "median_us": float(np.median(took)), "most_us": max(took)}
+
+    for contender in contenders(task, setting.wanted):
+        if contender.submit is None:
+            continue
+        found: dict[str, list[float]] = {}
+        with no_collection():
+            for turn in range(repeats + 1):
+                write, _ = one_write(task, contender.submit)
+                numbers = {"ms": write["ms"], "gb_per_s": write["gb_per_s"], "thread_us": write["submit_us"]}
+                numbers |= beside(contender.submit)
+                if turn:
+                    for name, value in numbers.items():
+                        found.setdefault(name, []).append(value)
+        spread = {name: Spread.of(values) for name, values in found.items()}
+        if turn_bytes is None:
+            yield Part("small_copy", f"{contender.name}, {case}", spread)
+        else:
+            yield Part("turns", f"{_turns(turn_bytes)}, {contender.name}, {case}", spread)
+
+
+def _turns(turn_bytes: int) -> str:
+    return "no turns" if turn_bytes == NO_TURNS else f"turns of {turn_bytes >> 20} MiB"
+
+
+def _trace(task: Any, traced: Traced, submit: Any) -> Mapping[str, float]:
+    """One write, on the device's clock from before the submission.
+
+    ``asked_us``: until the first gather is asked for; ``gather_ms``: until it may begin; ``link_ms``: until
+    the first batch of copies is asked for and its gather done; ``idle_ms``: from the end of one batch to
+    the same point of the next; ``busy_gb_per_s``: bytes by the rest, which includes waits of the engine for
+    the thread; ``end_ms``: until the last copy is done; ``submit_us``: the thread's time, with two
+    events around each gather and batch that only this measurement records.
+    """
+    device = task.device
+    traced.pieces.clear()
+    device.flush()
+    device.synchronize()
+    with device.use_stream(task.stream):
+        start = device.record(task.stream)
+        began = time.perf_counter_ns()
+        submit(lambda event: None)
+        submitted = time.perf_counter_ns()
+    device.synchronize()
+    copies = [piece for piece in traced.pieces if piece[0] == "copy"]
+    gathers = [piece for piece in traced.pieces if piece[0] == "gather"]
+    at = [(start.elapsed_time(begin), start.elapsed_time(end)) for _, _, begin, end, _ in copies]
+    # A copy's first event is complete when the copies before it are; it may begin only behind its gather.
+    ready = [start.elapsed_time(end) for _, _, _, end, _ in gathers]
+    begins = [max(pair) for pair in zip((begin for begin, _ in at), ready, strict=True)]
+    ends = [end for _, end in at]
+    idle = sum(max(0.0, later - earlier) for later, earlier in zip(begins[1:], ends, strict=False))
+    busy = ends[-1] - begins[0] - idle
+    return {
+        "asked_us": (gathers[0][1] - began) / 1e3,
+        "gather_ms": start.elapsed_time(gathers[0][2]),
+        "link_ms": begins[0],
+        "idle_ms": idle,
+        "busy_gb_per_s": sum(piece[4] for piece in copies) / max(busy, 1e-6) / 1e6,
+        "end_ms": ends[-1],
+        "submit_us": (submitted - began) / 1e3,
+    }
+
+
+def text(parts: list[Part]) -> str:
+    """One line a part."""
+    lines = []
+    for each in parts:
+        numbers = ", ".join(f"{name} {spread.median:,.4g}" for name, spread in each.metrics.items())
+        lines.append(f"{each.part}: {each.what}: {numbers}")
+    return "\n".join(lines)
+
+
+def profile(out: Path | None, *, cpu: bool) -> list[Part]:
+    """Measure, print, and save in ``out``.
+
+    Raises:
+        DeviceUnavailableError: there is no GPU and ``cpu`` is not set.
+    """
+    environment = describe(cpu=cpu)
+    device = open_bench(cpu)
+    link = link_ceiling(device, 2**24 if cpu else 2**30)
+    if not cpu:
+        environment |= sglang_pools.prepare({row for model in MODELS.values() for row in model.components})
+    watermark = CPU_WATERMARK if cpu else None
+    print(f"{environment['cpu' if cpu else 'gpu']}, one large copy to the host {link.median:.1f} GB/s")
+    if watermark:
+        print(watermark)
+    found = []
+    for part in measure(device, on_cpu() if cpu else on_gpu()):
+        found.append(part)
+        print(text([part]), flush=True)
+    if out is not None:
+        saved = {
+            "ran_on": environment["ran_on"],
+            "watermark": watermark,
+            "environment": environment,
+            "link_gb_per_s": asdict(link),
+            "parts": [asdict(part) for part in found],
+        }
+        out.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--cpu", action="store_true", help="exercise the code without a GPU")
+    args = parser.parse_args()
+    missing = None if args.cpu else gpu_missing()
+    if missing is not None:
+        parser.error(f"no GPU: {missing} (--cpu exercises the code without one)")
+    profile(args.out, cpu=args.cpu)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""Markdown tables of saved runs of whole servers, for the README.
+
+    python -m sglang_hicache.bench.lab.serve_table bench/results/DATE-GPU-servers/first.json ...
+    python -m sglang_hicache.bench.lab.serve_table --workload prefill FILE...
+    python -m sglang_hicache.bench.lab.serve_table --verified FILE...
+
+Of several runs with a cell of the same name the last one counts. With ``--verified``, which combinations have
+served without an error, and for how many answers it was compared that they are the same as without HiCache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ...io_backends.registry import AUTO
+from ...io_backends.sglang.unsafe import NULL
+from ..measure.tables import markdown_row
+from ..serve.account import Sum
+from ..serve.arms import NONE
+from ..serve.result import CellResult, Result, load
+
+ARMS = {
+    "kernel": "SGLang `kernel` (its default)",
+    "direct": "SGLang `direct`",
+    NONE: "no HiCache",
+    AUTO: "`auto`",
+    NULL: "writes nothing (the limit)",
+}
+"""Titles of the rows, in their order."""
+_COLUMNS = ("req/s", "TTFT p50", "p99 ms", "ITL p99 ms", "write ms")
+_MACHINE = ("gpu", "driver", "cuda", "torch", "sglang", "sglang_kernel")
+"""What must be the same for figures to stand in one table."""
+
+
+def together(runs: Iterable[Result]) -> Result:
+    """One result of several: their cells, of those with the same name the last.
+
+    Raises:
+        ValueError: they ran on different machines or versions, or there is none.
+    """
+    whole: Result | None = None
+    for run in runs:
+        whole = whole or Result(run.environment)
+        apart = [name for name in _MACHINE if whole.environment.get(name) != run.environment.get(name)]
+        if apart:
+            raise ValueError(f"runs that differ in {', '.join(apart)} have no common table")
+        for cell in run.cells:
+            whole.put(cell)
+    if whole is None:
+        raise ValueError("no runs")
+    return whole
+
+
+def speed_table(found: Result, workload: str = "chat") -> str:
+    """What it ran on, and each arm at each page size: median of the rounds, with least and greatest req/s.
+
+    Raises:
+        ValueError: nothing ran under that workload.
+    """
+    machine = found.environment
+    cells = [cell for cell in found.cells if any(each.workload == workload for each in cell.sums())]
+    if not cells:
+        raise ValueError(f"no cell has a workload {workload}")
+    pages = [f"page {cell.cell['page_size']}" for cell in cells]
+    turns = "; ".join(f"{page}: {_rounds(cell, workload)}" for page, cell in zip(pages, cells, strict=True))
+    shape = cells[0].workloads[workload]
+    lines = [
+        f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}, torch {machine['torch']}, "
+        f"SGLang {machine['sglang']}, {machine['date'][:10]}. Model {cells[0].cell['model']['name']}, "
+        f"one GPU, `{cells[0].cell['mem_layout']}`, {' '.join(cells[0].cell['more'][:2])}; {shape['says']}. "
+        f"{turns}.",
+        "",
+    ]
+    rows = {title: _row(arm, cells, workload) for arm, title in ARMS.items()}
+    titles = [f"{page}: {what}" for page in pages for what in _COLUMNS]
+    kept = [place for place in range(len(titles)) if any(row[place] for row in rows.values())]
+    lines += [
+        markdown_row(["write-back", *(titles[place] for place in kept)]),
+        markdown_row(["---"] * (1 + len(kept))),
+    ]
+    lines += [markdown_row([title, *(row[place] for place in kept)]) for title, row in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _rounds(cell: CellResult, workload: str) -> str:
+    rounds = sorted({each.rounds for each in cell.sums() if each.workload == workload})
+    asked = cell.workloads[workload]["requests"]
+    return f"{' or '.join(map(str, rounds))} rounds of {asked:,} requests"
+
+
+def _row(arm: str, cells: Iterable[CellResult], workload: str) -> list[str]:
+    texts: list[str] = []
+    for cell in cells:
+        each = next((s for s in cell.sums() if (s.arm, s.workload) == (arm, workload)), None)
+        texts += [""] * len(_COLUMNS) if each is None else _figures(each)
+    return texts
+
+
+def _figures(each: Sum) -> list[str]:
+    rate = each.requests_per_s
+    texts = ["" if rate is None else f"{rate.median:.1f} ({rate.low:.1f} to {rate.high:.1f})"]
+    for spread in (each.ttft_p50_s, each.ttft_p99_s, each.itl_p99_s):
+        texts.append("" if spread is None else f"{spread.median * 1e3:,.0f}")
+    return [*texts, "" if each.write_mean_s is None else f"{each.write_mean_s * 1e3:,.1f}"]
+
+
+def verified_table(runs: Iterable[Result]) -> str:
+    """A row for each cell in which ``auto`` served all that it was asked, the last of those with its name."""
+    columns = (
+        "GPU",
+        "SGLang",
+        "attention",
+        "model",
+        "layout",
+        "page",
+        "TP",
+        "`auto` took",
+        "answers as without",
+    )
+    lines = [
+        markdown_row([*columns, "from the host", "date", "command"]),
+        markdown_row(["---"] * (len(columns) + 3)),
+    ]
+    ran = {cell.name: (run.environment, cell) for run in runs for cell in run.cells if cell.turns}
+    for machine, cell in ran.values():
+        row = _verified(cell)
+        if row is not None:
+            about = [str(machine["gpu"]), str(machine["sglang"]), *row]
+            lines.append(markdown_row([*about, machine["date"][:10], f"`{_command(machine, cell)}`"]))
+    return "\n".join(lines) + "\n"
+
+
+def _verified(cell: CellResult) -> list[str] | None:
+    sums = [each for each in cell.sums() if each.arm == AUTO]
+    server: dict[str, Any] | None = cell.arms[AUTO].server if AUTO in cell.arms else None
+    bad = any(each.errors or each.same != each.compared for each in sums)
+    if server is None or bad or not sum(each.requests for each in sums):
+        return None
+    compared = [each for each in sums if each.compared is not None]
+    same = sum(each.same or 0 for each in compared)
+    return [
+        str(server["attention_backend"]),
+        str(cell.cell["model"]["name"]),
+        f"`{cell.cell['mem_layout']}`",
+        str(cell.cell["page_size"]),
+        str(cell.cell["tp"]),
+        f"`{server['plugin']['backend']}`",
+        f"{same} of {sum(each.compared or 0 for each in compared)}" if compared else "not compared",
+        f"{sum(each.host_tokens for each in sums):,} tokens",
+    ]
+
+
+def _command(machine: dict[str, Any], cell: CellResult) -> str:
+    """What serves this cell again, by the name that the script has today."""
+    words = shlex.split(str(machine["command"]))
+    module = words.index("-m") + 1
+    if words[module].endswith(".gpu_plan"):
+        words[module] = f"{__package__}.gpu_plan"
+    return shlex.join([*words[: module + 2], "--cell", cell.name])
+
+
+def main() -> None:
+    """Print the tables of saved runs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--verified", action="store_true", help="which combinations have served")
+    parser.add_argument("--workload", default="chat", help="whose figures (chat)")
+    parser.add_argument("run", nargs="+", type=Path)
+    args = parser.parse_args()
+    try:
+        runs = [load(path) for path in args.run]
+        print(verified_table(runs) if args.verified else speed_table(together(runs), args.workload), end="")
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Copies in turns on two streams, so that copies of others get the engine in between.
+
+All copies to the host share one copy engine, and it stays with a stream for as long as that one has more: on
+an H100 a copy of 1 KiB on another stream waited for all that was left of a write of 1.2 GB, 20 ms (part
+``turns`` of bench/results/2026-11-26-h100/profile.json). SGLang copies the token ids of every step that way.
+The engine looks for others when the stream it serves must wait for another stream's turn. Tried by hand on
+that GPU, and no help: streams of the highest priority for the small copies, 32 hardware queues instead of 8,
+and a wait that is over within microseconds, which the engine waits for too.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from ..plan.copies import CopyBatch
+from .base import Event, Stream
+from .driver import Driver
+from .host_memory import SHORT, drop_empty
+
+TURN_SECONDS = 0.6e-3
+"""Of a turn, which others wait for; twice as long while two streams take turns with theirs (two backends of
+one policy). Half of it costs an H100's link 1.1 to 1.4 instead of 0.5 to 0.6 % (the file above, 32 MiB)."""
+
+TURN_BYTES = 32 * 2**20
+"""Of a turn where the link was not measured: what 55 GB/s move in that time."""
+
+_LEAST_TURN, _MOST_TURN = 8 * 2**20, 256 * 2**20
+"""Whatever a measurement says: one PCIe 4.0 x8 link's, and one NVLink-C2C's."""
+
+
+def turn_of(bytes_per_second: float) -> int:
+    """Bytes of a turn on a link of that rate."""
+    return min(max(int(bytes_per_second * TURN_SECONDS), _LEAST_TURN), _MOST_TURN)
+
+
+def split_long(batch: CopyBatch, most: int) -> CopyBatch:
+    """``batch`` with every copy cut into pieces of at most ``most`` bytes; itself if none is longer.
+
+    Args:
+        batch: copies without zero-byte ones.
+        most: bytes, at least 1.
+    """
+    nbytes = batch.nbytes.view(np.int64)
+    if int(nbytes.max(initial=0)) <= most:
+        return batch
+    pieces = -(-nbytes // most)
+    # Where each piece begins within its copy: 0, most, 2 * most, ...
+    nth = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    begin = nth * most
+    step = begin.view(np.uint64)
+    return CopyBatch(
+        dst=np.repeat(batch.dst, pieces) + step,
+        src=np.repeat(batch.src, pieces) + step,
+        nbytes=np.minimum(np.repeat(nbytes, pieces) - begin, most).view(np.uint64),
+    )
+
+
+class _Pair:
+    """A stream that copies are asked for on, and the one that takes turns with it.
+
+    Attributes:
+        handles: their CUstreams.
+        now: whose turn it is, 0 or 1.
+        turn: bytes of that turn so far.
+    """
+
+    def __init__(self, stream: Stream, other: Stream, new_event: Callable[[], Event]) -> None:
+        self._streams = (stream, other)
+        self._events = (new_event(), new_event())
+        for event, on in zip(self._events, self._streams, strict=True):
+            event.record(on)  # torch makes the event now, so that it cannot fail to when a turn is over
+        self.handles: tuple[int, int] = (stream.cuda_stream, other.cuda_stream)
+        self.now = self.turn = 0
+
+    def hand_over(self) -> None:
+        """The other's turn begins when this one's copies are done."""
+        event, other = self._events[self.now], 1 - self.now
+        event.record(self._streams[self.now])
+        self._streams[other].wait_event(event)
+        self.now, self.turn = other, 0
+
+    def close(self) -> None:
+        """Back to the first stream, which then waits for all copies; if it cannot, the host does."""
+        if not self.now:
+            return
+        try:
+            self.hand_over()
+        except BaseException:
+            # Whoever waits for the first stream alone would reuse memory under the other's copies.
+            self._streams[1].synchronize()
+            self.now = self.turn = 0
+            raise
+
+
+class InterleavedCopies:
+    """Enqueues copies; what is on a stream behind them waits for all of them, as if they were all on it.
+
+    Args:
+        new_event: makes an event, which can be recorded again and again.
+        driver: takes the copies.
+        new_stream: makes a stream that nobody else has.
+        turn_bytes: of one turn at most.
+    """
+
+    def __init__(
+        self,
+        new_event: Callable[[], Event],
+        driver: Driver,
+        new_stream: Callable[[], Stream],
+        turn_bytes: int = TURN_BYTES,
+    ) -> None:
+        self._new_event, self._new_stream = new_event, new_stream
+        self._driver = driver
+        self.turn_bytes = turn_bytes
+        self._pairs: dict[int, _Pair] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def turn_bytes(self) -> int:
+        """Of one turn at most; may change between two writes."""
+        return self._most
+
+    @turn_bytes.setter
+    def turn_bytes(self, most: int) -> None:
+        if most < 1:
+            raise ValueError(f"turn_bytes must be at least 1, not {most}")
+        self._most = most
+
+    def copy(self, batch: CopyBatch, stream: Stream) -> None:
+        """Enqueue every copy on ``stream``, or on one that takes turns with it.
+
+        Args:
+            batch: addresses as the GPU sees them.
+
+        Raises:
+            CopyRefusedError, DriverError: see :meth:`~.driver.Driver.copy`. After the latter too, ``stream``
+                waits for what was enqueued.
+        """
+        driver, few = self._driver, len(batch) <= SHORT
+        # For a few, numpy's sum takes longer than all the rest of this method.
+        total = sum(batch.nbytes.tolist()) if few else batch.total_bytes
+        if not total:
+            return
+        driver.check(stream.cuda_stream)
+        # Another thread's copies, in the middle of this one's, would begin on a stream that waits for nothing
+        # of theirs.
+        with self._lock:
+            pair = self._pairs.get(stream.cuda_stream)
+            if pair is None:
+                pair = self._pairs[stream.cuda_stream] = _Pair(stream, self._new_stream(), self._new_event)
+            if pair.turn + total <= self._most:
+                pair.turn += total
+                driver.enqueue(drop_empty(batch), stream.cuda_stream)
+                return
+            try:
+                if few:
+                    self._few(batch, pair)
+                else:
+                    self._many(split_long(drop_empty(batch), self._most), pair)
+            finally:
+                pair.close()
+
+    def _few(self, batch: CopyBatch, pair: _Pair) -> None:
+        """One call of the driver a piece: with numpy, a turn of one piece would cost four times as much."""
+        most, copy_one = self._most, self._driver.copy_one
+        for dst, src, left in zip(batch.dst.tolist(), batch.src.tolist(), batch.nbytes.tolist(), strict=True):
+            while left:
+                if pair.turn >= most:
+                    pair.hand_over()
+                nbytes = min(left, most - pair.turn)
+                copy_one(dst, src, nbytes, pair.handles[pair.now])
+                pair.turn += nbytes
+                dst, src, left = dst + nbytes, src + nbytes, left - nbytes
+
+    def _many(self, batch: CopyBatch, pair: _Pair) -> None:
+        """Whole copies, none longer than a turn."""
+        ends: npt.NDArray[np.int64] = np.cumsum(batch.nbytes.view(np.int64))
+        start = done = 0
+        while start < len(ends):
+            stop = int(ends.searchsorted(done + self._most - pair.turn, side="right"))
+            if stop == start:
+                pair.hand_over()
+                continue
+            part = slice(start, stop)
+            piece = CopyBatch(batch.dst[part], batch.src[part], batch.nbytes[part])
+            self._driver.enqueue(piece, pair.handles[pair.now], busy=start > 0)
+            start, last = stop, int(ends[stop - 1])
+            pair.turn, done = pair.turn + last - done, last
