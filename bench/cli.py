@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..policy import commands
+from .explain import command as commands
 
 # Subcommands that need torch or are slow to import: name -> "module:function" (or a typer.Typer of several),
 # imported when they are asked for (and by `hicache-io --help`, which prints the first line of their help).

@@ -19,8 +19,8 @@ import typer
 
 from ..io_backends.registry import AUTO, OWN_NAMES, available_backends, unknown_backend
 from ..io_backends.sglang.fake_libcuda import NoCompilerError
+from ..policy.names import MEM_LAYOUTS, NameProblem, check_name
 from ..policy.terminal import styled
-from ..policy.vocabulary import MEM_LAYOUTS, NameProblem, check_name
 from . import damaged, identity, serving, tiny_model
 from .demo_output import RunProgress, as_json, console, table, verdict
 from .identity import Run, Setup

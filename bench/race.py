@@ -23,12 +23,12 @@ from rich.progress import track
 
 from ..io_backends.registry import AUTO, UPSTREAM_NAMES
 from ..io_backends.sglang import fake_libcuda
+from ..io_backends.sglang.serving import refusal
 from ..policy.decide import Decision, check_backend, decide
 from ..policy.facts import Facts, detect
-from ..policy.load import PolicyError, policy_in_force
-from ..policy.serving import refusal
+from ..policy.format.load import PolicyError, policy_in_force
+from ..policy.names import NameProblem, check_fact, check_name
 from ..policy.terminal import console as console_of
-from ..policy.vocabulary import NameProblem, check_fact, check_name
 
 # What is said goes to standard error, so that --json has standard output for itself.
 console = console_of(stderr=True, columns=160)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..io_backends.registry import OWN_NAMES
+from ..io_backends.sglang.serving import cannot_serve_layout
 from ..io_backends.sglang.simulation import setups
 from ..io_backends.sglang.simulation.batches import Options
 from ..io_backends.sglang.simulation.cache import Cache
@@ -14,8 +15,7 @@ from ..io_backends.virtual.model import CostModel
 from ..io_backends.virtual.timeline import ModelOrder, Timeline
 from ..policy.decide import decide
 from ..policy.facts import Facts
-from ..policy.load import policy_in_force
-from ..policy.serving import cannot_serve_layout
+from ..policy.format.load import policy_in_force
 
 TOKEN_BYTES = 147_456
 """KV of one token: Qwen3-8B, bf16, 36 layers, 8 KV heads of 128 (the model of bench/results/2026-11-23-h200).

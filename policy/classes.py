@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from .conditions import Condition, Flags, Names, Numbers
 from .facts import FactValue
-from .fields import USES
+from .format.schema import Default, Rule, is_about_writes
+from .format.validators import USES
 from .match import FORWARDS_OF, SPECULATIVE_ONLY
-from .schema import Default, Rule, is_about_writes
-from .versions import Versions
-from .vocabulary import NAMED, NO_SPECULATION
+from .names import NAMED, NO_SPECULATION
+from .version_sets import Versions
 
 _EITHER = "attention_backend"
 _SPECULATIVE = "speculative"

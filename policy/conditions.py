@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from .facts import FactValue
-from .versions import Versions
-from .vocabulary import (
+from .names import (
     COUNTED,
     FLAGS,
     VERSIONED,
@@ -23,6 +22,7 @@ from .vocabulary import (
     NameProblem,
     canonical,
 )
+from .version_sets import Versions
 
 
 class Condition(Protocol):

@@ -17,11 +17,11 @@ from packaging.version import InvalidVersion, Version
 from ..io_backends.registry import AUTO, UPSTREAM_NAMES, available_backends
 from .evidence import PRODUCER_FENCE_SINCE, beside, upstream_path
 from .facts import Facts
-from .layers import DEFAULT_RULE, OPTION, SHIPPED, Policy
+from .format.layers import DEFAULT_RULE, OPTION, SHIPPED, Policy
+from .format.schema import Default, Rule
 from .match import match, resolve_fences
+from .names import FORWARDS, check_name
 from .routes import WriteFacts, WriteRoute, writes_in_words
-from .schema import Default, Rule
-from .vocabulary import FORWARDS, check_name
 
 # The option that a person types to choose a backend by hand.
 BACKEND_OPTION = "--hicache-io-backend"

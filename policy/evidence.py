@@ -14,7 +14,7 @@ from packaging.version import InvalidVersion, Version
 
 from .facts import Facts
 from .match import FORWARDS_OF
-from .vocabulary import FORWARDS
+from .names import FORWARDS
 
 GDC_SINCE = Version("0.4.0")
 """Disassembled FA3 kernels have the dependency wait (ACQBULK) in sglang-kernel 0.4.0 and later; 0.3.20 and

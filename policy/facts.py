@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from .vocabulary import COUNTED, FLAGS, NO_SPECULATION, NameProblem, nearest
+from .names import COUNTED, FLAGS, NO_SPECULATION, NameProblem, nearest
 
 FactValue = str | int | bool | None
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from .conditions import Condition
 from .facts import Facts
-from .fields import USES
-from .schema import Default, Rule
-from .vocabulary import FORWARDS, NO_SPECULATION
+from .format.schema import Default, Rule
+from .format.validators import USES
+from .names import FORWARDS, NO_SPECULATION
 
 #: The forwards that each attention backend runs in, in this project's two names. As SGLang's schedulers
 #: launch them (0.5.18 to 0.5.23): verification is part of a decode step, and a draft follows prefill and

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .fields import shown
-from .vocabulary import NameProblem, check_name
+from .format.validators import shown
+from .names import NameProblem, check_name
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ...policy.errors import PolicyError
+from ...policy.format.errors import PolicyError
+from ...policy.names import ATTENTION_BACKENDS, NameProblem, check_name
 from ...policy.options import BACKEND_OPTIONS, check_option
 from ...policy.terminal import console as console_of
-from ...policy.vocabulary import ATTENTION_BACKENDS, NameProblem, check_name
 from ..serve import report as serve_report
 from ..serve import result as serve_result
 from ..serve.command import serve

@@ -19,15 +19,15 @@ from ruamel.yaml.comments import CommentedSeq
 
 from ...policy.decide import decide
 from ...policy.facts import Facts
-from ...policy.layers import Policy
-from ...policy.load import (
+from ...policy.format.layers import Policy
+from ...policy.format.load import (
     MACHINE_VARIABLE,
     POLICY_VARIABLE,
     default_machine_file,
     default_policy,
     policy_in_force,
 )
-from ...policy.vocabulary import ATTENTION_BACKENDS, NO_SPECULATION
+from ...policy.names import ATTENTION_BACKENDS, NO_SPECULATION
 from .calibration import Choice, Segment
 from .results import CPU_WATERMARK
 

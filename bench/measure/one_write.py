@@ -8,7 +8,7 @@ from typing import Any
 
 from ...policy.decide import Decision, decide
 from ...policy.facts import detect
-from ...policy.layers import Policy
+from ...policy.format.layers import Policy
 from . import sglang_pools
 from .cases import MODELS, Case, slots_of
 from .contenders import Contender, Submit, Task, contenders, reason_of

@@ -37,7 +37,7 @@ import numpy as np
 from ...io_backends.chunks import Chunk, staged
 from ...io_backends.plan import CopyBatch
 from ...io_backends.staged_plan import drain_copies
-from ...policy.load import default_policy
+from ...policy.format.load import default_policy
 from . import sglang_pools
 from .cases import MODELS, Case
 from .contenders import contenders

@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from ...io_backends.registry import OWN_NAMES
-from ...policy.load import default_policy
+from ...policy.format.load import default_policy
 from .cases import LAYOUTS, MODELS, Case
 from .contenders import contenders
 from .devices import gpu_missing, open_bench

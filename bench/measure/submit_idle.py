@@ -19,7 +19,7 @@ from typing import Any
 from ...io_backends.virtual.model import CostModel
 from ...policy.decide import decide
 from ...policy.facts import detect
-from ...policy.load import policy_in_force
+from ...policy.format.load import policy_in_force
 from .cases import MODELS, Case, pool_of, slots_of
 from .contenders import Task
 from .one_write import Setting

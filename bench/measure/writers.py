@@ -10,7 +10,7 @@ from ...io_backends import Transfer, get_backend
 from ...io_backends.interface import Backend, Pending
 from ...io_backends.registry import AUTO
 from ...io_backends.sglang.routes import Route, distinct, one_route, routes_of
-from ...policy.vocabulary import FORWARDS
+from ...policy.names import FORWARDS
 from . import sglang_pools
 from .contenders import Task
 from .overlap import Flight

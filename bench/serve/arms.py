@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...io_backends.registry import AUTO, OWN_NAMES
 from ...io_backends.sglang.unsafe import CONFIRM, NULL
-from ...policy.vocabulary import check_name
+from ...policy.names import check_name
 from .. import damaged, null_backend
 from ..serving import HiCache, base_args
 from .models import Model

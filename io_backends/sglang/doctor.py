@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ...policy.facts import FactValue, detect
+from ...policy.names import NameProblem, check_gpu_arch
 from ...policy.terminal import console
-from ...policy.vocabulary import NameProblem, check_gpu_arch
 from . import findings, server_findings
 from .dry_run import Server, server_facts_of
 from .findings import BAD, OK, WARNING, Finding

@@ -24,8 +24,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from ...policy.facts import Fact, Facts, FactValue, detect
-from ...policy.load import POLICY_VARIABLE
-from ...policy.vocabulary import NameProblem
+from ...policy.format.load import POLICY_VARIABLE
+from ...policy.names import NameProblem
 
 _MODULE = "sglang_hicache.io_backends.sglang.dry_run"  # as a child it is __main__
 

@@ -21,12 +21,12 @@ from typing import Any
 
 from packaging.version import Version
 
-from ...policy.errors import PolicyError
 from ...policy.evidence import GDC_SINCE
 from ...policy.facts import Facts
-from ...policy.layers import Policy
-from ...policy.lint import warnings
-from ...policy.load import policy_in_force
+from ...policy.format.errors import PolicyError
+from ...policy.format.layers import Policy
+from ...policy.format.lint import warnings
+from ...policy.format.load import policy_in_force
 from ..device import unavailable
 from ..registry import OWN_NAMES, available_backends, get_backend
 from . import fake_libcuda, versions

@@ -9,8 +9,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...policy.errors import PolicyError
-from ...policy.load import load_policy
+from ...policy.format.errors import PolicyError
+from ...policy.format.load import load_policy
 from ..registry import (
     AUTO,
     UPSTREAM_NAMES,

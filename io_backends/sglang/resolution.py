@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...policy.decide import Decision, decide
-from ...policy.errors import PolicyError
-from ...policy.load import policy_in_force
-from ...policy.protection import lost_here
-from ...policy.words import lost_sentence
+from ...policy.format.errors import PolicyError
+from ...policy.format.load import policy_in_force
+from ...policy.sentences import lost_sentence
+from ...policy.unfenced import lost_here
 from ..device import unavailable
 from ..registry import AUTO, OWN_NAMES, get_backend
 from . import runtime, unsafe, versions

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...policy.facts import ATTENTION_FACTS, MACHINE_FACTS, Fact, Facts, FactValue, detect
-from ...policy.vocabulary import NO_SPECULATION
+from ...policy.names import NO_SPECULATION
 from . import versions
 from .pools import UnsupportedPoolError, describe
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 from packaging.version import Version
 
-from ...policy import serving
 from ...policy.decide import Decision, decide
 from ...policy.evidence import (
     PRODUCER_FENCE_SINCE,
@@ -22,11 +21,12 @@ from ...policy.evidence import (
     upstream_path,
 )
 from ...policy.facts import Facts
-from ...policy.layers import Policy
-from ...policy.load import default_policy
+from ...policy.format.layers import Policy
+from ...policy.format.load import default_policy
 from ...policy.match import FORWARDS_OF
-from ...policy.vocabulary import FORWARDS
+from ...policy.names import FORWARDS
 from ..registry import UPSTREAM_NAMES
+from . import serving
 from .dry_run import Server
 from .findings import BAD, OK, WARNING, Finding
 

@@ -24,9 +24,9 @@ from sglang_hicache.bench.measure.calibration import (
 )
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.load import default_policy, policy_in_force
-from sglang_hicache.policy.protection import losses
+from sglang_hicache.policy.format.load import default_policy, policy_in_force
 from sglang_hicache.policy.routes import WriteFacts
+from sglang_hicache.policy.unfenced import losses
 
 SIZES = [2**n for n in range(11, 19)]
 Times = dict[str, dict[int, list[float]]]

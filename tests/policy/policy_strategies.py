@@ -15,9 +15,9 @@ from packaging.specifiers import SpecifierSet
 from pydantic import ValidationError
 
 from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.layers import Origin, Policy, RuleProblem, combine
+from sglang_hicache.policy.format.layers import Origin, Policy, RuleProblem, combine
+from sglang_hicache.policy.format.schema import Default, PolicyFile, Rule
 from sglang_hicache.policy.routes import WriteFacts
-from sglang_hicache.policy.schema import Default, PolicyFile, Rule
 
 
 def given(*strategies: st.SearchStrategy[Any], **more: Any) -> Callable[[Any], Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from sglang_hicache.policy import facts as facts_module
 from sglang_hicache.policy.facts import FACT_NAMES, Fact, Facts, detect
-from sglang_hicache.policy.vocabulary import NameProblem
+from sglang_hicache.policy.names import NameProblem
 
 
 def fake_torch(*, gpu: tuple[int, int] | None, hip: str | None = None) -> Any:

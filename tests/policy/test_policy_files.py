@@ -12,7 +12,7 @@ from textwrap import dedent
 import pytest
 from policy_bad_files import BAD, DEFAULT, rule, with_rules
 
-from sglang_hicache.policy.load import (
+from sglang_hicache.policy.format.load import (
     PolicyError,
     default_policy,
     load_policy,

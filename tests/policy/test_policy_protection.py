@@ -28,17 +28,17 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from sglang_hicache.bench.cli import app
+from sglang_hicache.bench.explain.command import _policy_dict
 from sglang_hicache.policy.classes import CannotCompareError
-from sglang_hicache.policy.commands import _policy_dict
 from sglang_hicache.policy.decide import decide
-from sglang_hicache.policy.errors import PolicyError
 from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.layers import MACHINE, Origin, Policy, RuleProblem, combine
-from sglang_hicache.policy.lint import warnings
-from sglang_hicache.policy.load import default_policy, load_policy, load_policy_text, policy_in_force
-from sglang_hicache.policy.protection import Loss, losses, lost_here
+from sglang_hicache.policy.format.errors import PolicyError
+from sglang_hicache.policy.format.layers import MACHINE, Origin, Policy, RuleProblem, combine
+from sglang_hicache.policy.format.lint import warnings
+from sglang_hicache.policy.format.load import default_policy, load_policy, load_policy_text, policy_in_force
+from sglang_hicache.policy.format.schema import PolicyFile
 from sglang_hicache.policy.routes import WriteFacts
-from sglang_hicache.policy.schema import PolicyFile
+from sglang_hicache.policy.unfenced import Loss, losses, lost_here
 
 SHIPPED = default_policy()
 SHIPPED_RULES: list[dict[str, Any]] = [

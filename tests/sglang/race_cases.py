@@ -29,7 +29,7 @@ from sglang_hicache.io_backends.sglang.simulation.published import published
 from sglang_hicache.io_backends.virtual import gpu
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts, detect
-from sglang_hicache.policy.load import policy_in_force
+from sglang_hicache.policy.format.load import policy_in_force
 
 pytestmark = pytest.mark.usefixtures("libcuda")
 

@@ -19,7 +19,7 @@ from sglang_hicache.io_backends.sglang.dry_run import Server
 from sglang_hicache.io_backends.sglang.findings import BAD, OK, WARNING, Finding
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Fact, Facts
-from sglang_hicache.policy.load import default_policy, load_policy_text
+from sglang_hicache.policy.format.load import default_policy, load_policy_text
 
 UNFENCED = """\
 version: 1

@@ -19,7 +19,7 @@ from sglang_hicache.io_backends.sglang.runtime import Active
 from sglang_hicache.io_backends.sglang.simulation import setups
 from sglang_hicache.io_backends.sglang.simulation.experiment import Experiment
 from sglang_hicache.policy.decide import decide
-from sglang_hicache.policy.load import policy_in_force
+from sglang_hicache.policy.format.load import policy_in_force
 
 pytestmark = pytest.mark.usefixtures("libcuda")
 

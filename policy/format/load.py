@@ -1,8 +1,8 @@
 """A policy file to a checked `Policy`, or one clear error: ``FILE:LINE:COL: message (did you mean 'x'?)``.
 
-ruamel.yaml's round-trip loader keeps the place of every key and value (`yaml_text`); pydantic checks the
-values (`schema`); `wording` joins the two; `layers` puts a file over what it extends. Only the first problem
-of a file is reported: the next is often its consequence.
+ruamel.yaml's round-trip loader keeps the place of every key and value (`yaml_positions`); pydantic checks
+the values (`schema`); `validation_errors` joins the two; `layers` puts a file over what it extends. Only the
+first problem of a file is reported: the next is often its consequence.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from .classes import CannotCompareError
+from ..classes import CannotCompareError
+from ..text import code_point, unsafe_character
+from ..unfenced import in_words, losses
 from .errors import PolicyError
-from .fields import DEFAULT, Step
 from .layers import (
     DEFAULT_RULE,
     MACHINE,
@@ -31,11 +32,10 @@ from .layers import (
     RuleProblem,
     combine,
 )
-from .protection import in_words, losses
 from .schema import PolicyFile
-from .text import code_point, unsafe_character
-from .wording import first_problem
-from .yaml_text import Plain, parse, place
+from .validation_errors import first_problem
+from .validators import DEFAULT, Step
+from .yaml_positions import Plain, parse, place
 
 #: Names a policy file when ``--hicache-io-policy`` and ``hicache-io --policy`` do not.
 POLICY_VARIABLE = "SGLANG_HICACHE_IO_POLICY"

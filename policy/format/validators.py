@@ -11,11 +11,9 @@ from typing import Any, TypeVar
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
-from ..io_backends.registry import AUTO, UPSTREAM_NAMES, available_backends
-from .conditions import Numbers
-from .text import code_point, unsafe_character
-from .versions import Versions
-from .vocabulary import (
+from ...io_backends.registry import AUTO, UPSTREAM_NAMES, available_backends
+from ..conditions import Numbers
+from ..names import (
     FORWARDS,
     NameProblem,
     check_device,
@@ -23,6 +21,8 @@ from .vocabulary import (
     check_name,
     nearest,
 )
+from ..text import code_point, unsafe_character
+from ..version_sets import Versions
 
 USES = "uses"
 MATCH = "match"  # of `unknown`: every condition of the rule

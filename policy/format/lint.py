@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .classes import CannotCompareError
+from ..classes import CannotCompareError
+from ..unfenced import Loss, in_words, losses
 from .layers import DEFAULT_RULE, Origin, Policy, covered
-from .protection import Loss, in_words, losses
 
 # The largest write of bench/results/2026-11-23-h200/gpu.json: 32,768 tokens of Qwen3-8B, 147,456 bytes each.
 _LARGEST_WRITE_MB = 32_768 * 147_456 // 2**20

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from .classes import CannotCompareError, Classes, Clause, CompiledRule, Literal
 from .decide import decide
 from .facts import FACT_NAMES, Facts, FactValue
-from .layers import DEFAULT_RULE, USER, Policy
-from .schema import Default, Rule, is_about_writes
-from .vocabulary import FORWARDS
+from .format.layers import DEFAULT_RULE, USER, Policy
+from .format.schema import Default, Rule, is_about_writes
+from .names import FORWARDS
 
 #: Rules looked at in a whole comparison: about two seconds.
 MOST_STEPS = 400_000

@@ -15,25 +15,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..io_backends.registry import AUTO
+from ...io_backends.registry import AUTO
+from ...policy.decide import check_backend
+from ...policy.facts import FactValue, detect
+from ...policy.format.errors import PolicyError
+from ...policy.format.json_schema import policy_json_schema
+from ...policy.format.layers import DEFAULT_RULE, Policy
+from ...policy.format.lint import warnings
+from ...policy.format.load import load_policy, policy_in_force
+from ...policy.format.schema import Default, Rule
+from ...policy.names import NameProblem, check_fact
+from ...policy.sentences import option_of
+from ...policy.terminal import console
 from . import matrix as table
 from . import render
-from .decide import check_backend
-from .errors import PolicyError
 from .explanation import Explanation
-from .facts import FactValue, detect
-from .json_schema import policy_json_schema
-from .layers import DEFAULT_RULE, Policy
-from .lint import warnings
-from .load import load_policy, policy_in_force
-from .schema import Default, Rule
-from .terminal import console
-from .vocabulary import NameProblem, check_fact
 from .what_if import changed, difference, parse_facts
-from .words import option_of
 
 if TYPE_CHECKING:
-    from ..io_backends.sglang.dry_run import Server
+    from ...io_backends.sglang.dry_run import Server
 
 policy_app = typer.Typer(help="Show or check a policy file.", no_args_is_help=True)
 
@@ -262,7 +262,7 @@ def _naming(option: str) -> Iterator[None]:
 def _server(command_line: str, given: Mapping[str, FactValue]) -> Server:
     """What `command_line` resolves to. Raises NameProblem, also for a server without HiCache."""
     # Here, because it is the one thing in this package that needs an installed SGLang.
-    from ..io_backends.sglang.dry_run import server_facts_of
+    from ...io_backends.sglang.dry_run import server_facts_of
 
     server = server_facts_of(command_line, given)
     if not server.hicache:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..io_backends.registry import AUTO, OWN_NAMES, get_backend
-from .decide import Decision
-from .facts import Facts
+from ...policy.decide import Decision
+from ...policy.facts import Facts
+from ..registry import AUTO, OWN_NAMES, get_backend
 
 
 def cannot_serve_layout(backend: str, layout: object) -> str | None:
@@ -19,7 +19,7 @@ def cannot_serve_layout(backend: str, layout: object) -> str | None:
 
 def refusal(decision: Decision, facts: Facts, *, backend: str) -> str | None:
     """Why a server with these facts and ``--hicache-io-backend backend`` would not start, or None."""
-    from ..io_backends.sglang.versions import problem_with
+    from .versions import problem_with
 
     if decision.backend not in OWN_NAMES:
         return None
@@ -36,7 +36,7 @@ def other_pools(decision: Decision) -> dict[str, str]:
     """Kinds of pool that SGLang's own copy writes back whatever the backend, each with the reason; none where
     SGLang copies everything.
     """
-    from ..io_backends.sglang.pools import OTHER_KINDS
+    from .pools import OTHER_KINDS
 
     return dict(OTHER_KINDS.values()) if decision.backend in OWN_NAMES else {}
 

@@ -11,7 +11,7 @@ from packaging.specifiers import InvalidSpecifier, Specifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from .facts import FactValue
-from .vocabulary import NameProblem
+from .names import NameProblem
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .fields import Step
-from .reach import Reach, shadows
+from .reachability import Reach, shadows
 from .schema import Default, PolicyFile, Rule
+from .validators import Step
 
 #: Where a rule, or a whole decision, comes from. Each layer comes before the ones above it here.
 SHIPPED, MACHINE, USER, OPTION = LAYERS = ("shipped default", "machine file", "policy file", "option")

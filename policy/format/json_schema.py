@@ -10,11 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..io_backends.registry import available_backends
-from .fields import MATCH, USES
-from .options import BACKEND_OPTIONS, Option
-from .schema import When, is_about_writes
-from .vocabulary import (
+from ...io_backends.registry import available_backends
+from ..names import (
     ATTENTION_BACKENDS,
     COUNTED,
     FLAGS,
@@ -25,6 +22,9 @@ from .vocabulary import (
     WRITE_FLAGS,
     WRITE_NUMBERS,
 )
+from ..options import BACKEND_OPTIONS, Option
+from .schema import When, is_about_writes
+from .validators import MATCH, USES
 
 _Schema = dict[str, Any]
 

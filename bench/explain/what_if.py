@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .decide import Decision
-from .facts import ATTENTION_FACTS, FACT_NAMES, Fact, Facts, FactValue
-from .vocabulary import NameProblem, check_fact, check_name
+from ...policy.decide import Decision
+from ...policy.facts import ATTENTION_FACTS, FACT_NAMES, Fact, Facts, FactValue
+from ...policy.names import NameProblem, check_fact, check_name
 
 #: Facts that follow from another one where they are not given themselves.
 _FOLLOWS = {"gpu_arch": ("device", "gpu_name")}

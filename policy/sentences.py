@@ -5,10 +5,10 @@ from __future__ import annotations
 from ..io_backends.registry import UPSTREAM_NAMES
 from .decide import Decision
 from .facts import Facts
-from .layers import DEFAULT_RULE, OPTION, SHIPPED, Policy
+from .format.layers import DEFAULT_RULE, OPTION, SHIPPED, Policy
 from .match import match
+from .names import NO_SPECULATION
 from .routes import WriteRoute, writes_in_words
-from .vocabulary import NO_SPECULATION
 
 # What operators call the forwards; extend is SGLang's name for prefill, chunked or not.
 _FORWARD_WORDS = {"extend": "prefill (extend)", "decode": "decode"}

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
-from .conditions import Condition, Names
-from .vocabulary import NO_SPECULATION
+from ..conditions import Condition, Names
+from ..names import NO_SPECULATION
 
 _PREFILL, _DECODE, _EITHER = "prefill_attention_backend", "decode_attention_backend", "attention_backend"
 _VERIFY, _DRAFT = "verify_attention_backend", "draft_attention_backend"
