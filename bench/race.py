@@ -23,11 +23,13 @@ from rich.progress import track
 
 from ..io_backends.registry import AUTO, UPSTREAM_NAMES
 from ..io_backends.sglang import fake_libcuda
+from ..io_backends.sglang.machine_facts import detect
 from ..io_backends.sglang.serving import refusal
 from ..policy.decide import Decision, check_backend, decide
-from ..policy.facts import Facts, detect
+from ..policy.fact_specs import check_fact
+from ..policy.facts import Facts
 from ..policy.format.load import PolicyError, policy_in_force
-from ..policy.names import NameProblem, check_fact, check_name
+from ..policy.names import NameProblem, check_name
 from ..policy.terminal import console as console_of
 
 # What is said goes to standard error, so that --json has standard output for itself.

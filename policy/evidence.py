@@ -12,8 +12,8 @@ from enum import Enum
 
 from packaging.version import InvalidVersion, Version
 
+from .fact_specs import FORWARDS_OF
 from .facts import Facts
-from .match import FORWARDS_OF
 from .names import FORWARDS
 
 GDC_SINCE = Version("0.4.0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..io_backends.registry import UPSTREAM_NAMES
 from .decide import Decision
+from .fact_specs import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
 from .facts import Facts
 from .format.layers import DEFAULT_RULE, OPTION, SHIPPED, Policy
 from .match import match
@@ -186,27 +187,10 @@ def _waits(decision: Decision, names: tuple[str, ...]) -> str:
 def _options_for(unknown: dict[str, tuple[str, ...]]) -> str:
     """The options that give the facts in `unknown`."""
     missing = dict.fromkeys(name for names in unknown.values() for name in names)
-    both = {"prefill_attention_backend", "decode_attention_backend"} <= missing.keys()
-    given = dict.fromkeys("attention_backend" if both and "attention" in name else name for name in missing)
+    both = {name for name in ATTENTION_FACTS if not CONDITIONS[name].speculative_only} <= missing.keys()
+    given = dict.fromkeys(
+        ANY_ATTENTION.name if both and name in ATTENTION_FACTS else name for name in missing
+    )
     # device has no option: it follows from gpu_arch.
     names = dict.fromkeys("gpu_arch" if name == "device" else name for name in given)
-    return ", ".join(option_of(name) for name in names)
-
-
-#: Facts that `explain` takes as options of their own; every other one as ``--fact NAME=VALUE``.
-OPTIONS: tuple[str, ...] = (
-    "attention_backend",
-    "prefill_attention_backend",
-    "decode_attention_backend",
-    "gpu_arch",
-    "sgl_kernel",
-    "sglang",
-    "kv_kind",
-    "mem_layout",
-    "page_size",
-)
-
-
-def option_of(fact: str) -> str:
-    """How `explain` is told `fact`."""
-    return f"--{fact.replace('_', '-')}" if fact in OPTIONS else f"--fact {fact}=..."
+    return ", ".join(CONDITIONS[name].option for name in names)

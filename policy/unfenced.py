@@ -20,9 +20,10 @@ from dataclasses import dataclass
 
 from .classes import CannotCompareError, Classes, Clause, CompiledRule, Literal
 from .decide import decide
-from .facts import FACT_NAMES, Facts, FactValue
+from .fact_specs import CONDITIONS, FACT_NAMES, FactValue
+from .facts import Facts
 from .format.layers import DEFAULT_RULE, USER, Policy
-from .format.schema import Default, Rule, is_about_writes
+from .format.schema import Default, Rule
 from .names import FORWARDS
 
 #: Rules looked at in a whole comparison: about two seconds.
@@ -120,8 +121,8 @@ class _Comparison:
             blamed,
             old.name,
             tuple(forward for forward in FORWARDS if forward in gone),
-            {name: value for name, value in values.items() if not is_about_writes(name)},
-            {name: value for name, value in values.items() if is_about_writes(name)},
+            {name: value for name, value in values.items() if not CONDITIONS[name].of_write},
+            {name: value for name, value in values.items() if CONDITIONS[name].of_write},
             by_hand,
         )
 

@@ -7,25 +7,27 @@ find wrong besides the input.
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...io_backends.registry import AUTO
+from ...io_backends.sglang.machine_facts import detect
 from ...policy.decide import check_backend
-from ...policy.facts import FactValue, detect
+from ...policy.fact_specs import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS, FactValue, check_fact
 from ...policy.format.errors import PolicyError
 from ...policy.format.json_schema import policy_json_schema
 from ...policy.format.layers import DEFAULT_RULE, Policy
 from ...policy.format.lint import warnings
 from ...policy.format.load import load_policy, policy_in_force
 from ...policy.format.schema import Default, Rule
-from ...policy.names import NameProblem, check_fact
-from ...policy.sentences import option_of
+from ...policy.names import NameProblem
 from ...policy.terminal import console
 from . import matrix as table
 from . import render
@@ -49,45 +51,56 @@ PolicyPath = Annotated[
 ]
 
 
-def _fact(*names: str, metavar: str, help: str) -> Any:
+def _option(*names: str, metavar: str, help: str) -> Any:
     return typer.Option(*names, metavar=metavar, help=help, show_default=False)
 
 
+def _takes_facts(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with an option for each fact that has one; its first argument is what was typed, by fact."""
+    facts = [spec for spec in CONDITIONS.values() if spec.metavar]
+
+    def with_options(**given: Any) -> None:
+        command({spec.name: given.pop(spec.name) for spec in facts}, **given)
+
+    options = {
+        spec.name: Annotated[str | None, _option(spec.option, metavar=spec.metavar, help=spec.help)]
+        for spec in facts
+    }
+    _, *others = inspect.signature(command, eval_str=True).parameters.values()
+    signature = inspect.Signature(
+        [
+            *(
+                Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=each)
+                for name, each in options.items()
+            ),
+            *others,
+        ]
+    )
+    # All that typer reads of a function.
+    with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
+    with_options.__signature__ = signature  # type: ignore[attr-defined]
+    with_options.__annotations__ = {each.name: each.annotation for each in signature.parameters.values()}
+    return with_options
+
+
+@_takes_facts
 def explain(
-    attention_backend: Annotated[
-        str | None, _fact("--attention-backend", metavar="NAME", help="Backend of prefill and decode.")
-    ] = None,
-    prefill_attention_backend: Annotated[
-        str | None, _fact("--prefill-attention-backend", metavar="NAME", help="Backend of prefill alone.")
-    ] = None,
-    decode_attention_backend: Annotated[
-        str | None, _fact("--decode-attention-backend", metavar="NAME", help="Backend of decode alone.")
-    ] = None,
-    gpu_arch: Annotated[str | None, _fact("--gpu-arch", metavar="ARCH", help="Such as sm90, or cpu.")] = None,
-    sgl_kernel: Annotated[
-        str | None, _fact("--sgl-kernel", metavar="VERSION", help="Version of sglang-kernel.")
-    ] = None,
-    sglang: Annotated[str | None, _fact("--sglang", metavar="VERSION", help="Version of SGLang.")] = None,
-    kv_kind: Annotated[str | None, _fact("--kv-kind", metavar="KIND", help="mha or mla.")] = None,
-    mem_layout: Annotated[
-        str | None,
-        _fact("--mem-layout", metavar="LAYOUT", help="Layout of the host pool."),
-    ] = None,
-    page_size: Annotated[str | None, _fact("--page-size", metavar="TOKENS", help="Tokens in a page.")] = None,
+    typed: Mapping[str, str | None],
+    *,
     fact: Annotated[
         list[str] | None,
-        _fact(
+        _option(
             "--fact", metavar="NAME=VALUE", help="Any other fact, such as row_bytes=2048. May be repeated."
         ),
     ] = None,
     policy: PolicyPath = None,
     backend: Annotated[
         str | None,
-        _fact("--backend", metavar="NAME", help="What --hicache-io-backend would say; auto if not given."),
+        _option("--backend", metavar="NAME", help="What --hicache-io-backend would say; auto if not given."),
     ] = None,
     server_args: Annotated[
         str | None,
-        _fact(
+        _option(
             "--server-args",
             metavar="'OPTIONS'",
             help="A whole SGLang command line: facts, backend and policy as SGLang resolves them.",
@@ -95,7 +108,7 @@ def explain(
     ] = None,
     what_if: Annotated[
         str | None,
-        _fact(
+        _option(
             "--what-if",
             metavar="FACT=VALUE,...",
             help="Show the decision with these facts too, and what changes.",
@@ -115,22 +128,11 @@ def explain(
     What is not given is detected on this machine, and shown as detected; --matrix detects nothing, and takes
     SGLang's defaults for what is not given.
     """
-    typed = {
-        "attention_backend": attention_backend,
-        "prefill_attention_backend": prefill_attention_backend,
-        "decode_attention_backend": decode_attention_backend,
-        "gpu_arch": gpu_arch,
-        "sgl_kernel": sgl_kernel,
-        "sglang": sglang,
-        "kv_kind": kv_kind,
-        "mem_layout": mem_layout,
-        "page_size": page_size,
-    }
     with refusing(as_json):
         given: dict[str, FactValue] = {}
         for name, text in typed.items():
             if text is not None:
-                with _naming(option_of(name)):
+                with _naming(CONDITIONS[name].option):
                     given[name] = check_fact(name, text)
         if fact:
             with _naming("--fact"):
@@ -151,7 +153,7 @@ def explain(
             raise NameProblem("--markdown belongs to --matrix")
         if matrix and other is not None:
             raise NameProblem("--matrix shows every attention backend and architecture; leave --what-if out")
-        of_the_table = [name for name in given if name == "gpu_arch" or name.endswith("attention_backend")]
+        of_the_table = [name for name in given if name in ("gpu_arch", *ATTENTION_FACTS, ANY_ATTENTION.name)]
         if matrix and of_the_table:
             raise NameProblem(
                 f"--matrix goes through every attention backend and architecture; leave {of_the_table[0]} out"

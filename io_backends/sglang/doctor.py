@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ...policy.facts import FactValue, detect
-from ...policy.names import NameProblem, check_gpu_arch
+from ...policy.fact_specs import FactValue, check_gpu_arch
+from ...policy.names import NameProblem
 from ...policy.terminal import console
 from . import findings, server_findings
 from .dry_run import Server, server_facts_of
 from .findings import BAD, OK, WARNING, Finding
+from .machine_facts import detect
 
 _STYLES = {OK: "green", WARNING: "yellow", BAD: "bold red"}
 _VERDICTS = {

@@ -20,10 +20,10 @@ from ...policy.evidence import (
     unfenced,
     upstream_path,
 )
+from ...policy.fact_specs import FORWARDS_OF
 from ...policy.facts import Facts
 from ...policy.format.layers import Policy
 from ...policy.format.load import default_policy
-from ...policy.match import FORWARDS_OF
 from ...policy.names import FORWARDS
 from ..registry import UPSTREAM_NAMES
 from . import serving

@@ -11,19 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from ...io_backends.registry import available_backends
-from ..names import (
-    ATTENTION_BACKENDS,
-    COUNTED,
-    FLAGS,
-    FORWARDS,
-    GPU_ARCH_PATTERN,
-    NAMED,
-    VERSIONED,
-    WRITE_FLAGS,
-    WRITE_NUMBERS,
-)
+from ..fact_specs import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS, GPU_ARCH_PATTERN, FactSpec, Kind
+from ..names import FORWARDS
 from ..options import BACKEND_OPTIONS, Option
-from .schema import When, is_about_writes
 from .validators import MATCH, USES
 
 _Schema = dict[str, Any]
@@ -79,27 +69,29 @@ def policy_json_schema() -> _Schema:
 
 
 def _when() -> _Schema:
-    conditions = {key: _any_of(_value(key)) for key in When.model_fields}
+    conditions = {key: _any_of(_value(spec)) for key, spec in CONDITIONS.items()}
     return _mapping(conditions, optional=list(conditions))
 
 
-def _value(key: str) -> _Schema:
-    """One value of condition `key`."""
-    if key == "attention_backend":
-        return {"enum": list(ATTENTION_BACKENDS)}
-    if key in NAMED:
-        return {"enum": list(NAMED[key][1])}
-    if key in VERSIONED:
-        return _SPECIFIER
-    if key in COUNTED or key in WRITE_NUMBERS:
-        return _NUMBER
-    if key in FLAGS or key in WRITE_FLAGS:
-        return {"type": "boolean"}
-    return {"type": "string", "pattern": f"^({GPU_ARCH_PATTERN})$"} if key == "gpu_arch" else _TEXT
+def _value(spec: FactSpec) -> _Schema:
+    """One value of a condition on that fact."""
+    match spec.kind:
+        case Kind.NAME:
+            return {"enum": list(spec.values)}
+        case Kind.VERSION:
+            return _SPECIFIER
+        case Kind.NUMBER:
+            return _NUMBER
+        case Kind.FLAG:
+            return {"type": "boolean"}
+        case Kind.ARCHITECTURE:
+            return {"type": "string", "pattern": f"^({GPU_ARCH_PATTERN})$"}
+        case Kind.TEXT:
+            return _TEXT
 
 
 def _rule() -> _Schema:
-    on_server = [key for key in When.model_fields if not is_about_writes(key)]
+    on_server = [key for key, spec in CONDITIONS.items() if not spec.of_write]
     rule = _mapping(
         {
             "name": {**_TEXT, "not": {"const": "default"}},
@@ -119,7 +111,7 @@ def _rule() -> _Schema:
         optional=["unknown", "unmeasured"],
     )
     fences_uses = {"properties": {"fence_forward": _CONTAINS_USES}, "required": ["fence_forward"]}
-    named = [{"required": [key]} for key in When.model_fields if key.endswith("attention_backend")]
+    named = [{"required": [key]} for key in (ANY_ATTENTION.name, *ATTENTION_FACTS)]
     rule["allOf"] = [
         _if({"properties": {"use": fences_uses}}, {"properties": {"when": {"anyOf": named}}}),
         _if(

@@ -7,12 +7,13 @@ several rules and files mean together.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from ..conditions import Condition, condition
-from ..names import ATTENTION_BACKENDS, NAMED, NameProblem, nearest
+from ..fact_specs import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
+from ..names import NameProblem, nearest
 from ..options import check_option
 from . import validators
 from .reachability import never_matches
@@ -21,57 +22,21 @@ from .validators import USES, problem
 #: Each rule is compared with every one before it, when it is read and when a server starts.
 MOST_RULES = 500
 
-_Names = tuple[str, ...]
-_Numbers = tuple[int | str, ...]
-_Flags = tuple[bool, ...]
+#: What a condition's values are, as written: a number may be a comparison.
+_VALUES = {str: tuple[str, ...], int: tuple[int | str, ...], bool: tuple[bool, ...]}
 _Unmeasured = Annotated[dict[str, str], BeforeValidator(validators.unmeasured)]
-
-
-def _named(key: str) -> Any:
-    return validators.names(*NAMED[key])
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class When(_Strict):
+class _Conditions(_Strict):
     """The conditions of a rule; all must hold. One that is left out is an empty tuple, and holds always.
 
-    Those that begin with ``write_`` are about one write, and are answered when it happens; the others are
-    about the server, and are answered once.
+    Those about one write are answered when it happens; the others are about the server, and are answered
+    once.
     """
-
-    attention_backend: Annotated[_Names, validators.names("attention backend", ATTENTION_BACKENDS)] = ()
-    prefill_attention_backend: Annotated[_Names, _named("prefill_attention_backend")] = ()
-    decode_attention_backend: Annotated[_Names, _named("decode_attention_backend")] = ()
-    verify_attention_backend: Annotated[_Names, _named("verify_attention_backend")] = ()
-    draft_attention_backend: Annotated[_Names, _named("draft_attention_backend")] = ()
-    gpu_arch: Annotated[_Names, BeforeValidator(validators.gpu_archs)] = ()
-    gpu_name: Annotated[_Names, validators.texts("gpu_name", "NVIDIA H200")] = ()
-    driver: Annotated[_Names, validators.specifiers("driver")] = ()
-    cuda: Annotated[_Names, validators.specifiers("cuda")] = ()
-    sgl_kernel: Annotated[_Names, validators.specifiers("sgl_kernel")] = ()
-    sglang: Annotated[_Names, validators.specifiers("sglang")] = ()
-    flashinfer: Annotated[_Names, validators.specifiers("flashinfer")] = ()
-    fa3_binary: Annotated[_Names, _named("fa3_binary")] = ()
-    kv_kind: Annotated[_Names, _named("kv_kind")] = ()
-    mem_layout: Annotated[_Names, _named("mem_layout")] = ()
-    page_size: Annotated[_Numbers, validators.numbers("page_size")] = ()
-    row_bytes: Annotated[_Numbers, validators.numbers("row_bytes")] = ()
-    write_policy: Annotated[_Names, _named("write_policy")] = ()
-    overlap: Annotated[_Flags, validators.flags("overlap")] = ()
-    speculative: Annotated[_Names, _named("speculative")] = ()
-    tp: Annotated[_Numbers, validators.numbers("tp")] = ()
-    dp: Annotated[_Numbers, validators.numbers("dp")] = ()
-    pp: Annotated[_Numbers, validators.numbers("pp")] = ()
-    pinned_memory: Annotated[_Flags, validators.flags("pinned_memory")] = ()
-    batch_copy: Annotated[_Flags, validators.flags("batch_copy")] = ()
-    device: Annotated[_Names, BeforeValidator(validators.devices)] = ()
-    write_tokens: Annotated[_Numbers, validators.numbers("write_tokens")] = ()
-    write_entries: Annotated[_Numbers, validators.numbers("write_entries")] = ()
-    write_entry_bytes: Annotated[_Numbers, validators.numbers("write_entry_bytes")] = ()
-    write_contiguous: Annotated[_Flags, validators.flags("write_contiguous")] = ()
 
     def written(self) -> dict[str, tuple[int | str | bool, ...]]:
         """The conditions that the rule states, by key, as written."""
@@ -79,7 +44,7 @@ class When(_Strict):
 
     def on_writes(self) -> dict[str, tuple[int | str | bool, ...]]:
         """Those of `written` that are about a write."""
-        return {key: values for key, values in self.written().items() if is_about_writes(key)}
+        return {key: values for key, values in self.written().items() if CONDITIONS[key].of_write}
 
     def conditions(self) -> dict[str, Condition]:
         """The conditions that the rule states, by key, as sets of accepted values."""
@@ -87,12 +52,22 @@ class When(_Strict):
 
     def server_conditions(self) -> dict[str, Condition]:
         """Those of `conditions` that are about the server."""
-        return {key: each for key, each in self.conditions().items() if not is_about_writes(key)}
+        return {key: each for key, each in self.conditions().items() if not CONDITIONS[key].of_write}
 
 
-def is_about_writes(key: str) -> bool:
-    """Whether condition `key` is about one write; else it is about the server."""
-    return key.startswith("write_") and key != "write_policy"
+if TYPE_CHECKING:
+    When = _Conditions
+else:
+    #: A field for each of `CONDITIONS`.
+    When = create_model(
+        "When",
+        __base__=_Conditions,
+        __doc__=_Conditions.__doc__,
+        **{
+            key: (Annotated[_VALUES[spec.python_type], validators.condition_on(spec)], ())
+            for key, spec in CONDITIONS.items()
+        },
+    )
 
 
 class Use(_Strict):
@@ -144,9 +119,9 @@ class Rule(_Strict):
                 "'default' is what answers when no rule matches; give the rule another name", at=("name",)
             )
         stated = self.when.written()
-        if USES in self.use.fence_forward and not any(key.endswith("attention_backend") for key in stated):
+        if USES in self.use.fence_forward and not {ANY_ATTENTION.name, *ATTENTION_FACTS} & stated.keys():
             raise problem("uses needs attention_backend in when", at=("use", "fence_forward"))
-        on_server = [key for key in stated if not is_about_writes(key)]
+        on_server = [key for key in stated if not CONDITIONS[key].of_write]
         for key in self.unknown:
             if key == validators.MATCH and not on_server:
                 raise problem(

@@ -13,11 +13,10 @@ from pydantic_core import PydanticCustomError
 
 from ...io_backends.registry import AUTO, UPSTREAM_NAMES, available_backends
 from ..conditions import Numbers
+from ..fact_specs import FactSpec, Kind
 from ..names import (
     FORWARDS,
     NameProblem,
-    check_device,
-    check_gpu_arch,
     check_name,
     nearest,
 )
@@ -65,19 +64,19 @@ def shown(value: object) -> str:
             return str(value)
 
 
-def names(what: str, known: tuple[str, ...]) -> BeforeValidator:
-    """One of the names in `known`, or a list of them. `what` is what the message calls such a name."""
-    return _condition(what, known[0], lambda word: check_name(what, word, known))
-
-
-def specifiers(what: str) -> BeforeValidator:
-    """A PEP 440 specifier, or a list of them."""
-    return _condition(what, '">=0.3" in quotes', lambda word: Versions.of([word]))
-
-
-def gpu_archs(value: object) -> tuple[str, ...]:
-    """A GPU architecture, or a list of them."""
-    return _words(value, "gpu_arch", "sm90", check_gpu_arch)
+def condition_on(spec: FactSpec) -> BeforeValidator:
+    """What a rule may ask of that fact: one value, or a list of values."""
+    match spec.kind:
+        case Kind.FLAG:
+            return flags(spec.name)
+        case Kind.NUMBER:
+            return numbers(spec.name)
+        case Kind.VERSION:
+            return _condition(spec.name, '">=0.3" in quotes', lambda word: Versions.of([word]))
+        case Kind.NAME:
+            return _condition(spec.called, spec.values[0], spec.check_word)
+        case Kind.ARCHITECTURE | Kind.TEXT:
+            return _condition(spec.name, spec.example, spec.check_word)
 
 
 def numbers(what: str) -> BeforeValidator:
@@ -112,16 +111,6 @@ def flags(what: str) -> BeforeValidator:
         return tuple(found)
 
     return BeforeValidator(validate)
-
-
-def texts(what: str, example: str) -> BeforeValidator:
-    """Any text, or a list of them."""
-
-    def check(word: str) -> None:
-        if not word.strip():
-            raise NameProblem(f"{what} is empty; leave it out, or give it a value")
-
-    return _condition(what, example, check)
 
 
 def text(what: str, *, most: int | None = None) -> BeforeValidator:
@@ -174,11 +163,6 @@ def fences(value: object) -> tuple[str, ...]:
         return ()
     words = _words(value, "fence_forward", "extend", _check_forward)
     return tuple(dict.fromkeys(words))
-
-
-def devices(value: object) -> tuple[str, ...]:
-    """A device, or a list of them."""
-    return _words(value, "device", "cuda", check_device)
 
 
 def unknown(value: object) -> tuple[str, ...]:

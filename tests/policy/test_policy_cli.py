@@ -15,7 +15,8 @@ from typer.testing import CliRunner, Result
 
 from sglang_hicache.bench.cli import app
 from sglang_hicache.policy.decide import decide
-from sglang_hicache.policy.facts import FACT_NAMES, Facts
+from sglang_hicache.policy.fact_specs import FACT_NAMES
+from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.format.load import default_policy
 
 GIVEN = ["--attention-backend", "fa3", "--gpu-arch", "sm90"]

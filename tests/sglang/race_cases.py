@@ -13,6 +13,7 @@ import pytest
 from sglang_hicache.bench.race_result import Result
 from sglang_hicache.io_backends.registry import AUTO
 from sglang_hicache.io_backends.sglang import kernels, runtime, writeback
+from sglang_hicache.io_backends.sglang.machine_facts import detect
 from sglang_hicache.io_backends.sglang.simulation import setups
 from sglang_hicache.io_backends.sglang.simulation.cache import Cache, Setup
 from sglang_hicache.io_backends.sglang.simulation.experiment import (
@@ -28,7 +29,7 @@ from sglang_hicache.io_backends.sglang.simulation.modes import MODES
 from sglang_hicache.io_backends.sglang.simulation.published import published
 from sglang_hicache.io_backends.virtual import gpu
 from sglang_hicache.policy.decide import decide
-from sglang_hicache.policy.facts import Facts, detect
+from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.format.load import policy_in_force
 
 pytestmark = pytest.mark.usefixtures("libcuda")
