@@ -12,6 +12,7 @@ from enum import Enum
 
 from packaging.version import InvalidVersion, Version
 
+from .backend_spec import BackendSpec, SmWork
 from .fact_specs import FORWARDS_OF
 from .facts import Facts
 from .names import FORWARDS
@@ -50,6 +51,14 @@ class Path(Enum):
     COPIES = "memory copies alone"
 
 
+_PATHS = {
+    SmWork.NONE: Path.COPIES,
+    SmWork.GATHER: Path.GATHER,
+    SmWork.TRANSFER: Path.SM_KERNEL,
+    SmWork.UNKNOWN: Path.COPIES,
+}
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What is known of some forwards beside one path, in a sentence that names hardware and versions."""
@@ -78,13 +87,11 @@ def upstream_path(backend: str, facts: Facts, *, staged: bool = True) -> Path:
     return Path.TMA_KERNEL if tma and layout == "layer_first" else Path.SM_KERNEL
 
 
-def path_of(backend: str, facts: Facts) -> Path:
-    """What a backend, one of this project's or of SGLang's, runs for a pool that it supports."""
-    if backend == "hybrid":
-        return Path.GATHER
-    if backend == "copy_engine":
-        return Path.COPIES
-    return upstream_path("kernel" if backend == "fenced_kernel" else backend, facts, staged=False)
+def path_of(spec: BackendSpec, facts: Facts) -> Path:
+    """What a backend runs for a pool that it supports; copies alone where it has not said."""
+    if spec.upstream_copy:
+        return upstream_path("kernel", facts, staged=False)
+    return _PATHS[spec.sm_work]
 
 
 def beside(facts: Facts, path: Path) -> list[Evidence]:

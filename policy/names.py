@@ -114,3 +114,18 @@ def check_name(what: str, word: str, known: Iterable[str]) -> str:
     hint = nearest(word, known)
     valid = "" if hint else f"; valid: {', '.join(known)}"
     raise NameProblem(f"unknown {what} '{word}'{valid}", hint)
+
+
+def shown(value: object) -> str:
+    """`value` as the user wrote it, or the kind of thing it is."""
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return str(value).lower()
+        case dict():
+            return "a mapping"
+        case list() | tuple():
+            return "a list"
+        case _:
+            return str(value)

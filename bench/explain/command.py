@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...io_backends.registry import AUTO
+from ...io_backends.policy_files import load_policy, policy_in_force, policy_json_schema
+from ...io_backends.registry import AUTO, BACKENDS
 from ...io_backends.sglang.machine_facts import detect
 from ...policy.decide import check_backend
 from ...policy.fact_specs import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS, FactValue, check_fact
 from ...policy.format.errors import PolicyError
-from ...policy.format.json_schema import policy_json_schema
 from ...policy.format.layers import DEFAULT_RULE, Policy
 from ...policy.format.lint import warnings
-from ...policy.format.load import load_policy, policy_in_force
 from ...policy.format.schema import Default, Rule
 from ...policy.names import NameProblem
 from ...policy.terminal import console
@@ -144,7 +143,7 @@ def explain(
             with _naming("--server-args"):
                 server = _server(server_args, given)
         with _naming("--backend"):
-            backend = check_backend(backend or (server.backend if server else AUTO))
+            backend = check_backend(backend or (server.backend if server else AUTO), BACKENDS)
         other = None
         if what_if is not None:
             with _naming("--what-if"):

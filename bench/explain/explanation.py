@@ -50,10 +50,10 @@ class Explanation:
         """`Decision.to_dict` and the rest, plain JSON types."""
         return {
             **self.decision.to_dict(),
-            "fences": sentences.fence_sentence(self.decision),
-            "forwards": sentences.forward_sentences(self.decision, self.facts),
+            "fences": sentences.fence_sentence(self.decision, self.policy.backends),
+            "forwards": sentences.forward_sentences(self.decision, self.facts, self.policy.backends),
             "cost": cost(self.decision, self.facts),
-            "gpu_memory": sentences.memory_sentence(self.decision),
+            "gpu_memory": sentences.memory_sentence(self.decision, self.policy.backends),
             "undecided": list(sentences.might_match(self.decision, self.policy, self.facts)),
             "refused": self.refused,
             "fallback": self.fallback,

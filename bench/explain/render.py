@@ -97,7 +97,7 @@ def show_unmeasured(out: Console, policy: Policy, entries: Sequence[Mapping[str,
 
 def _summary(shown: Explanation) -> list[tuple[str, str]]:
     """What must not be overlooked first, then what is decided."""
-    decision = shown.decision
+    decision, backends = shown.decision, shown.policy.backends
     rows = [("D2H backend", sentences.backend_sentence(decision))]
     if shown.refused:
         rows.append(("A server", f"would refuse this: {shown.refused}"))
@@ -107,8 +107,8 @@ def _summary(shown: Explanation) -> list[tuple[str, str]]:
         rows.append(("Careful", sentences.lost_sentence(shown.lost, shown.policy)))
     if note := shown.careful():
         rows.append(("Careful", note))
-    rows.append(("Fences", sentences.fence_sentence(decision)))
-    rows += list(sentences.forward_sentences(decision, shown.facts).items())
+    rows.append(("Fences", sentences.fence_sentence(decision, backends)))
+    rows += list(sentences.forward_sentences(decision, shown.facts, backends).items())
     rows += [
         ("Decided by", sentences.decided_by(decision, shown.policy)),
         ("SGLang gets", sentences.upstream_sentence(decision)),
@@ -116,7 +116,7 @@ def _summary(shown: Explanation) -> list[tuple[str, str]]:
     if others := serving.other_pools(decision):
         waiting = " and ".join(decision.fences()) or "no forward"
         rows.append(("SGLang copies", f"pools of {', '.join(others)} itself; {waiting} would wait for that"))
-    if memory := sentences.memory_sentence(decision):
+    if memory := sentences.memory_sentence(decision, backends):
         rows.append(("GPU memory", memory))
     options = {route.backend: route.options for route in decision.routes if route.options}
     rows += [("Options", f"{backend}: {_options(each)}") for backend, each in options.items()]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ...policy.format.load import default_policy
+from ...io_backends.policy_files import default_policy
 from . import machine_policy, sglang_pools
 from .calibration import (
     LEAST_SM_WORK_FIRST,

@@ -36,8 +36,8 @@ import numpy as np
 
 from ...io_backends.chunks import Chunk, staged
 from ...io_backends.plan import CopyBatch
+from ...io_backends.policy_files import default_policy
 from ...io_backends.staged_plan import drain_copies
-from ...policy.format.load import default_policy
 from . import sglang_pools
 from .cases import MODELS, Case
 from .contenders import contenders

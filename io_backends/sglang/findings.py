@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from packaging.version import Version
 
@@ -26,9 +25,9 @@ from ...policy.facts import Facts
 from ...policy.format.errors import PolicyError
 from ...policy.format.layers import Policy
 from ...policy.format.lint import warnings
-from ...policy.format.load import policy_in_force
 from ..device import unavailable
-from ..registry import OWN_NAMES, available_backends, get_backend
+from ..policy_files import policy_in_force
+from ..registry import BACKENDS, OWN_NAMES, available_backends, get_backend
 from . import fake_libcuda, versions
 
 OK, WARNING, BAD = "ok", "warning", "bad"
@@ -193,11 +192,12 @@ def _backends(device: str, facts: Facts) -> Iterator[Finding]:
     reason = unavailable(device) or (facts["gpu_arch"].source if facts.value("gpu_arch") is None else None)
     for name in available_backends():
         try:
-            layouts: Any = getattr(get_backend(name), "layouts", None)
+            get_backend(name)
         # A third party's module may fail in any way when it is imported.
         except Exception as error:
             yield Finding(name, WARNING, f"cannot be loaded: {error!r}", "reinstall what provides it")
             continue
+        layouts = BACKENDS[name].layouts
         where = f"layouts {', '.join(sorted(layouts))}" if layouts else "layouts as it says for each pool"
         if reason is not None:
             yield Finding(name, WARNING, f"not on a GPU here: {reason}")

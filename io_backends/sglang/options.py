@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...policy.format.errors import PolicyError
-from ...policy.format.load import load_policy
+from ..policy_files import load_policy
 from ..registry import (
     AUTO,
     UPSTREAM_NAMES,

@@ -121,10 +121,10 @@ class WriteBack:
         Args:
             step_tokens: that a forward makes rows of at most.
         """
-        starts = [(each, each.start) for each in self._backends if hasattr(each, "start")]
-        for backend, start in starts:
+        sharers = sum(backend.staging_bytes[1] > 0 for backend in self._backends)
+        for backend in self._backends:
             wait = any(route.forwards for route in self._routes if route.backend is backend)
-            line = start(step_tokens=step_tokens, forwards_wait=wait, sharers=len(starts))
+            line = backend.start(step_tokens=step_tokens, forwards_wait=wait, sharers=sharers)
             if line is not None:
                 logger.info("hicache-io: %s", line)
         self.pools.serving = True
@@ -138,9 +138,7 @@ class WriteBack:
         self.advance(launching=True)
         self._gap += 1
         for backend in self._backends:
-            launched = getattr(backend, "launched", None)
-            if launched is not None:
-                launched()
+            backend.launched()
         if self.metrics is not None:
             self._gauge()
 
@@ -347,17 +345,16 @@ class WriteBack:
         assert self.metrics is not None
         staged: dict[str, tuple[int, int, int]] = {}
         for backend in self._backends:
-            used, total = getattr(backend, "staging_bytes", (0, 0))
-            waiting = getattr(backend, "waiting_bytes", 0)
+            used, total = backend.staging_bytes
             before = staged.get(backend.name, (0, 0, 0))
-            staged[backend.name] = (before[0] + used, before[1] + total, before[2] + waiting)
+            staged[backend.name] = (before[0] + used, before[1] + total, before[2] + backend.waiting_bytes)
         self.metrics.on_its_way(staged, next(iter(self._begun.values()), 0.0))
 
     def summary(self) -> dict[str, Any]:
         """Counters and fallbacks, for ``/server_info``."""
         counters = asdict(self.counters)
         written_by = counters.pop("by_backend")
-        staging = sum(getattr(backend, "staging_bytes", (0, 0))[1] for backend in self._backends)
+        staging = sum(backend.staging_bytes[1] for backend in self._backends)
         return {
             "counters": counters,
             "written_by": written_by,

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...io_backends.registry import available_backends
+from ..backend_spec import Backends, BackendSpec, Option, SmWork
 from ..fact_specs import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS, GPU_ARCH_PATTERN, FactSpec, Kind
 from ..names import FORWARDS
-from ..options import BACKEND_OPTIONS, Option
 from .validators import MATCH, USES
 
 _Schema = dict[str, Any]
@@ -34,8 +33,8 @@ _BECAUSE: _Schema = {
 }
 
 
-def policy_json_schema() -> _Schema:
-    """The schema, with the backends that are registered in this process."""
+def policy_json_schema(backends: Backends) -> _Schema:
+    """The schema, with these backends and their options."""
     default_use = {
         "allOf": [{"$ref": "#/$defs/use"}, {"properties": {"fence_forward": {"not": _CONTAINS_USES}}}]
     }
@@ -64,7 +63,7 @@ def policy_json_schema() -> _Schema:
         "title": "sglang-hicache-io policy, version 1",
         **file,
         "anyOf": [{"required": ["default"]}, {"required": ["extends"]}],
-        "$defs": {"rule": _rule(), "when": _when(), "use": _use()},
+        "$defs": {"rule": _rule(), "when": _when(), "use": _use(backends)},
     }
 
 
@@ -132,11 +131,11 @@ def _unmeasured(roots: str) -> _Schema:
     }
 
 
-def _use() -> _Schema:
+def _use(backends: Backends) -> _Schema:
     forwards = {"enum": [*FORWARDS, USES]}
     use = _mapping(
         {
-            "backend": {"enum": list(available_backends())},
+            "backend": {"enum": list(backends)},
             "fence_forward": {
                 "anyOf": [forwards, {"type": "array", "items": forwards}],
                 "description": "Forwards that wait for SM-side D2H work.",
@@ -145,26 +144,32 @@ def _use() -> _Schema:
         },
         optional=["fence_forward", "options"],
     )
-    use["allOf"] = [
-        _if(
-            {"properties": {"backend": {"const": backend}}, "required": ["backend"]},
-            {
-                "properties": {"options": _options(known)},
-                "required": ["backend", "fence_forward"] if backend == "fenced_kernel" else ["backend"],
-            },
-        )
-        for backend, known in BACKEND_OPTIONS.items()
-    ]
+    use["allOf"] = [_backend(spec) for spec in backends.values()]
     return use
 
 
-def _options(known: dict[str, Option]) -> _Schema:
-    return _mapping({name: _option(each) for name, each in known.items()}, optional=list(known))
+def _backend(spec: BackendSpec) -> _Schema:
+    """What ``use`` must hold besides where it names that backend."""
+    required = ["backend"]
+    if spec.sm_work is SmWork.TRANSFER:
+        required.append("fence_forward")
+    then: _Schema = {"required": required}
+    if spec.options is not None:
+        known = {each.name: _option(each) for each in spec.options}
+        then["properties"] = {"options": _mapping(known, optional=list(known))}
+    return _if({"properties": {"backend": {"const": spec.name}}, "required": ["backend"]}, then)
 
 
 def _option(option: Option) -> _Schema:
-    number = {"type": "integer", "minimum": 1, "maximum": option.most}
-    return {"anyOf": [number, {"enum": list(option.words)}]} if option.words else number
+    if option.flag:
+        return {"type": "boolean"}
+    number: _Schema = {"type": "integer", "minimum": option.least}
+    if option.most is not None:
+        number["maximum"] = option.most
+    forms: list[_Schema] = [number] if option.numbers else []
+    if option.words:
+        forms.append({"enum": list(option.words)})
+    return forms[0] if len(forms) == 1 else {"anyOf": forms}
 
 
 def _if(condition: _Schema, then: _Schema) -> _Schema:

@@ -9,12 +9,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    create_model,
+    model_validator,
+)
 
+from ..backend_spec import SmWork
 from ..conditions import Condition, condition
 from ..fact_specs import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
 from ..names import NameProblem, nearest
-from ..options import check_option
 from . import validators
 from .reachability import never_matches
 from .validators import USES, problem
@@ -78,12 +86,13 @@ class Use(_Strict):
     options: Annotated[dict[str, Any], BeforeValidator(validators.options)] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _fits_the_backend(self) -> Self:
-        if self.backend == "fenced_kernel" and "fence_forward" not in self.model_fields_set:
-            raise problem("fenced_kernel needs an explicit fence_forward; [] means the producer fence only")
+    def _fits_the_backend(self, info: ValidationInfo) -> Self:
+        spec = validators.backends_of(info)[self.backend]
+        if spec.sm_work is SmWork.TRANSFER and "fence_forward" not in self.model_fields_set:
+            raise problem(f"{self.backend} needs an explicit fence_forward; [] means the producer fence only")
         for name, value in self.options.items():
             try:
-                check_option(self.backend, str(name), value)
+                spec.check_option(str(name), value)
             except NameProblem as error:
                 is_key = error.message.startswith("unknown option")
                 raise problem(error.message, error.hint, at=("options", name), key=is_key) from None

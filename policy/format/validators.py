@@ -8,17 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from ...io_backends.registry import AUTO, UPSTREAM_NAMES, available_backends
+from ..backend_spec import Backends
 from ..conditions import Numbers
 from ..fact_specs import FactSpec, Kind
 from ..names import (
+    AUTO,
     FORWARDS,
+    UPSTREAM_NAMES,
     NameProblem,
     check_name,
     nearest,
+    shown,
 )
 from ..text import code_point, unsafe_character
 from ..version_sets import Versions
@@ -47,21 +50,6 @@ def problem(
     """
     context = {"message": message, "hint": hint, "at": at, "key": key}
     return PydanticCustomError(PROBLEM, "{message}", context)
-
-
-def shown(value: object) -> str:
-    """`value` as the user wrote it, or the kind of thing it is."""
-    match value:
-        case None:
-            return "nothing"
-        case bool():
-            return str(value).lower()
-        case dict():
-            return "a mapping"
-        case list() | tuple():
-            return "a list"
-        case _:
-            return str(value)
 
 
 def condition_on(spec: FactSpec) -> BeforeValidator:
@@ -137,21 +125,28 @@ def version_1(value: object) -> int:
     return value
 
 
-def backend(value: object) -> str:
+def backends_of(info: ValidationInfo) -> Backends:
+    """The backends that a file is checked against: the context of its validation."""
+    if info.context is None:
+        raise LookupError("validate with context=backends, the specs of those that there are")
+    found: Backends = info.context
+    return found
+
+
+def backend(value: object, info: ValidationInfo) -> str:
     """The name of a shipped or registered backend."""
     if not isinstance(value, str):
         raise problem(f"backend must be the name of a backend, such as hybrid, not {shown(value)}")
+    known = backends_of(info)
     if value in UPSTREAM_NAMES:
         raise problem(
             f"'{value}' is SGLang's own io backend, which no rule can choose: it runs untouched, without "
             f"this project's fences (--hicache-io-backend {value} selects it); a rule chooses one of "
-            f"{', '.join(available_backends())}"
+            f"{', '.join(known)}"
         )
     if value == AUTO:
-        raise problem(
-            f"'{AUTO}' asks the policy, so no rule can choose it; valid: {', '.join(available_backends())}"
-        )
-    _checked(lambda name: check_name("backend", name, available_backends()), value, ())
+        raise problem(f"'{AUTO}' asks the policy, so no rule can choose it; valid: {', '.join(known)}")
+    _checked(lambda name: check_name("backend", name, known), value, ())
     return value
 
 

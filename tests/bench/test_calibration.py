@@ -22,9 +22,9 @@ from sglang_hicache.bench.measure.calibration import (
     best_value,
     segments,
 )
+from sglang_hicache.io_backends.policy_files import default_policy, policy_in_force
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.format.load import default_policy, policy_in_force
 from sglang_hicache.policy.routes import WriteFacts
 from sglang_hicache.policy.unfenced import losses
 

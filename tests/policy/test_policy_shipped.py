@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from make_figures import figures
 from policy_strategies import ATTENTION_KEYS, FACT_VALUES, given, writes
 
+from sglang_hicache.io_backends.policy_files import default_policy
 from sglang_hicache.policy.decide import Decision, decide
 from sglang_hicache.policy.fact_specs import FactValue
 from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.format.load import default_policy
 from sglang_hicache.policy.format.schema import Default, Rule
 from sglang_hicache.policy.names import ATTENTION_BACKENDS, MEM_LAYOUTS
 from sglang_hicache.policy.routes import WriteFacts

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from sglang_hicache.bench.race_result import Result
+from sglang_hicache.io_backends.policy_files import policy_in_force
 from sglang_hicache.io_backends.registry import AUTO
 from sglang_hicache.io_backends.sglang import kernels, runtime, writeback
 from sglang_hicache.io_backends.sglang.machine_facts import detect
@@ -30,7 +31,6 @@ from sglang_hicache.io_backends.sglang.simulation.published import published
 from sglang_hicache.io_backends.virtual import gpu
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.format.load import policy_in_force
 
 pytestmark = pytest.mark.usefixtures("libcuda")
 

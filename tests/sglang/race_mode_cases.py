@@ -21,13 +21,13 @@ from race_cases import (
     without,
 )
 
+from sglang_hicache.io_backends.policy_files import policy_in_force
 from sglang_hicache.io_backends.registry import AUTO
 from sglang_hicache.io_backends.sglang import fences, runtime
 from sglang_hicache.io_backends.sglang.simulation import setups
 from sglang_hicache.io_backends.sglang.simulation.experiment import Experiment, left_out
 from sglang_hicache.io_backends.sglang.simulation.modes import MODES
 from sglang_hicache.policy.decide import decide
-from sglang_hicache.policy.format.load import policy_in_force
 
 pytestmark = pytest.mark.usefixtures("libcuda")
 

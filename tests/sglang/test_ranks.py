@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from sglang_hicache.io_backends.policy_files import default_policy
 from sglang_hicache.io_backends.sglang import ranks
 from sglang_hicache.io_backends.sglang.errors import RefusedError
 from sglang_hicache.io_backends.sglang.ranks import Standing, disagreement
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.format.load import default_policy
 
 CASES = Path(__file__).parent / "ranks_cases.py"
 

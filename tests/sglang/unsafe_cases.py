@@ -13,13 +13,13 @@ import pytest
 from race_cases import FA3, cache, facts_of, keep_all
 
 from sglang_hicache.bench.race_result import Result
+from sglang_hicache.io_backends.policy_files import policy_in_force
 from sglang_hicache.io_backends.sglang import runtime, unsafe
 from sglang_hicache.io_backends.sglang.errors import RefusedError
 from sglang_hicache.io_backends.sglang.runtime import Active
 from sglang_hicache.io_backends.sglang.simulation import setups
 from sglang_hicache.io_backends.sglang.simulation.experiment import Experiment
 from sglang_hicache.policy.decide import decide
-from sglang_hicache.policy.format.load import policy_in_force
 
 pytestmark = pytest.mark.usefixtures("libcuda")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from ....policy.decide import Decision
-from ... import get_backend
+from ... import make_backend
 from ...hybrid import HybridBackend
 from ...staging import Ring
 from ...virtual.device import VirtualDevice
@@ -30,7 +30,7 @@ def attach(
     device = VirtualDevice()
 
     def make(name: str, options: Any) -> Any:
-        backend = get_backend(name)(device, options)
+        backend = make_backend(name, device, options)
         if isinstance(backend, HybridBackend):
             _shrink_ring(backend, device, cache)
         return backend
