@@ -45,7 +45,7 @@ class FencedKernelBackend(Backend):
         self._limits = {"block_quota": options["block_quota"]} if "block_quota" in options else {}
 
     def supports(self, geometry: PoolGeometry) -> str | None:
-        if geometry.layout not in self.spec.layouts:
+        if not self.spec.serves(geometry.layout):
             return f"fenced_kernel does not know layout {geometry.layout}"
         return None
 

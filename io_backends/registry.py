@@ -128,8 +128,9 @@ class _Backends(Mapping[str, BackendSpec]):
                 if name in _own:
                     raise
         # A class that derives from another's backend has that one's spec, which is not about it.
-        declared = isinstance(spec, BackendSpec) and spec.name == name
-        return spec if declared else BackendSpec(name)
+        if isinstance(spec, BackendSpec) and spec.name == name:
+            return spec
+        return BackendSpec(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(available_backends())

@@ -102,6 +102,10 @@ class BackendSpec:
             check_name(f"option of {self.name}", name, [each.name for each in self.options])
             self.option(name).check(value)
 
+    def serves(self, layout: str) -> bool:
+        """Whether it can serve that host layout, as far as is known."""
+        return self.layouts is None or layout in self.layouts
+
     def cannot_serve(self, layout: object) -> str | None:
         """Why it cannot serve a host layout; None if it can, or nothing is known."""
         if self.layouts is None or layout is None or layout in self.layouts:
