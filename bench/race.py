@@ -27,7 +27,7 @@ from ..io_backends.sglang import fake_libcuda
 from ..io_backends.sglang.machine_facts import detect
 from ..io_backends.sglang.serving import refusal
 from ..policy.decide import Decision, check_backend, decide
-from ..policy.fact_specs import check_fact
+from ..policy.fact_table import check_fact
 from ..policy.facts import Facts
 from ..policy.format.errors import PolicyError
 from ..policy.names import NameProblem, check_name

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .conditions import Condition, Flags, Names, Numbers
-from .fact_specs import ANY_ATTENTION, CONDITIONS, FORWARDS_OF, FactValue, Kind
+from .fact_spec import FactValue, Kind
+from .fact_table import ANY_ATTENTION, CONDITIONS, FORWARDS_OF
 from .format.schema import Default, Rule
 from .format.validators import USES
 from .names import NO_SPECULATION

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from .fact_specs import CONDITIONS, FactValue, Kind
+from .fact_spec import FactValue, Kind
+from .fact_table import CONDITIONS
 from .names import NameProblem
 from .version_sets import Versions
 

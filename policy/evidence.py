@@ -13,7 +13,7 @@ from enum import Enum
 from packaging.version import InvalidVersion, Version
 
 from .backend_spec import BackendSpec, SmWork
-from .fact_specs import FORWARDS_OF
+from .fact_table import FORWARDS_OF
 from .facts import Facts
 from .names import FORWARDS
 
@@ -47,7 +47,7 @@ class Path(Enum):
     STAGED = "a relayout kernel within GPU memory and memory copies (staged)"
     SM_KERNEL = "an SM kernel that writes host memory (the register kernel)"
     TMA_KERNEL = "an SM kernel that writes host memory (the TMA kernel where page and row size allow it)"
-    GATHER = "a gather within GPU memory and memory copies (hybrid)"
+    GATHER = "a gather within GPU memory and memory copies"
     COPIES = "memory copies alone"
 
 

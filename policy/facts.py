@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .fact_specs import ANY_ATTENTION, ATTENTION_FACTS, FACT_NAMES, SERVER_FACTS, FactValue
+from .fact_spec import FactValue
+from .fact_table import ANY_ATTENTION, ATTENTION_FACTS, FACT_NAMES, SERVER_FACTS
 from .names import NameProblem, nearest
 
 GIVEN = "given"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .conditions import Condition
-from .fact_specs import ANY_ATTENTION, FORWARDS_OF, SERVER_FACTS
+from .fact_table import ANY_ATTENTION, FORWARDS_OF, SERVER_FACTS
 from .facts import Facts
 from .format.schema import Default, Rule
 from .format.validators import USES

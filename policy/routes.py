@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .conditions import Condition, condition
-from .fact_specs import CONDITIONS, Kind
+from .fact_spec import Kind
+from .fact_table import CONDITIONS
 
 WriteCondition = tuple[int | str | bool, ...]
 

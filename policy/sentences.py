@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .backend_spec import Backends, SmWork, spec_of
 from .decide import Decision
-from .fact_specs import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
+from .fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
 from .facts import Facts
 from .format.layers import DEFAULT_RULE, OPTION, SHIPPED, Policy
 from .match import match

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 from .classes import CannotCompareError, Classes, Clause, CompiledRule, Literal
 from .decide import decide
-from .fact_specs import CONDITIONS, FACT_NAMES, FactValue
+from .fact_spec import FactValue
+from .fact_table import CONDITIONS, FACT_NAMES
 from .facts import Facts
 from .format.layers import DEFAULT_RULE, USER, Policy
 from .format.schema import Default, Rule

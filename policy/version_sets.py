@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from packaging.specifiers import InvalidSpecifier, Specifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from .fact_specs import FactValue
+from .fact_spec import FactValue
 from .names import NameProblem
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...io_backends.registry import AUTO
 from ...policy.decide import Decision, decide
-from ...policy.fact_specs import FactValue
+from ...policy.fact_spec import FactValue
 from ...policy.facts import Fact, Facts
 from ...policy.format.layers import Policy
 from ...policy.names import ATTENTION_BACKENDS, NO_SPECULATION

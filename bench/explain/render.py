@@ -12,7 +12,7 @@ from ...io_backends.sglang import serving
 from ...policy import sentences
 from ...policy.cost import cost
 from ...policy.decide import Considered
-from ...policy.fact_specs import FactValue
+from ...policy.fact_spec import FactValue
 from ...policy.format.layers import DEFAULT_RULE, Policy
 from ...policy.format.schema import Default, Rule
 from ...policy.format.validators import USES

@@ -6,14 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...policy.decide import Decision
-from ...policy.fact_specs import (
-    ANY_ATTENTION,
-    ATTENTION_FACTS,
-    FACT_NAMES,
-    SERVER_FACTS,
-    FactValue,
-    check_fact,
-)
+from ...policy.fact_spec import FactValue
+from ...policy.fact_table import ANY_ATTENTION, ATTENTION_FACTS, FACT_NAMES, SERVER_FACTS, check_fact
 from ...policy.facts import Fact, Facts
 from ...policy.names import NameProblem, check_name
 

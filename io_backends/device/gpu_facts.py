@@ -6,7 +6,8 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ...policy.fact_specs import SERVER_FACTS, Kind
+from ...policy.fact_spec import Kind
+from ...policy.fact_table import SERVER_FACTS
 from ...policy.facts import GIVEN, Fact
 from .base import DeviceUnavailableError
 from .driver import Driver

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ...policy.fact_specs import FactValue, check_gpu_arch
+from ...policy.fact_spec import FactValue, check_gpu_arch
 from ...policy.names import NameProblem
 from ...policy.terminal import console
 from . import findings, server_findings

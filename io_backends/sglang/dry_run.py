@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ...policy.fact_specs import FactValue
+from ...policy.fact_spec import FactValue
 from ...policy.facts import Fact, Facts
 from ...policy.format.load import POLICY_VARIABLE
 from ...policy.names import NameProblem

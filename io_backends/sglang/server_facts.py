@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...policy.fact_specs import ATTENTION_FACTS, SERVER_FACTS, FactValue
+from ...policy.fact_spec import FactValue
+from ...policy.fact_table import ATTENTION_FACTS, SERVER_FACTS
 from ...policy.facts import Fact, Facts
 from ...policy.names import NO_SPECULATION
 from . import versions

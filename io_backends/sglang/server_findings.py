@@ -21,7 +21,7 @@ from ...policy.evidence import (
     unfenced,
     upstream_path,
 )
-from ...policy.fact_specs import FORWARDS_OF
+from ...policy.fact_table import FORWARDS_OF
 from ...policy.facts import Facts
 from ...policy.format.layers import Policy
 from ...policy.names import FORWARDS

@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..backend_spec import Backends, BackendSpec, Option, SmWork
-from ..fact_specs import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS, GPU_ARCH_PATTERN, FactSpec, Kind
+from ..fact_spec import GPU_ARCH_PATTERN, FactSpec, Kind
+from ..fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
 from ..names import FORWARDS
 from .validators import MATCH, USES
 

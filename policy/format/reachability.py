@@ -12,7 +12,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from ..conditions import Condition, Names
-from ..fact_specs import ANY_ATTENTION, ATTENTION_FACTS, SERVER_FACTS
+from ..fact_table import ANY_ATTENTION, ATTENTION_FACTS, SERVER_FACTS
 from ..names import NO_SPECULATION
 
 _EITHER = ANY_ATTENTION.name

@@ -21,7 +21,7 @@ from pydantic import (
 
 from ..backend_spec import SmWork
 from ..conditions import Condition, condition
-from ..fact_specs import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
+from ..fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
 from ..names import NameProblem, nearest
 from . import validators
 from .reachability import never_matches

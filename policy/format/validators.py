@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from ..backend_spec import Backends
 from ..conditions import Numbers
-from ..fact_specs import FactSpec, Kind
+from ..fact_spec import FactSpec, Kind
 from ..names import (
     AUTO,
     FORWARDS,

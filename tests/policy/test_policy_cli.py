@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from sglang_hicache.bench.cli import app
 from sglang_hicache.io_backends.policy_files import default_policy
 from sglang_hicache.policy.decide import decide
-from sglang_hicache.policy.fact_specs import FACT_NAMES
+from sglang_hicache.policy.fact_table import FACT_NAMES
 from sglang_hicache.policy.facts import Facts
 
 GIVEN = ["--attention-backend", "fa3", "--gpu-arch", "sm90"]

@@ -12,7 +12,7 @@ import pytest
 from sglang_hicache.io_backends.device import gpu_facts
 from sglang_hicache.io_backends.sglang import machine_facts
 from sglang_hicache.io_backends.sglang.machine_facts import detect
-from sglang_hicache.policy.fact_specs import FACT_NAMES
+from sglang_hicache.policy.fact_table import FACT_NAMES
 from sglang_hicache.policy.facts import NOT_GIVEN, Fact, Facts
 from sglang_hicache.policy.names import NameProblem
 

@@ -28,7 +28,7 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from sglang_hicache.bench.cli import app
-from sglang_hicache.bench.explain.command import _policy_dict
+from sglang_hicache.bench.explain.policy_command import _policy_dict
 from sglang_hicache.io_backends.policy_files import (
     default_policy,
     load_policy,

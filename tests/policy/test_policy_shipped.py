@@ -17,7 +17,7 @@ from policy_strategies import ATTENTION_KEYS, FACT_VALUES, given, writes
 
 from sglang_hicache.io_backends.policy_files import default_policy
 from sglang_hicache.policy.decide import Decision, decide
-from sglang_hicache.policy.fact_specs import FactValue
+from sglang_hicache.policy.fact_spec import FactValue
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.format.schema import Default, Rule
 from sglang_hicache.policy.names import ATTENTION_BACKENDS, MEM_LAYOUTS
