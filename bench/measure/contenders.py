@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...io_backends import PoolGeometry, Transfer, available_backends, direct_copies, make_backend
-from ...io_backends.registry import AUTO, BACKENDS
+from ...io_backends import PoolGeometry, Transfer, available_backends, direct_copies
+from ...io_backends.registry import AUTO, BACKENDS, make_backend
 from ...io_backends.sglang.routes import write_facts
 from ...policy.backend_spec import SmWork, spec_of
 from ...policy.decide import Decision

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from ...io_backends import Transfer, make_backend
+from ...io_backends import Transfer
 from ...io_backends.interface import Backend, Pending
-from ...io_backends.registry import AUTO, BACKENDS
+from ...io_backends.registry import AUTO, BACKENDS, make_backend
 from ...io_backends.sglang.routes import Route, distinct, one_route, routes_of
 from ...policy.backend_spec import BackendSpec, SmWork, spec_of
 from ...policy.names import FORWARDS

@@ -7,8 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 from ....policy.decide import Decision
-from ... import make_backend
 from ...hybrid import HybridBackend
+from ...registry import make_backend
 from ...staging import Ring
 from ...virtual.device import VirtualDevice
 from .. import runtime, unsafe
