@@ -70,7 +70,6 @@ else:
     When = create_model(
         "When",
         __base__=_Conditions,
-        __doc__=_Conditions.__doc__,
         **{
             key: (Annotated[_VALUES[spec.python_type], validators.condition_on(spec)], ())
             for key, spec in CONDITIONS.items()
