@@ -65,6 +65,7 @@ def imports(module: str, path: Path, *, for_types: bool = True) -> Iterator[str]
             origin = node.module or ""
             if node.level:
                 parents = package.split(".")
+                assert node.level <= len(parents) + 1, f"{path}:{node.lineno} leaves the package"
                 kept = parents[: len(parents) - node.level + 1]
                 origin = ".".join([*kept, *([node.module] if node.module else [])])
             origin = origin.removeprefix("sglang_hicache.")
