@@ -173,14 +173,15 @@ def ours(name: str, task: Task, options: Mapping[str, Any]) -> Contender:
         done = backend.submit(transfer, task.stream)
         if done.sm_done is not None:
             fence(done.sm_done)
-        if done.pending is None:
+        pending = done.pending
+        if pending is None:
             return Submitted(done.copies)
 
         def more() -> bool:
-            event = done.pending.advance((device.record(device.current_stream()),))
+            event = pending.advance((device.record(device.current_stream()),))
             if event is not None:
                 fence(event)
-            return bool(done.pending.enqueued())
+            return pending.enqueued()
 
         return Submitted(done.copies, more)
 
