@@ -114,7 +114,7 @@ def test_its_spec_is_read_from_the_class(factory: Any) -> None:
 def test_the_race_command_finds_nothing_either(tmp_path: Path) -> None:
     """Installed as the guide says, with an entry point."""
     (tmp_path / "small_batches.py").write_text(BACKEND, encoding="utf-8")
-    (entry,) = blocks("toml")
+    (entry,) = blocks("ini")
     section, line = entry.splitlines()
     group = re.search(r'"(.*)"', section)
     assert group is not None
