@@ -178,8 +178,7 @@ def _versions(name: str, conditions: Sequence[Versions]) -> Iterator[str]:
             written = ", ".join(str(entry) for entry in condition.sets)
             raise CannotCompareError(
                 f"which versions {name} '{written}' takes is not compared: an epoch, a pre-release, a local "
-                "version "
-                "or ==="
+                "version or ==="
             )
         depth = max(depth, condition.depth())
     for condition in conditions:

@@ -25,8 +25,7 @@ class WriteFacts:
     Attributes:
         tokens: rows of the pool that move, all layers together counting as one.
         entries: copies that drain the write from staging: host-contiguous runs in the pool's host layout,
-        over
-            all layers and K and V.
+            over all layers and K and V.
         nbytes: bytes of the write.
         runs: runs of consecutive host slots.
     """
