@@ -164,6 +164,7 @@ def make_device() -> Any:
     import torch
 
     from ..io_backends.device.cuda import CudaDevice
+    from ..io_backends.device.turns import TURN_BYTES
 
     class Device(CudaDevice):
         def prepare_gather(self, geometry: Any) -> None:
@@ -191,4 +192,4 @@ def make_device() -> Any:
         def indices(self, slots: Any) -> Any:
             return torch.from_numpy(slots)
 
-    return Device()
+    return Device(turn_bytes=TURN_BYTES)  # there is no link to measure

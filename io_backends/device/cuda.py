@@ -7,6 +7,7 @@ device its process has not chosen a GPU yet.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -22,9 +23,15 @@ from .driver import MAX_ENTRIES, Driver
 from .gather import Gather
 from .gather_plan import UNITS_PER_THREAD, WARPS
 from .host_ranges import HostRange, HostRanges, host_extents
-from .turns import TURN_BYTES, Turns
+from .turns import TURN_BYTES, Turns, turn_of
+
+logger = logging.getLogger(__name__)
 
 _INDEX_TYPES = {4: np.int32, 8: np.int64}
+_PROBE_BYTES = 16 * 2**20
+"""Of the copies that the link is measured with: 0.3 ms each at 55 GB/s."""
+_PROBES = 5
+
 _INDEX_BYTES = 2**20
 """131,072 indices, more than the tokens of most writes; a longer one makes the buffer grow."""
 
@@ -91,7 +98,9 @@ class CudaDevice:
 
     Args:
         max_batch_entries: entries in one driver call at most.
-        turn_bytes: copied before others get the copy engine, see :mod:`~.turns`.
+        turn_bytes: copied before others get the copy engine, see :mod:`~.turns`; without it the link is
+            measured with the first pool.
+        prefer_overlap: of copies with forwards, see :class:`~.driver.Driver`; for measurements.
         gather_warps, gather_units_per_thread: shape of the gather's thread blocks, for measurements.
 
     Raises:
@@ -104,7 +113,8 @@ class CudaDevice:
         self,
         *,
         max_batch_entries: int = MAX_ENTRIES,
-        turn_bytes: int = TURN_BYTES,
+        turn_bytes: int | None = None,
+        prefer_overlap: bool = True,
         gather_warps: int = WARPS,
         gather_units_per_thread: int = UNITS_PER_THREAD,
     ) -> None:
@@ -118,8 +128,9 @@ class CudaDevice:
             raise DeviceUnavailableError(
                 "PyTorch finds no CUDA device: check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES"
             )
-        self._driver = Driver(max_batch_entries)
-        self._turns = Turns(self._torch.cuda.Event, self._driver, self.new_stream, turn_bytes)
+        self._driver = Driver(max_batch_entries, prefer_overlap=prefer_overlap)
+        self._turns = Turns(self._torch.cuda.Event, self._driver, self.new_stream, turn_bytes or TURN_BYTES)
+        self._measures_turns = turn_bytes is None
         self._host = HostRanges()
         self._gather = Gather(warps=gather_warps, units_per_thread=gather_units_per_thread)
         self._indices: IndexReader | None = None
@@ -157,6 +168,9 @@ class CudaDevice:
             )
         self._host.add(ranges)
         self._index_reader()
+        if self._measures_turns:
+            self._measures_turns = False
+            self._turns.turn_bytes = self._turn_of_the_link()
 
     def prepare_gather(self, geometry: PoolGeometry) -> None:
         """Upload the pool's row addresses and compile its gather; waits for the upload.
@@ -165,6 +179,11 @@ class CudaDevice:
         """
         torch = self._torch
         self._gather.prepare(geometry, torch.device("cuda", torch.cuda.current_device()))
+
+    @property
+    def turn_bytes(self) -> int:
+        """Copied before others get the copy engine."""
+        return self._turns.turn_bytes
 
     def new_stream(self) -> Stream:
         """One that nobody else has, as long as the process lives.
@@ -267,6 +286,32 @@ class CudaDevice:
             _, greatest = self._torch.cuda.Stream.priority_range()
             self._indices = IndexReader(self._torch, self._driver, self._own_stream(greatest))
         return self._indices
+
+    def _turn_of_the_link(self) -> int:
+        """By the fastest of some copies to pinned memory, for which the host waits."""
+        torch = self._torch
+        seconds = []
+        try:
+            source = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device="cuda")
+            target = torch.empty(_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+            stream = self.new_stream()
+            for _ in range(_PROBES):
+                begin = self.record_timed(stream)
+                self._driver.copy_one(target.data_ptr(), source.data_ptr(), _PROBE_BYTES, stream.cuda_stream)
+                end = self.record_timed(stream)
+                end.synchronize()
+                seconds.append(self.seconds_between(begin, end))
+        except RuntimeError as error:  # torch.OutOfMemoryError and DriverError are such
+            logger.info("hicache-io: the link's rate is not measured: %s", error)
+            return TURN_BYTES
+        rate = _PROBE_BYTES / max(min(seconds), 1e-6)
+        turn = turn_of(rate)
+        logger.info(
+            "hicache-io: the link moves %.1f GB/s to the host; copies of others get it every %.0f MiB",
+            rate / 1e9,
+            turn / 2**20,
+        )
+        return turn
 
     def _own_stream(self, priority: int) -> Stream:
         # The driver makes it in the thread's current context, which the first question to the device sets.

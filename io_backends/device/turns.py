@@ -21,10 +21,20 @@ from .base import Event, Stream
 from .driver import Driver
 from .host_ranges import SHORT, drop_empty
 
+TURN_SECONDS = 0.6e-3
+"""Of a turn, which others wait for; twice as long while two streams take turns with theirs (two backends of
+one policy). Half of it costs an H100's link 1.1 to 1.4 instead of 0.5 to 0.6 % (the file above, 32 MiB)."""
+
 TURN_BYTES = 32 * 2**20
-"""Bytes of a turn, which others wait for: 0.6 ms at 55 GB/s, twice that while two streams take turns with
-theirs (two backends of one policy). Half as much costs the link 1.1 to 1.4 instead of 0.5 to 0.6 % (the file
-above)."""
+"""Of a turn where the link was not measured: what 55 GB/s move in that time."""
+
+_LEAST_TURN, _MOST_TURN = 8 * 2**20, 256 * 2**20
+"""Whatever a measurement says: one PCIe 4.0 x8 link's, and one NVLink-C2C's."""
+
+
+def turn_of(bytes_per_second: float) -> int:
+    """Bytes of a turn on a link of that rate."""
+    return min(max(int(bytes_per_second * TURN_SECONDS), _LEAST_TURN), _MOST_TURN)
 
 
 def split_long(batch: CopyBatch, most: int) -> CopyBatch:
@@ -103,12 +113,22 @@ class Turns:
         new_stream: Callable[[], Stream],
         turn_bytes: int = TURN_BYTES,
     ) -> None:
-        if turn_bytes < 1:
-            raise ValueError(f"turn_bytes must be at least 1, not {turn_bytes}")
         self._new_event, self._new_stream = new_event, new_stream
-        self._driver, self._most = driver, turn_bytes
+        self._driver = driver
+        self.turn_bytes = turn_bytes
         self._pairs: dict[int, _Pair] = {}
         self._lock = threading.Lock()
+
+    @property
+    def turn_bytes(self) -> int:
+        """Of one turn at most; may change between two writes."""
+        return self._most
+
+    @turn_bytes.setter
+    def turn_bytes(self, most: int) -> None:
+        if most < 1:
+            raise ValueError(f"turn_bytes must be at least 1, not {most}")
+        self._most = most
 
     def copy(self, batch: CopyBatch, stream: Stream) -> None:
         """Enqueue every entry on ``stream``, or on one that takes turns with it.

@@ -31,6 +31,7 @@ from sglang_hicache.io_backends.device.turns import Turns
 STREAM = 0x5EED
 BATCH, SINGLE = 1, 2
 STREAM_ORDER = 1
+PREFER_OVERLAP = 1
 
 
 class Call(ctypes.Structure):
@@ -111,7 +112,10 @@ class TestBatch:
         (call,) = fake.calls
         assert (call.kind, call.stream, call.count) == (BATCH, STREAM, 32)
         assert (call.order, call.attribute_count, call.attribute_index) == (STREAM_ORDER, 1, 0)
-        assert call.flags == 0
+        assert call.flags == PREFER_OVERLAP
+        fake.reset()
+        Driver(prefer_overlap=False).copy(batch, STREAM)
+        assert fake.calls[0].flags == 0
 
     @pytest.mark.parametrize("version", [12_080, 12_090, 13_000, 13_010])
     def test_the_same_form_of_the_call_on_cuda_12_and_13(self, fake: Fake, version: int) -> None:
@@ -275,7 +279,9 @@ class FakeTorch:
 
     Attributes:
         failing_waits: streams that cannot be made to wait.
+        free: bytes of GPU memory.
         synchronized: streams that the host waited for.
+        times: between timed events, ms.
         waits: (who waits, for whom, driver calls that came before the wait, and before the event).
         here: the current stream.
     """
@@ -286,13 +292,26 @@ class FakeTorch:
         self.calls_so_far: Callable[[], int] = lambda: 0
         self.failing_waits: set[int] = set()
         self.synchronized: list[int] = []
+        self.times = itertools.repeat(0.3)
+        self.free = 2**40
         self.uint8 = np.uint8
         self.empty = self._empty
         torch = self
 
         class Event:
+            def __init__(self, enable_timing: bool = False) -> None:
+                self.timed = enable_timing
+
             def record(self, stream: Any) -> None:
                 self.at = (stream.cuda_stream, torch.calls_so_far())
+
+            def synchronize(self) -> None:
+                assert self.at
+
+            def elapsed_time(self, later: Event) -> float:
+                assert self.timed
+                assert later.timed
+                return next(torch.times)
 
         class Stream:
             def __init__(self, handle: int) -> None:
@@ -325,9 +344,12 @@ class FakeTorch:
             Event=Event,
         )
 
-    @staticmethod
-    def _empty(size: int, dtype: Any, pin_memory: bool) -> Any:
+    def _empty(self, size: int, dtype: Any, pin_memory: bool = False, device: str = "cpu") -> Any:
+        if device == "cuda" and size > self.free:
+            raise RuntimeError("CUDA out of memory")
         memory = np.empty(size, dtype=dtype)
+        if pin_memory:
+            Fake().register(int(memory.ctypes.data), memory.nbytes)
         return SimpleNamespace(numpy=lambda: memory, data_ptr=lambda: int(memory.ctypes.data))
 
 
@@ -511,7 +533,7 @@ class TestDevice:
         for start, nbytes in registrations(pool, 2**30):
             fake.register(start, nbytes)
         open_cuda().prepare_copies(pool.geometry)
-        assert fake.priorities == [-5]
+        assert fake.priorities[0] == -5
 
     def test_streams_are_nobody_elses(self, fake: Fake, torch: FakeTorch) -> None:
         """Not out of torch's pool, which hands out each of its streams again and again."""
@@ -546,8 +568,33 @@ class TestDevice:
             fake.register(start, nbytes)
         device = open_cuda()
         device.prepare_copies(pool.geometry)
+        before = len(fake.calls)
         device.copy(direct_copies(pool.geometry, np.arange(4), np.arange(4)), torch.here)
-        assert len(fake.calls) == 1
+        assert len(fake.calls) == before + 1
+
+    @pytest.mark.parametrize(
+        ("times", "free", "turn"),
+        [
+            ([1, 0.5, 0.3, 0.31, 0.4], 2**40, int(2**24 / 0.3e-3 * 0.6e-3)),
+            ([1e-9] * 5, 2**40, 256 * 2**20),  # no clock is that good
+            ([1000.0] * 5, 2**40, 8 * 2**20),
+            ([], 2**20, 32 * 2**20),
+        ],
+        ids=["the fastest counts", "no time", "a link that is busy", "no memory"],
+    )
+    def test_turns_take_as_long_on_any_link(
+        self, fake: Fake, torch: FakeTorch, times: list[float], free: int, turn: int
+    ) -> None:
+        torch.times, torch.free = iter(times), free
+        pool = make_pool("page_first", layers=2, page_size=4, row_bytes=(16,))
+        for start, nbytes in registrations(pool, 2**30):
+            fake.register(start, nbytes)
+        device = open_cuda()
+        device.prepare_copies(pool.geometry)
+        assert device.turn_bytes == turn
+        # Once: copies of the first pool may be under way by now.
+        device.prepare_copies(pool.geometry)
+        assert device.turn_bytes == turn
 
     def test_pageable_memory_is_refused_before_serving(self, fake: Fake, torch: FakeTorch) -> None:
         pool = make_pool("page_first", layers=2, page_size=4, row_bytes=(16, 16))
