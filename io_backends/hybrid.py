@@ -149,7 +149,6 @@ class HybridBackend(Backend):
             ),
             Option(
                 "gather_ctas",
-                default=DEFAULT_GATHER_CTAS,
                 # NVIDIA's RTX Blackwell whitepaper: more than any other of its GPUs.
                 most=192,
                 because="no GPU has more SMs (a full GB202 has 192, a B200 148, an H200 132)",

@@ -29,7 +29,7 @@ class Option:
 
     Attributes:
         name: as a policy's ``use.options`` spells it.
-        default: without it; None where the backend decides that when it starts.
+        default: without it; None where that is no one value.
         least, most: the smallest and the largest number that can work; None: no number is too large.
         because: where ``most`` comes from.
         words: valid besides numbers. With ``numbers`` false, nothing else is.
