@@ -9,9 +9,10 @@ from typing import Any
 
 from . import damaged
 from .serve import models, run
-from .serve.arms import CPU_PAGE, CPU_POOL_TOKENS, NONE, Cell, unserved
+from .serve.arms import CPU_PAGE, CPU_POOL_TOKENS, EXPERIMENTS, NONE, Cell, unserved
 
 FA3 = ("--attention-backend", "fa3")
+FA3_FLASHINFER = ("--prefill-attention-backend", "fa3", "--decode-attention-backend", "flashinfer")
 GRAPHS = ("--cuda-graph-max-bs-decode", "32")
 """No workload has more requests in flight; the start is shorter."""
 
@@ -123,10 +124,7 @@ PLANS: dict[str, list[Step]] = {
         for name, options in (
             ("triton", ("--attention-backend", "triton")),
             ("flashinfer", ("--attention-backend", "flashinfer")),
-            (
-                "fa3-flashinfer",
-                ("--prefill-attention-backend", "fa3", "--decode-attention-backend", "flashinfer"),
-            ),
+            ("fa3-flashinfer", FA3_FLASHINFER),
         )
         for page in (1, 64)
     ],
@@ -144,6 +142,48 @@ PLANS: dict[str, list[Step]] = {
             (1, 64),
             Step("", ("none", "kernel", "auto", "null"), at_once=1, model="deepseek-v2-lite"),
         ),
+    ],
+    # Which fences are needed on silicon: see the document on the FA3 crash. A minute of load for each arm, as
+    # often as there is time; bench/lab/experiments.py adds up.
+    "experiments": [
+        Step(
+            f"experiments-{name}-page{page}",
+            tuple(EXPERIMENTS),
+            ("chat",),
+            rounds=1000,
+            layout="layer_first",
+            page_size=page,
+            options=options + GRAPHS,
+        )
+        for name, options in (("fa3", FA3), ("fa3-flashinfer", FA3_FLASHINFER))
+        for page in (64, 1)
+    ],
+    # The same with outputs that can be compared: a stale row is a wrong token there.
+    "experiments-bytes": _by_page(
+        "experiments-bytes",
+        (1, 64),
+        Step(
+            "",
+            (NONE, *EXPERIMENTS),
+            ("chat",),
+            rounds=1000,
+            layout="layer_first",
+            pool_tokens=16_384,
+            deterministic=True,
+        ),
+    ),
+    "tp2-bytes": [
+        Step(
+            f"bytes-tp2-page{page}",
+            (NONE, "auto", damaged.NAME),
+            ("chat",),
+            rounds=1,
+            page_size=page,
+            pool_tokens=16_384,
+            tp=2,
+            deterministic=True,
+        )
+        for page in (64, 1)
     ],
     "tp2": _by_page("kvheavy-tp2", (1, 64), Step("", LIMIT, tp=2)),
     "bytes": [

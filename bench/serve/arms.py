@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...io_backends.registry import AUTO, OWN_NAMES
+from ...io_backends.sglang import unsafe
 from ...io_backends.sglang.unsafe import CONFIRM, NULL
 from ...policy.names import check_name
 from .. import damaged, null_backend
@@ -16,11 +17,14 @@ from .models import Model
 NONE = "none"
 """A server without HiCache."""
 
-SGLANGS = ("kernel", "direct")
-ARMS = (NONE, *SGLANGS, *OWN_NAMES, AUTO, NULL, damaged.NAME)
-"""``null`` copies nothing, ``damaged`` loses a layer: a limit for times, and a proof for outputs."""
+FENCED_KERNEL = "fenced_kernel"
 
-TIMED = tuple(name for name in ARMS if name != damaged.NAME)
+SGLANGS = ("kernel", "direct")
+EXPERIMENTS = {f"unsafe-{fences}": fences for fences in unsafe.CHOICES}
+"""``fenced_kernel`` with that many of its fences: experiments A, B and C, see its option's module."""
+
+ARMS = (NONE, *SGLANGS, *OWN_NAMES, AUTO, NULL, damaged.NAME, *EXPERIMENTS)
+"""``null`` copies nothing, ``damaged`` loses a layer: a limit for times, and a proof for outputs."""
 
 
 CPU_POOL_TOKENS = 4096
@@ -80,7 +84,8 @@ def server_args(cell: Cell, arm: str) -> list[str]:
     """Options of the arm's server."""
     hicache = None
     if arm != NONE:
-        hicache = HiCache(arm, cell.mem_layout, cell.ratio)
+        backend = FENCED_KERNEL if arm in EXPERIMENTS else arm
+        hicache = HiCache(backend, cell.mem_layout, cell.ratio)
     options = base_args(
         cell.model.path,
         cpu_engine=cell.cpu_engine,
@@ -98,6 +103,8 @@ def server_args(cell: Cell, arm: str) -> list[str]:
         options.append("--enable-deterministic-inference")
     if arm == NULL:
         options.append(CONFIRM)
+    if arm in EXPERIMENTS:
+        options += [unsafe.OPTION, EXPERIMENTS[arm], CONFIRM]
     return [*options, *cell.more]
 
 

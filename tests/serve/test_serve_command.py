@@ -50,16 +50,28 @@ def test_wrong_input_is_refused_with_a_line(words: list[str], said: str) -> None
     assert "Traceback" not in done.output
 
 
+@pytest.mark.parametrize(("arm", "fences"), [("unsafe-none", "none"), ("unsafe-producer", "producer")])
+def test_an_experiment_names_its_fences_and_is_confirmed(tmp_path: Path, arm: str, fences: str) -> None:
+    words = arms.server_args(Cell("c", models.make("tiny", tmp_path)), arm)
+    assert words[words.index("--hicache-io-unsafe-fences") + 1] == fences
+    assert "--i-know-this-corrupts" in words
+    assert "--i-know-this-corrupts" not in arms.server_args(
+        Cell("c", models.make("tiny", tmp_path)), "kernel"
+    )
+
+
 def test_each_arm_is_a_server_with_its_own_write_back() -> None:
     cell = Cell("x", MODEL, page_size=1, mem_layout="page_first", more=("--attention-backend", "fa3"))
     found = {arm: arms.server_args(cell, arm) for arm in arms.ARMS}
     for arm, words in found.items():
         assert ("--enable-hierarchical-cache" in words) == (arm != arms.NONE)
         if arm != arms.NONE:
-            assert words[words.index("--hicache-io-backend") + 1] == arm
+            assert words[words.index("--hicache-io-backend") + 1] == (
+                "fenced_kernel" if arm in arms.EXPERIMENTS else arm
+            )
         # Only the one that copies nothing, and only with the confirmation.
-        assert (unsafe.CONFIRM in words) == (arm == unsafe.NULL)
-        assert unsafe.OPTION not in words
+        assert (unsafe.CONFIRM in words) == (arm in (unsafe.NULL, *arms.EXPERIMENTS))
+        assert (unsafe.OPTION in words) == (arm in arms.EXPERIMENTS)
         assert words[words.index("--attention-backend") + 1] == "fa3"
     same = [words for arm, words in found.items() if arm in arms.SGLANGS]
     assert [word for word in same[0] if word not in arms.SGLANGS] == [

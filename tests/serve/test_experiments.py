@@ -1,0 +1,60 @@
+"""Runs without fences, added up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sglang_hicache.bench.lab.experiments import add_up, attention_of, markdown
+from sglang_hicache.bench.serve import arms, models
+from sglang_hicache.bench.serve.account import Distribution, Turn
+from sglang_hicache.bench.serve.arms import Cell
+from sglang_hicache.bench.serve.result import ArmFacts, CellResult, Result
+from sglang_hicache.bench.serve.scrape import Written
+
+
+def turn(arm: str, number: int, **more: int) -> Turn:
+    nothing = Distribution()
+    written = Written(written_bytes=1e9)
+    return Turn("chat", arm, number, 36.0, 10, 1, None, 1, 1, 1, 1, 1, nothing, nothing, written, **more)
+
+
+def run(folder: Path, problem: str | None, **more: int) -> Result:
+    cell = Cell(
+        "experiments",
+        models.make("tiny", folder),
+        page_size=64,
+        mem_layout="layer_first",
+        more=("--attention-backend", "fa3"),
+    )
+    found = CellResult.of(cell)
+    for arm in ("none", *arms.EXPERIMENTS):
+        found.arms[arm] = ArmFacts(args=arms.server_args(cell, arm), problem=problem)
+        found.turns.append(turn(arm, 0, **more))
+    whole = Result({"gpu": "H100", "sglang_kernel": "0.4.10"})
+    whole.put(found)
+    return whole
+
+
+def test_runs_of_the_same_setting_are_one_row(tmp_path: Path) -> None:
+    sums = add_up([run(tmp_path, None), run(tmp_path, "it died", same=8, compared=10)])
+    assert [each.fences for each in sums] == ["none", "producer", "both"]
+    for each in sums:
+        assert (each.attention, each.layout, each.page_size, each.gpu) == ("fa3", "layer_first", 64, "H100")
+        assert (each.seconds, each.written_bytes, each.requests, each.errors) == (72.0, 2e9, 20, 2)
+        assert (each.died, each.compared, each.differing) == (1, 10, 2)
+    assert (
+        "| H100, 0.4.10 | fa3 | layer_first | 64 | none | 0.02 | 2 GB | 20 | 2 | 1 | 2 of 10 |"
+        in markdown(sums)
+    )
+
+
+def test_another_gpu_is_another_row(tmp_path: Path) -> None:
+    other = run(tmp_path, None)
+    other.environment["gpu"] = "H200"
+    assert len(add_up([run(tmp_path, None), other])) == 2 * len(arms.EXPERIMENTS)
+
+
+def test_attention_of_each_phase() -> None:
+    assert attention_of(["--attention-backend", "fa3"]) == "fa3"
+    options = ["--prefill-attention-backend", "fa3", "--decode-attention-backend", "flashinfer"]
+    assert attention_of(options) == "fa3 + flashinfer"
