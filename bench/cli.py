@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..policy import commands
+from .explain.command import explain
+from .explain.policy_command import policy_app
 
 # Subcommands that need torch or are slow to import: name -> "module:function" (or a typer.Typer of several),
 # imported when they are asked for (and by `hicache-io --help`, which prints the first line of their help).
@@ -55,8 +56,8 @@ app = typer.Typer(
     # An unexpected error prints Python's own traceback, which bug reports can quote.
     pretty_exceptions_enable=False,
 )
-app.command("explain")(commands.explain)
-app.add_typer(commands.policy_app, name="policy")
+app.command("explain")(explain)
+app.add_typer(policy_app, name="policy")
 
 
 def _print_version(wanted: bool) -> None:

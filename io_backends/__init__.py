@@ -4,6 +4,7 @@
 are the backends; ``device`` is the only way to hardware; ``sglang`` is the only folder that knows SGLang.
 """
 
+from ..policy.backend_spec import BackendSpec, Option, SmWork
 from .device.base import Device
 from .interface import Backend, BackendFactory, OptionsError, Submission, Transfer
 from .plan.copies import CopyBatch, direct_copies
@@ -18,12 +19,15 @@ from .registry import (
 __all__ = [
     "Backend",
     "BackendFactory",
+    "BackendSpec",
     "Component",
     "CopyBatch",
     "Device",
     "HostStrides",
+    "Option",
     "OptionsError",
     "PoolGeometry",
+    "SmWork",
     "Submission",
     "Transfer",
     "UnknownBackendError",

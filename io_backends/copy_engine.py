@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..policy.backend_spec import BackendSpec, Option, SmWork
 from .device.base import Device, Stream
-from .interface import Submission, Transfer
+from .interface import Backend, Submission, Transfer
 from .plan.copies import direct_batches
 from .plan.geometry import PoolGeometry
 
@@ -22,18 +23,28 @@ of 32 KiB at 43 GB/s and of 128 KiB at 49, where the link has 55, with 0.4 us of
 (bench/results/2026-11-25-h100/profile.json)."""
 
 
-class CopyEngineBackend:
+MAX_COPIES_PER_BATCH = Option(
+    "max_copies_per_batch", most=51_827, because="a batch call of 51,828 copies crashed (vLLM #49276)"
+)
+
+
+class CopyEngineBackend(Backend):
     """DMA only. Needs the device indices on the host to plan, which it asks the device seam for."""
 
-    name = "copy_engine"
-    layouts = frozenset({"layer_first", "page_first", "page_first_direct"})
+    spec = BackendSpec(
+        "copy_engine",
+        layouts=frozenset({"layer_first", "page_first", "page_first_direct"}),
+        options=(MAX_COPIES_PER_BATCH,),
+        sm_work=SmWork.NONE,
+    )
+    name = spec.name
 
     def __init__(self, device: Device, options: Mapping[str, Any]) -> None:
         self._device = device
         self._limit: int | None = options.get("max_copies_per_batch")
 
     def supports(self, geometry: PoolGeometry) -> str | None:
-        if geometry.layout not in self.layouts:
+        if not self.spec.serves(geometry.layout):
             return (
                 f"copy_engine cannot serve layout {geometry.layout}: it would copy every head of every "
                 "token and layer on its own"

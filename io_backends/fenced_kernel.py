@@ -11,18 +11,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..policy.backend_spec import BackendSpec, Option, SmWork
 from .device.base import Device, Stream
-from .interface import Submission, Transfer
+from .interface import Backend, Submission, Transfer
 from .plan.copies import direct_copies
 from .plan.geometry import PoolGeometry
 
 
-class FencedKernelBackend:
+class FencedKernelBackend(Backend):
     """Calls SGLang's copy of the pool, then records the event that fenced forwards wait for."""
 
-    name = "fenced_kernel"
-    # page_first_direct has no SM kernel in SGLang: its rows go through `direct`.
-    layouts = frozenset({"layer_first", "page_first", "page_first_direct"})
+    spec = BackendSpec(
+        "fenced_kernel",
+        # page_first_direct has no SM kernel in SGLang: its rows go through `direct`.
+        layouts=frozenset({"layer_first", "page_first", "page_first_direct"}),
+        options=(
+            Option(
+                "block_quota",
+                # CUDA programming guide, technical specifications by compute capability: at most 32 resident
+                # blocks an SM; and a full GB202 has 192 SMs (NVIDIA's RTX Blackwell whitepaper).
+                most=192 * 32,
+                because="no GPU runs more thread blocks at once (192 SMs of 32 blocks)",
+            ),
+        ),
+        sm_work=SmWork.TRANSFER,
+        upstream_copy=True,
+    )
+    name = spec.name
 
     def __init__(self, device: Device, options: Mapping[str, Any]) -> None:
         self._device = device
@@ -30,7 +45,7 @@ class FencedKernelBackend:
         self._limits = {"block_quota": options["block_quota"]} if "block_quota" in options else {}
 
     def supports(self, geometry: PoolGeometry) -> str | None:
-        if geometry.layout not in self.layouts:
+        if not self.spec.serves(geometry.layout):
             return f"fenced_kernel does not know layout {geometry.layout}"
         return None
 

@@ -26,12 +26,14 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..policy.backend_spec import BackendSpec, Option, SmWork
+from .copy_engine import MAX_COPIES_PER_BATCH
 from .device.base import Device, Event, Staging, Stream
-from .interface import OptionsError, Submission, Transfer
+from .interface import Backend, OptionsError, Submission, Transfer
 from .plan.chunks import ring_units
 from .plan.geometry import PoolGeometry
 from .plan.ring import ANY_GAP, Ring
-from .plan.ring_size import DEFAULT_STAGING_MB, least_staging, staging_size
+from .plan.ring_size import DEFAULT_STAGING_MB, FREE_SHARE, least_staging, staging_size
 from .plan.staged_write import PlannedChunk, WritePlan
 
 DEFAULT_GATHER_CTAS = 64
@@ -110,12 +112,54 @@ class _Write:
             action()
 
 
-class HybridBackend:
+# Of bench/results/2026-11-23-h200/gpu.json: 32,768 tokens of Qwen3-8B, 147,456 bytes each.
+_LARGEST_WRITE_MB = 32_768 * 147_456 // 2**20
+
+
+def _staging_in_words(options: Mapping[str, Any], forwards_wait: bool) -> str:
+    """The ring's size, as far as it is known before serving."""
+    asked = options.get("staging_mb", AUTO)
+    if asked != AUTO:
+        return f"{int(asked):,} MiB"
+    if not forwards_wait:
+        return f"{DEFAULT_STAGING_MB} MiB"
+    return (
+        f"the rows of one step, and a seventh and 64 MiB more, at most 1/{FREE_SHARE} of what is free when "
+        "serving starts, which the log says"
+    )
+
+
+class HybridBackend(Backend):
     """Gather into a bounded staging ring, drain by copy engine."""
 
-    name = "hybrid"
+    spec = BackendSpec(
+        "hybrid",
+        layouts=frozenset({"layer_first", "page_first", "page_first_direct", "page_head"}),
+        options=(
+            Option(
+                "staging_mb",
+                default=AUTO,
+                most=288 * 1024,
+                because="no GPU has more memory (a B300 has 288 GB)",
+                words=(AUTO,),
+                ample=_LARGEST_WRITE_MB,
+                ample_because="takes more GPU memory from the KV cache than the largest write measured is "
+                f"long ({_LARGEST_WRITE_MB:,} MiB); {AUTO}, which is used without it, takes what one step "
+                "needs",
+            ),
+            Option(
+                "gather_ctas",
+                # NVIDIA's RTX Blackwell whitepaper: more than any other of its GPUs.
+                most=192,
+                because="no GPU has more SMs (a full GB202 has 192, a B200 148, an H200 132)",
+            ),
+            MAX_COPIES_PER_BATCH,
+        ),
+        sm_work=SmWork.GATHER,
+        staging=_staging_in_words,
+    )
+    name = spec.name
     whole_pages = True
-    layouts = frozenset({"layer_first", "page_first", "page_first_direct", "page_head"})
 
     def __init__(self, device: Device, options: Mapping[str, Any]) -> None:
         self._device = device
@@ -149,7 +193,7 @@ class HybridBackend:
         return sum(each.left_tokens * each.transfer.geometry.bytes_per_token for each in self._waiting)
 
     def supports(self, geometry: PoolGeometry) -> str | None:
-        if geometry.layout not in self.layouts:
+        if not self.spec.serves(geometry.layout):
             return f"hybrid does not know layout {geometry.layout}"
         return None if self._size_was_asked_for else self._too_small(geometry)
 

@@ -132,21 +132,29 @@ class OptionsError(ValueError):
 class Backend(Protocol):
     """Moves rows of a pool from the device to the host.
 
-    What a backend may have besides:
-
-    - ``upstream_indices``: where it is true, indices are moved as SGLang's own copy wants them (host indices
-      on the GPU, or device indices on the host), and it calls ``upstream_copy``;
-    - ``whole_pages``: where it is true, a write to a paged layout that is not whole pages, each in order, is
-      left to SGLang's own copy (:func:`~.plan.staged_write.is_whole`);
-    - ``staging_bytes``, (in use, in all), and ``waiting_bytes``, of rows that it left for later: for metrics;
-    - ``start(*, step_tokens, forwards_wait, sharers)``: called once, when the pools that are known before
-      serving are prepared and SGLang has allocated its own: with the tokens that a forward makes rows of,
-      whether any forward waits for its SM work, and how many backends are started. Returns a line for the
-      log, or None;
-    - ``launched()``: called whenever a forward is about to be launched, behind all that was enqueued so far.
+    ``name``, ``supports``, ``prepare`` and ``submit`` are what every backend has. The rest has defaults,
+    which a class that derives from this one inherits and any other gets from :func:`complete`.
     """
 
     name: str
+
+    upstream_indices: bool = False
+    """Indices are moved as SGLang's own copy wants them (host indices on the GPU, or device indices on the
+    host), and this backend calls :attr:`Transfer.upstream_copy`."""
+
+    whole_pages: bool = False
+    """A write to a paged layout that is not whole pages, each in order, is left to SGLang's own copy
+    (:func:`~.plan.staged_write.is_whole`)."""
+
+    @property
+    def staging_bytes(self) -> tuple[int, int]:
+        """(in use, in all) of the GPU memory that it stages rows in, for metrics."""
+        return 0, 0
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of rows that were submitted and are left for later, for metrics."""
+        return 0
 
     def supports(self, geometry: PoolGeometry) -> str | None:
         """None if this backend can serve the pool, else why not, as a sentence for the operator."""
@@ -161,6 +169,20 @@ class Backend(Protocol):
         """
         ...
 
+    def start(self, *, step_tokens: int, forwards_wait: bool, sharers: int = 1) -> str | None:
+        """Called once, when the pools that are known before serving are prepared and SGLang has allocated
+        its own memory.
+
+        Args:
+            step_tokens: that a forward makes rows of at most.
+            forwards_wait: whether any forward waits for this backend's SM work.
+            sharers: backends that stage rows (:attr:`staging_bytes`), and share what memory is free.
+
+        Returns:
+            A line for the log, or None.
+        """
+        return None
+
     def submit(self, transfer: Transfer, stream: Stream) -> Submission:
         """Enqueue the transfer; everything it does is complete when work recorded on ``stream`` after this
         call is. ``stream`` is current, and has waited for ``transfer.ready``.
@@ -173,6 +195,52 @@ class Backend(Protocol):
         ``stream`` after this call is.
         """
         ...
+
+    def launched(self) -> None:
+        """Called whenever a forward is about to be launched, behind all that was enqueued so far."""
+        return None
+
+
+class _Completed(Backend):
+    """A backend whose class leaves out parts of the interface that have defaults."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self.name = backend.name
+        self.upstream_indices = bool(getattr(backend, "upstream_indices", False))
+        self.whole_pages = bool(getattr(backend, "whole_pages", False))
+
+    @property
+    def staging_bytes(self) -> tuple[int, int]:
+        return getattr(self._backend, "staging_bytes", super().staging_bytes)
+
+    @property
+    def waiting_bytes(self) -> int:
+        return getattr(self._backend, "waiting_bytes", super().waiting_bytes)
+
+    def supports(self, geometry: PoolGeometry) -> str | None:
+        reason: str | None = self._backend.supports(geometry)
+        return reason
+
+    def prepare(self, geometry: PoolGeometry) -> None:
+        self._backend.prepare(geometry)
+
+    def start(self, *, step_tokens: int, forwards_wait: bool, sharers: int = 1) -> str | None:
+        start = getattr(self._backend, "start", super().start)
+        line: str | None = start(step_tokens=step_tokens, forwards_wait=forwards_wait, sharers=sharers)
+        return line
+
+    def submit(self, transfer: Transfer, stream: Stream) -> Submission:
+        submission: Submission = self._backend.submit(transfer, stream)
+        return submission
+
+    def launched(self) -> None:
+        getattr(self._backend, "launched", super().launched)()
+
+
+def complete(backend: object) -> Backend:
+    """``backend``, with the defaults of the interface where its class leaves them out."""
+    return backend if isinstance(backend, Backend) else _Completed(backend)
 
 
 BackendFactory = Callable[[Device, Mapping[str, Any]], Backend]

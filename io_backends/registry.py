@@ -1,52 +1,66 @@
 """Backends by name: this project's three, and third parties'.
 
 A third party registers either with the entry point group ``sglang_hicache.io_backends`` (works in every
-process, also in SGLang's spawned schedulers) or with :func:`register_backend` (this process only).
+process, also in SGLang's spawned schedulers) or with :func:`register_backend` (this process only). What a
+backend says of itself, its spec, is the attribute ``spec`` of its factory.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
-from .interface import BackendFactory
+from ..policy.backend_spec import Backends, BackendSpec
+from ..policy.names import AUTO as AUTO
+from ..policy.names import UPSTREAM_NAMES as UPSTREAM_NAMES
+from .device.base import Device
+from .interface import Backend, BackendFactory, complete
 
 ENTRY_POINT_GROUP = "sglang_hicache.io_backends"
-
-AUTO = "auto"
-"""The name that asks the policy."""
-
-UPSTREAM_NAMES = ("kernel", "direct", "kernel_ascend")
-"""SGLang's own values of ``--hicache-io-backend``; this project never takes them over."""
-
-OWN_NAMES = ("fenced_kernel", "copy_engine", "hybrid")
 
 _own = {
     "fenced_kernel": "sglang_hicache.io_backends.fenced_kernel:FencedKernelBackend",
     "copy_engine": "sglang_hicache.io_backends.copy_engine:CopyEngineBackend",
     "hybrid": "sglang_hicache.io_backends.hybrid:HybridBackend",
 }
+OWN_NAMES = tuple(_own)
+"""This project's backends."""
+
 _registered: dict[str, BackendFactory] = {}
+_specs: dict[str, BackendSpec] = {}
+"""Given to :func:`register_backend`."""
 
 
 class UnknownBackendError(ValueError):
     """No backend of that name; the message lists those there are, and the nearest one."""
 
 
-def register_backend(name: str, factory: BackendFactory) -> None:
+def register_backend(name: str, factory: BackendFactory, spec: BackendSpec | None = None) -> None:
     """Make ``factory`` available as ``--hicache-io-backend name`` in this process.
 
+    Args:
+        name: lower-case letters, digits and underscores.
+        factory: makes an instance from the device and the policy's options.
+        spec: what the backend says of itself; without it ``factory.spec``, if that has this name. Without
+            either any options are let through, and nothing is known of its work on the SMs.
+
     Raises:
-        ValueError: the name is not a lower-case identifier, or is taken.
+        ValueError: the name is not a lower-case identifier, or is taken, or the spec is another's.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"backend name {name!r} must be lower-case letters, digits and underscores")
     if name == AUTO or name in UPSTREAM_NAMES or name in available_backends():
         raise ValueError(f"backend name {name!r} is taken")
+    if spec is not None and spec.name != name:
+        raise ValueError(f"the spec of backend {name!r} is for {spec.name!r}")
     _registered[name] = factory
+    if spec is not None:
+        _specs[name] = spec
 
 
 def unregister_backend(name: str) -> None:
@@ -56,6 +70,7 @@ def unregister_backend(name: str) -> None:
         KeyError: ``name`` was not registered by :func:`register_backend`.
     """
     del _registered[name]
+    _specs.pop(name, None)
 
 
 @cache
@@ -85,6 +100,51 @@ def get_backend(name: str) -> BackendFactory:
         loaded: BackendFactory = _third_party()[name].load()
         return loaded
     raise UnknownBackendError(unknown_backend(name))
+
+
+def make_backend(name: str, device: Device, options: Mapping[str, Any]) -> Backend:
+    """An instance of backend ``name`` with all of the interface (:func:`~.interface.complete`).
+
+    Raises:
+        UnknownBackendError: there is none.
+        OptionsError: it can never work with these options.
+    """
+    return complete(get_backend(name)(device, options))
+
+
+class _Backends(Mapping[str, BackendSpec]):
+    """What is registered now; the module of a backend is loaded when its spec is asked for."""
+
+    def __getitem__(self, name: str) -> BackendSpec:
+        if name not in available_backends():
+            raise KeyError(name)
+        spec = _specs.get(name)
+        if spec is None:
+            try:
+                spec = getattr(get_backend(name), "spec", None)
+            # A third party's module may fail in any way when it is imported. `doctor` says so, and a server
+            # that asks for the backend does not start.
+            except Exception:
+                if name in _own:
+                    raise
+        # A class that derives from another's backend has that one's spec, which is not about it.
+        if isinstance(spec, BackendSpec) and spec.name == name:
+            return spec
+        return BackendSpec(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(available_backends())
+
+    def __len__(self) -> int:
+        return len(available_backends())
+
+    # One object for the whole process, whatever is registered when.
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+BACKENDS: Backends = _Backends()
+"""The spec of every backend, by name: what policies are checked against."""
 
 
 def unknown_backend(name: str) -> str:

@@ -34,7 +34,7 @@ class Route:
     @property
     def upstream_indices(self) -> bool:
         """Whether the backend calls SGLang's own copy, with indices where that wants them."""
-        return bool(getattr(self.backend, "upstream_indices", False))
+        return self.backend.upstream_indices
 
 
 def one_route(backend: Backend, forwards: Iterable[str] = ()) -> tuple[Route, ...]:

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .conditions import Condition, Flags, Names, Numbers
-from .facts import FactValue
-from .fields import USES
-from .match import FORWARDS_OF, SPECULATIVE_ONLY
-from .schema import Default, Rule, is_about_writes
-from .versions import Versions
-from .vocabulary import NAMED, NO_SPECULATION
+from .fact_spec import FactValue, Kind
+from .fact_table import ANY_ATTENTION, CONDITIONS, FORWARDS_OF
+from .format.schema import Default, Rule
+from .format.validators import USES
+from .names import NO_SPECULATION
+from .version_sets import Versions
 
-_EITHER = "attention_backend"
+_EITHER = ANY_ATTENTION.name
 _SPECULATIVE = "speculative"
 # Values times conditions, and one on versions is eight others: a second of work. Policies in use have some
 # hundred.
@@ -117,15 +117,15 @@ class Classes:
                         uses.setdefault(forward, []).append(literal)
         return CompiledRule(
             chosen.name,
-            tuple(clause for key, clause in clauses.items() if not is_about_writes(key)),
-            tuple(clause for key, clause in clauses.items() if is_about_writes(key)),
+            tuple(clause for key, clause in clauses.items() if not CONDITIONS[key].of_write),
+            tuple(clause for key, clause in clauses.items() if CONDITIONS[key].of_write),
             listed,
             {forward: tuple(literals) for forward, literals in uses.items()},
         )
 
     def _literal(self, name: str, condition: Condition, tolerated: bool, may_not_run: bool) -> Literal:
         holds = tuple(_holds(condition, tolerated, value) for value in self.values[name])
-        return Literal(name, holds, may_not_run and name in SPECULATIVE_ONLY)
+        return Literal(name, holds, may_not_run and CONDITIONS[name].speculative_only)
 
 
 def _holds(condition: Condition, tolerated: bool, value: FactValue) -> bool:
@@ -141,14 +141,15 @@ def _candidates(name: str, conditions: Sequence[Condition]) -> Iterator[FactValu
     versions = [each for each in conditions if isinstance(each, Versions)]
     if any(isinstance(each, Flags) for each in conditions):
         yield from (True, False)
-    known = NAMED.get(name, ("", ()))[1]
+    spec = CONDITIONS[name]
+    known = spec.values
     for one in names:
         yield from sorted(one.values, key=lambda value: (known.index(value) if value in known else -1, value))
     if names or name == _SPECULATIVE:
         # One that SGLang has and no rule names, for the reader; and one that nobody has heard of, as there
         # may be.
         yield from known
-        if name == "gpu_arch":
+        if spec.kind is Kind.ARCHITECTURE:
             yield from ("sm80", "sm90", "sm100", "cpu")
         another = "another"
         while any(one.holds(another) for one in names):
@@ -156,11 +157,11 @@ def _candidates(name: str, conditions: Sequence[Condition]) -> Iterator[FactValu
         yield another
     if numbers:
         yield from (1, *sorted(_edges(numbers)))
-        if is_about_writes(name):
+        if spec.of_write:
             yield 0
     if versions:
         yield from _versions(name, versions)
-    if not is_about_writes(name):
+    if not spec.of_write:
         yield None
 
 
@@ -177,8 +178,7 @@ def _versions(name: str, conditions: Sequence[Versions]) -> Iterator[str]:
             written = ", ".join(str(entry) for entry in condition.sets)
             raise CannotCompareError(
                 f"which versions {name} '{written}' takes is not compared: an epoch, a pre-release, a local "
-                "version "
-                "or ==="
+                "version or ==="
             )
         depth = max(depth, condition.depth())
     for condition in conditions:

@@ -12,17 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from .facts import FactValue
-from .versions import Versions
-from .vocabulary import (
-    COUNTED,
-    FLAGS,
-    VERSIONED,
-    WRITE_FLAGS,
-    WRITE_NUMBERS,
-    NameProblem,
-    canonical,
-)
+from .fact_spec import FactValue, Kind
+from .fact_table import CONDITIONS
+from .names import NameProblem
+from .version_sets import Versions
 
 
 class Condition(Protocol):
@@ -47,10 +40,10 @@ class Names:
 
     @classmethod
     def of(cls, key: str, names: Iterable[str]) -> Names:
-        return cls(key, frozenset(canonical(key, name) for name in names))
+        return cls(key, frozenset(map(CONDITIONS[key].canonical, names)))
 
     def holds(self, value: FactValue) -> bool:
-        return isinstance(value, str) and canonical(self.key, value) in self.values
+        return isinstance(value, str) and CONDITIONS[self.key].canonical(value) in self.values
 
     def is_empty(self) -> bool:
         return not self.values
@@ -169,9 +162,12 @@ def condition(key: str, values: Iterable[int | str | bool]) -> Condition:
 
     Raises NameProblem for a comparison or a specifier that cannot be read.
     """
-    if key in FLAGS or key in WRITE_FLAGS:
-        return Flags(frozenset(value for value in values if isinstance(value, bool)))
-    if key in COUNTED or key in WRITE_NUMBERS:
-        return Numbers.of(values)
-    words = [str(value) for value in values]
-    return Versions.of(words) if key in VERSIONED else Names.of(key, words)
+    match CONDITIONS[key].kind:
+        case Kind.FLAG:
+            return Flags(frozenset(value for value in values if isinstance(value, bool)))
+        case Kind.NUMBER:
+            return Numbers.of(values)
+        case Kind.VERSION:
+            return Versions.of(map(str, values))
+        case Kind.NAME | Kind.ARCHITECTURE | Kind.TEXT:
+            return Names.of(key, map(str, values))

@@ -11,7 +11,6 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from ..io_backends.registry import OWN_NAMES
 from .decide import Decision
 from .facts import Facts
 from .routes import WriteRoute, writes_in_words
@@ -26,12 +25,13 @@ def figures() -> dict[str, Any]:
 
 
 def cost(decision: Decision, facts: Facts) -> list[dict[str, Any]]:
-    """For each route what a write and a waiting forward cost, JSON types.
+    """For each route by a backend that was measured, what a write and a waiting forward cost, JSON types.
 
     Every entry has ``backend``, ``writes``, ``kind`` ("measured", or "unknown" where nobody measured),
     ``text`` and ``source`` (None when unknown).
     """
-    return [_of_route(route, facts) for route in decision.routes if route.backend in OWN_NAMES]
+    measured = {row["backend"] for row in figures()["writes"]}
+    return [_of_route(route, facts) for route in decision.routes if route.backend in measured]
 
 
 def _of_route(route: WriteRoute, facts: Facts) -> dict[str, Any]:

@@ -14,14 +14,14 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from ..io_backends.registry import AUTO, UPSTREAM_NAMES, available_backends
+from .backend_spec import Backends, SmWork
 from .evidence import PRODUCER_FENCE_SINCE, beside, upstream_path
 from .facts import Facts
-from .layers import DEFAULT_RULE, OPTION, SHIPPED, Policy
+from .format.layers import DEFAULT_RULE, OPTION, SHIPPED, Policy
+from .format.schema import Default, Rule
 from .match import match, resolve_fences
+from .names import AUTO, FORWARDS, UPSTREAM_NAMES, check_name
 from .routes import WriteFacts, WriteRoute, writes_in_words
-from .schema import Default, Rule
-from .vocabulary import FORWARDS, check_name
 
 # The option that a person types to choose a backend by hand.
 BACKEND_OPTION = "--hicache-io-backend"
@@ -135,7 +135,7 @@ def decide(policy: Policy, facts: Facts, *, backend: str = AUTO) -> Decision:
     backend for every write, and takes from the policy at most the fences. Raises NameProblem for a name that
     is no backend.
     """
-    check_backend(backend)
+    check_backend(backend, policy.backends)
     if backend in UPSTREAM_NAMES:
         found = map(str, beside(facts, upstream_path(backend, facts)))
         known = " ".join(f"{each[0].upper()}{each[1:]}." for each in found)
@@ -145,9 +145,10 @@ def decide(policy: Policy, facts: Facts, *, backend: str = AUTO) -> Decision:
             f"wait for D2H (#20611 and #38463 were closed unmerged). {known}"
         )
         return _decision(policy, facts, (_by_hand(backend, because, ()),), (), upstream=backend)
-    if backend == "fenced_kernel":
+    spec = policy.backends.get(backend)
+    if spec is not None and spec.sm_work is SmWork.TRANSFER:
         because = (
-            f"{BACKEND_OPTION} fenced_kernel was given by hand: it moves every byte with SM work, and every "
+            f"{BACKEND_OPTION} {backend} was given by hand: it moves every byte with SM work, and every "
             "forward waits for it, whatever the rules say"
         )
         return _decision(policy, facts, (_by_hand(backend, because, FORWARDS),), ())
@@ -157,11 +158,11 @@ def decide(policy: Policy, facts: Facts, *, backend: str = AUTO) -> Decision:
     return _decision(policy, facts, routes, considered)
 
 
-def check_backend(name: str) -> str:
+def check_backend(name: str, backends: Backends) -> str:
     """`name` if ``--hicache-io-backend`` takes it. Raises NameProblem otherwise, with the nearest name that
     it does.
     """
-    return check_name("backend", name, (AUTO, *available_backends(), *UPSTREAM_NAMES))
+    return check_name("backend", name, (AUTO, *backends, *UPSTREAM_NAMES))
 
 
 def describe(decision: Decision) -> str:

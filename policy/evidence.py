@@ -12,9 +12,10 @@ from enum import Enum
 
 from packaging.version import InvalidVersion, Version
 
+from .backend_spec import BackendSpec, SmWork
+from .fact_table import FORWARDS_OF
 from .facts import Facts
-from .match import FORWARDS_OF
-from .vocabulary import FORWARDS
+from .names import FORWARDS
 
 GDC_SINCE = Version("0.4.0")
 """Disassembled FA3 kernels have the dependency wait (ACQBULK) in sglang-kernel 0.4.0 and later; 0.3.20 and
@@ -46,8 +47,16 @@ class Path(Enum):
     STAGED = "a relayout kernel within GPU memory and memory copies (staged)"
     SM_KERNEL = "an SM kernel that writes host memory (the register kernel)"
     TMA_KERNEL = "an SM kernel that writes host memory (the TMA kernel where page and row size allow it)"
-    GATHER = "a gather within GPU memory and memory copies (hybrid)"
+    GATHER = "a gather within GPU memory and memory copies"
     COPIES = "memory copies alone"
+
+
+_PATHS = {
+    SmWork.NONE: Path.COPIES,
+    SmWork.GATHER: Path.GATHER,
+    SmWork.TRANSFER: Path.SM_KERNEL,
+    SmWork.UNKNOWN: Path.COPIES,
+}
 
 
 @dataclass(frozen=True)
@@ -78,13 +87,11 @@ def upstream_path(backend: str, facts: Facts, *, staged: bool = True) -> Path:
     return Path.TMA_KERNEL if tma and layout == "layer_first" else Path.SM_KERNEL
 
 
-def path_of(backend: str, facts: Facts) -> Path:
-    """What a backend, one of this project's or of SGLang's, runs for a pool that it supports."""
-    if backend == "hybrid":
-        return Path.GATHER
-    if backend == "copy_engine":
-        return Path.COPIES
-    return upstream_path("kernel" if backend == "fenced_kernel" else backend, facts, staged=False)
+def path_of(spec: BackendSpec, facts: Facts) -> Path:
+    """What a backend runs for a pool that it supports; copies alone where it has not said."""
+    if spec.upstream_copy:
+        return upstream_path("kernel", facts, staged=False)
+    return _PATHS[spec.sm_work]
 
 
 def beside(facts: Facts, path: Path) -> list[Evidence]:

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .conditions import Condition
+from .fact_table import ANY_ATTENTION, FORWARDS_OF, SERVER_FACTS
 from .facts import Facts
-from .fields import USES
-from .schema import Default, Rule
-from .vocabulary import FORWARDS, NO_SPECULATION
-
-#: The forwards that each attention backend runs in, in this project's two names. As SGLang's schedulers
-#: launch them (0.5.18 to 0.5.23): verification is part of a decode step, and a draft follows prefill and
-#: decode alike.
-FORWARDS_OF: Mapping[str, tuple[str, ...]] = {
-    "prefill_attention_backend": ("extend",),
-    "decode_attention_backend": ("decode",),
-    "verify_attention_backend": ("decode",),
-    "draft_attention_backend": ("extend", "decode"),
-}
-#: Those that run only with speculative decoding.
-SPECULATIVE_ONLY = ("verify_attention_backend", "draft_attention_backend")
+from .format.schema import Default, Rule
+from .format.validators import USES
+from .names import FORWARDS, NO_SPECULATION
 
 
 @dataclass(frozen=True)
@@ -75,10 +63,10 @@ def facts_of(key: str, facts: Facts) -> tuple[str, ...]:
     ``attention_backend`` means every attention backend that runs: verification and draft do only with
     speculative decoding, and might when it is unknown whether that is on.
     """
-    if key != "attention_backend":
+    if key != ANY_ATTENTION.name:
         return (key,)
     without = facts.value("speculative") == NO_SPECULATION
-    return tuple(name for name in FORWARDS_OF if not (without and name in SPECULATIVE_ONLY))
+    return tuple(name for name in FORWARDS_OF if not (without and SERVER_FACTS[name].speculative_only))
 
 
 def resolve_fences(chosen: Rule | Default, facts: Facts) -> tuple[str, ...]:
@@ -103,8 +91,8 @@ def _using_forwards(rule: Rule, facts: Facts) -> set[str]:
     conditions = rule.when.server_conditions()
     tolerated = rule.unknown_matches()
     using: set[str] = set()
-    for name in facts_of("attention_backend", facts):
-        key = "attention_backend" if "attention_backend" in conditions else name
+    for name in facts_of(ANY_ATTENTION.name, facts):
+        key = ANY_ATTENTION.name if ANY_ATTENTION.name in conditions else name
         if key not in conditions:
             continue
         might = facts.value(name) is None and key in tolerated

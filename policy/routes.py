@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .conditions import Condition, condition
+from .fact_spec import Kind
+from .fact_table import CONDITIONS
 
 WriteCondition = tuple[int | str | bool, ...]
 
@@ -23,8 +25,7 @@ class WriteFacts:
     Attributes:
         tokens: rows of the pool that move, all layers together counting as one.
         entries: copies that drain the write from staging: host-contiguous runs in the pool's host layout,
-        over
-            all layers and K and V.
+            over all layers and K and V.
         nbytes: bytes of the write.
         runs: runs of consecutive host slots.
     """
@@ -114,18 +115,13 @@ _SIGNS = {"<": "under ", "<=": "at most ", ">": "over ", ">=": "at least ", "!="
 
 
 def _in_words(key: str, values: WriteCondition) -> str:
-    if key == "write_contiguous":
+    spec = CONDITIONS[key]
+    if spec.kind is Kind.FLAG:
         if True not in values:
             return "in more than one run of host slots"
         return "in any runs of host slots" if False in values else "in one run of host slots"
     said = " or ".join(" and ".join(_number(part) for part in str(value).split(",")) for value in values)
-    match key:
-        case "write_entry_bytes":
-            return f"with entries of {said} bytes"
-        case "write_entries":
-            return f"of {said} entries"
-        case _:
-            return f"of {said} tokens"
+    return spec.phrase.format(said)
 
 
 def _number(part: str) -> str:

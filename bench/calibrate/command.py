@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ...policy.errors import PolicyError
+from ...policy.format.errors import PolicyError
 from ...policy.terminal import console as console_of
 from ..measure.cases import MODELS
 from ..measure.command import Live, refuse, stderr_console

@@ -17,17 +17,13 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedSeq
 
+from ...io_backends.policy_files import default_policy, policy_in_force
+from ...io_backends.registry import BACKENDS
 from ...policy.decide import decide
 from ...policy.facts import Facts
-from ...policy.layers import Policy
-from ...policy.load import (
-    MACHINE_VARIABLE,
-    POLICY_VARIABLE,
-    default_machine_file,
-    default_policy,
-    policy_in_force,
-)
-from ...policy.vocabulary import ATTENTION_BACKENDS, NO_SPECULATION
+from ...policy.format.layers import Policy
+from ...policy.format.load import MACHINE_VARIABLE, POLICY_VARIABLE, default_machine_file
+from ...policy.names import ATTENTION_BACKENDS, NO_SPECULATION
 from ..measure.results import CPU_WATERMARK
 from .calibration import Choice, Segment
 
@@ -104,8 +100,8 @@ def rules(
                 **({} if last else {"write_entry_bytes": f">={part.at_least}"}),
             }
             use: dict[str, Any] = {"backend": part.backend, "fence_forward": []}
-            if part.backend == "hybrid" and options:
-                use["options"] = {name: choice.value for name, choice in options.items()}
+            if chosen := _of(part.backend, options):
+                use["options"] = {name: choice.value for name, choice in chosen.items()}
             made.append(
                 {
                     "name": f"calibrated-{layout}-{part.backend}".replace("_", "-"),
@@ -126,13 +122,18 @@ def _because(part: Segment, last: bool, options: Mapping[str, Choice], environme
             f"{part.low:,} to {part.high:,} in single rounds" if part.low != part.high else "in every round"
         )
         text.append(f"from {part.at_least:,} bytes a copy to the host on ({spread}).")
-    if part.backend == "hybrid":
-        text += [
-            f"{name} {choice.value}: the least that is as fast as any ({choice.low} to {choice.high})."
-            for name, choice in options.items()
-        ]
+    text += [
+        f"{name} {choice.value}: the least that is as fast as any ({choice.low} to {choice.high})."
+        for name, choice in _of(part.backend, options).items()
+    ]
     text.append(f"{provenance(environment)}. Not measured: other models, contiguous device slots alone.")
     return " ".join(text)
+
+
+def _of(backend: str, options: Mapping[str, Choice]) -> dict[str, Choice]:
+    """Those of the measured options that the backend has."""
+    known = {each.name for each in BACKENDS[backend].options or ()}
+    return {name: choice for name, choice in options.items() if name in known}
 
 
 def provenance(environment: Mapping[str, Any]) -> str:

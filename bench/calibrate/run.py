@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ...policy.load import default_policy
+from ...io_backends.policy_files import default_policy
 from ..measure import sglang_pools
 from ..measure.cases import MODELS, Case, entry_bytes
 from ..measure.contenders import Submit, Task, ours

@@ -19,8 +19,8 @@ import typer
 
 from ...io_backends.registry import AUTO, OWN_NAMES, available_backends, unknown_backend
 from ...io_backends.sglang.no_gpu.fake_libcuda import NoCompilerError
+from ...policy.names import MEM_LAYOUTS, NameProblem, check_name
 from ...policy.terminal import styled
-from ...policy.vocabulary import MEM_LAYOUTS, NameProblem, check_name
 from .. import damaged, serving, tiny_model
 from ..workload import Workload
 from . import identity

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...policy.load import default_policy
+from ...io_backends.policy_files import default_policy
 from ..measure.cases import Case
 from ..measure.devices import gpu_missing, open_bench
 from ..measure.environment import describe

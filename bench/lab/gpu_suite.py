@@ -30,7 +30,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ...policy.options import check_option
+from ...io_backends.registry import BACKENDS
+from ...policy.backend_spec import spec_of
 from ..calibrate.run import ON_CPU, Plan, calibrate, quicker
 from ..measure import report, results, suite, tables
 from ..measure.cases import MODELS
@@ -158,7 +159,7 @@ def _options(given: Sequence[str]) -> dict[str, dict[str, int | str]]:
         path, _, value = text.partition("=")
         backend, _, name = path.partition(".")
         number = int(value) if value.isdigit() else value
-        check_option(backend, name, number)
+        spec_of(BACKENDS, backend).check_option(name, number)
         found.setdefault(backend, {})[name] = number
     return found
 

@@ -69,11 +69,14 @@ def _shape(case: Case) -> str:
     return f"{case.tokens:,} {slots} tokens, `{case.layout}`, page {case.page_size}"
 
 
+_FENCE_TITLES = {"hybrid": "`hybrid, forwards wait`"}
+
+
 def fence_table(run: Results) -> str:
     """How long one write holds back a forward that must not share the SMs with it."""
     rows = run.of("fence")
     names = _present(FENCED, rows)
-    titles = ["`hybrid, forwards wait`" if name == "hybrid" else _title(name) for name in names]
+    titles = [_FENCE_TITLES.get(name) or _title(name) for name in names]
     lines = [markdown_row(["one write", *titles]), markdown_row(["---"] * (1 + len(names)))]
     for case in dict.fromkeys(row.case for row in rows):
         found = {row.contender: row for row in rows if row.case == case}

@@ -28,7 +28,7 @@ from ...io_backends.virtual.gpu import Event, Stream
 from ...io_backends.virtual.model import CostModel
 from ...io_backends.virtual.operations import Operation
 from ...io_backends.virtual.timeline import NOTE, ModelOrder
-from ...policy.vocabulary import FORWARDS
+from ...policy.names import FORWARDS
 from ..measure.cases import MODELS, Case, pool_of, slots_of
 from ..measure.contenders import Task
 from ..measure.overlap import Flight, Step, Trace, Writer, figures, run

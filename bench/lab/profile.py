@@ -37,7 +37,7 @@ import numpy as np
 from ...io_backends.plan.chunks import Chunk, staged
 from ...io_backends.plan.copies import CopyBatch, run_starts
 from ...io_backends.plan.staged_write import drain_runs
-from ...policy.load import default_policy
+from ...io_backends.policy_files import default_policy
 from ..measure import sglang_pools
 from ..measure.cases import MODELS, Case
 from ..measure.contenders import contenders

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ...io_backends.policy_files import default_policy
 from ...io_backends.registry import OWN_NAMES
-from ...policy.load import default_policy
 from ..measure.cases import LAYOUTS, MODELS, Case
 from ..measure.contenders import contenders
 from ..measure.devices import gpu_missing, open_bench

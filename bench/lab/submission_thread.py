@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from ...io_backends.device.driver import MAX_ENTRIES
-from ...policy.load import default_policy
+from ...io_backends.policy_files import default_policy
 from ..measure.cases import Case
 from ..measure.contenders import Task, ours
 from ..measure.devices import gpu_missing, open_bench

@@ -15,10 +15,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ...policy.errors import PolicyError
-from ...policy.options import BACKEND_OPTIONS, check_option
+from ...io_backends.registry import BACKENDS
+from ...policy.format.errors import PolicyError
+from ...policy.names import ATTENTION_BACKENDS, NameProblem, check_name
 from ...policy.terminal import console as console_of
-from ...policy.vocabulary import ATTENTION_BACKENDS, NameProblem, check_name
 from ..serve import report as serve_report
 from ..serve import result as serve_result
 from ..serve.command import serve
@@ -307,13 +307,14 @@ def _contiguity(word: str | None) -> tuple[bool, ...]:
 
 def _options(given: Sequence[str]) -> dict[str, dict[str, int | str]]:
     found: dict[str, dict[str, int | str]] = {}
+    known = {name: spec for name, spec in BACKENDS.items() if spec.options is not None}
     for text in given:
         path, _, value = text.partition("=")
         backend, _, name = path.partition(".")
-        _check("backend with options", [backend], tuple(BACKEND_OPTIONS))
+        _check("backend with options", [backend], tuple(known))
         try:
             number: int | str = int(value) if value.isdigit() else value
-            check_option(backend, name, number)
+            known[backend].check_option(name, number)
         except NameProblem as error:
             refuse(f"--option {text}: {error}")
         found.setdefault(backend, {})[name] = number

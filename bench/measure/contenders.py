@@ -6,9 +6,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...io_backends import PoolGeometry, Transfer, available_backends, direct_copies, get_backend
-from ...io_backends.registry import AUTO
+from ...io_backends import PoolGeometry, Transfer, available_backends, direct_copies
+from ...io_backends.registry import AUTO, BACKENDS, make_backend
 from ...io_backends.routes import write_facts
+from ...policy.backend_spec import SmWork, spec_of
 from ...policy.decide import Decision
 from ...policy.routes import WriteFacts
 from . import sglang_pools
@@ -150,19 +151,19 @@ def _auto(task: Task) -> Contender:
 def ours(name: str, task: Task, options: Mapping[str, Any]) -> Contender:
     """A backend of this project, or of a third party, behind its interface."""
     device, geometry = task.device, task.geometry
-    backend: Any = get_backend(name)(device, options)
+    backend = make_backend(name, device, options)
     reason = backend.supports(geometry)
     if reason is not None:
         return Contender(name, reason=reason, backend=name, ours=True)
     upstream = _no_upstream
-    if getattr(backend, "upstream_indices", False):
+    if backend.upstream_indices:
         found = task.upstream(task)
         if isinstance(found, str):
             return Contender(name, reason=found, backend=name, ours=True)
         upstream = found
+    sm_work = spec_of(BACKENDS, name).sm_work is not SmWork.NONE
     backend.prepare(geometry)
-    if hasattr(backend, "start"):
-        backend.start(step_tokens=STEP_TOKENS, forwards_wait=task.forwards_wait)
+    backend.start(step_tokens=STEP_TOKENS, forwards_wait=task.forwards_wait)
 
     def submit(fence: Fence) -> Submitted:
         ready = device.record(device.current_stream())
@@ -172,18 +173,19 @@ def ours(name: str, task: Task, options: Mapping[str, Any]) -> Contender:
         done = backend.submit(transfer, task.stream)
         if done.sm_done is not None:
             fence(done.sm_done)
-        if done.pending is None:
+        pending = done.pending
+        if pending is None:
             return Submitted(done.copies)
 
         def more() -> bool:
-            event = done.pending.advance((device.record(device.current_stream()),))
+            event = pending.advance((device.record(device.current_stream()),))
             if event is not None:
                 fence(event)
-            return bool(done.pending.enqueued())
+            return pending.enqueued()
 
         return Submitted(done.copies, more)
 
-    return Contender(name, submit, backend=name, sm_work=name != "copy_engine", ours=True)
+    return Contender(name, submit, backend=name, sm_work=sm_work, ours=True)
 
 
 def _no_upstream(**_: Any) -> None:

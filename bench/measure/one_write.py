@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...io_backends.sglang.machine_facts import detect
 from ...policy.decide import Decision, decide
-from ...policy.facts import detect
-from ...policy.layers import Policy
+from ...policy.format.layers import Policy
 from . import sglang_pools
 from .cases import MODELS, Case, slots_of
 from .contenders import Contender, Submit, Task, contenders, reason_of

@@ -16,10 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ...io_backends.policy_files import policy_in_force
+from ...io_backends.sglang.machine_facts import detect
 from ...io_backends.virtual.model import CostModel
 from ...policy.decide import decide
-from ...policy.facts import detect
-from ...policy.load import policy_in_force
 from .cases import MODELS, Case, pool_of, slots_of
 from .contenders import Task
 from .one_write import Setting

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ...policy.load import policy_in_force
+from ...io_backends.policy_files import policy_in_force
 from . import sglang_pools, submit_idle
 from .cases import LAYOUTS, MODELS, Case, grid
 from .contenders import reason_of

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from ...io_backends import Transfer, get_backend
+from ...io_backends import Transfer
 from ...io_backends.interface import Backend, Pending
-from ...io_backends.registry import AUTO
+from ...io_backends.registry import AUTO, BACKENDS, make_backend
 from ...io_backends.routes import Route, distinct, one_route, routes_of
-from ...policy.vocabulary import FORWARDS
+from ...policy.backend_spec import BackendSpec, SmWork, spec_of
+from ...policy.names import FORWARDS
 from . import sglang_pools
 from .contenders import Task
 from .overlap import Flight
@@ -60,13 +61,10 @@ class OwnWriter:
         used = {id(route.backend): route.backend for route, _ in self._by_tokens.values()}
         for backend in used.values():
             backend.prepare(next(iter(tasks.values())).geometry)
-            if hasattr(backend, "start"):
-                wait = any(
-                    route.forwards for route, _ in self._by_tokens.values() if route.backend is backend
-                )
-                backend.start(step_tokens=max(tasks), forwards_wait=wait)
+            wait = any(route.forwards for route, _ in self._by_tokens.values() if route.backend is backend)
+            backend.start(step_tokens=max(tasks), forwards_wait=wait)
         self.backend = "+".join(dict.fromkeys(backend.name for backend in used.values()))
-        self.sm_work = any(backend.name != "copy_engine" for backend in used.values())
+        self.sm_work = any(_spec(backend.name).sm_work is not SmWork.NONE for backend in used.values())
         self.forwards_wait = any(route.forwards for route, _ in self._by_tokens.values())
 
     def submit(self, tokens: int, flight: Flight, forward_stream: Any) -> None:
@@ -107,13 +105,12 @@ class OwnWriter:
     def take_fences(self) -> Sequence[Any]:
         self._gap += 1
         for backend in self._backends:
-            if hasattr(backend, "launched"):
-                backend.launched()
+            backend.launched()
         taken, self._fences = list(self._fences.values()), {}
         return taken
 
     def waiting_bytes(self) -> int:
-        return sum(getattr(backend, "waiting_bytes", 0) for backend in self._backends)
+        return sum(backend.waiting_bytes for backend in self._backends)
 
     def _fence(self, backend: Backend, kind: int, event: Any, waits: bool) -> None:
         if event is not None and waits:
@@ -175,13 +172,16 @@ def writer(name: str, tasks: Tasks) -> OwnWriter | UpstreamWriter:
     make = partial(_make, task)
     if name == AUTO:
         return OwnWriter(tasks, routes_of(task.decision, make))
-    forwards = FORWARDS if name == "fenced_kernel" else task.decision.fences()
+    forwards = FORWARDS if _spec(name).sm_work is SmWork.TRANSFER else task.decision.fences()
     return OwnWriter(tasks, one_route(make(name, task.options.get(name, {})), forwards))
 
 
 def _make(task: Task, name: str, options: Any) -> Backend:
-    made: Backend = get_backend(name)(task.device, options)
-    return made
+    return make_backend(name, task.device, options)
+
+
+def _spec(name: str) -> BackendSpec:
+    return spec_of(BACKENDS, name)
 
 
 def _upstream(task: Task) -> Callable[[], None]:

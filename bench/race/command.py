@@ -21,14 +21,17 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.progress import track
 
-from ...io_backends.registry import AUTO, UPSTREAM_NAMES
+from ...io_backends.policy_files import policy_in_force
+from ...io_backends.registry import AUTO, BACKENDS, UPSTREAM_NAMES
+from ...io_backends.sglang.machine_facts import detect
 from ...io_backends.sglang.no_gpu import fake_libcuda
+from ...io_backends.sglang.serving import refusal
 from ...policy.decide import Decision, check_backend, decide
-from ...policy.facts import Facts, detect
-from ...policy.load import PolicyError, policy_in_force
-from ...policy.serving import refusal
+from ...policy.fact_table import check_fact
+from ...policy.facts import Facts
+from ...policy.format.errors import PolicyError
+from ...policy.names import NameProblem, check_name
 from ...policy.terminal import console as console_of
-from ...policy.vocabulary import NameProblem, check_fact, check_name
 
 # What is said goes to standard error, so that --json has standard output for itself.
 console = console_of(stderr=True, columns=160)
@@ -194,7 +197,7 @@ def _decide(
 
     try:
         known = {name: check_fact(name, value) for name, value in given.items() if value is not None}
-        check_backend(backend)
+        check_backend(backend, BACKENDS)
         facts = detect({**_defaults(known), **known})
         decision = decide(policy_in_force(policy), facts, backend=backend)
     except (NameProblem, PolicyError) as error:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ...io_backends.registry import OWN_NAMES
+from ...io_backends.policy_files import policy_in_force
+from ...io_backends.registry import BACKENDS, OWN_NAMES
 from ...io_backends.virtual.model import CostModel
 from ...io_backends.virtual.timeline import ModelOrder, Timeline
 from ...policy.decide import decide
 from ...policy.facts import Facts
-from ...policy.load import policy_in_force
-from ...policy.serving import cannot_serve_layout
 from .simulation import setups
 from .simulation.batches import Options
 from .simulation.cache import Cache
@@ -58,7 +57,7 @@ def timelines(facts: Facts) -> dict[str, Timeline]:
     program: list[Action] = [Ask(0, 0, prompt, 4), Step(2)]
     runs = {}
     for name in OWN_NAMES:
-        if cannot_serve_layout(name, cache.setup.mem_layout) is None:
+        if BACKENDS[name].cannot_serve(cache.setup.mem_layout) is None:
             order = ModelOrder(model)
             decision = decide(policy_in_force(None), facts, backend=name)
             # As a server starts: a ring for its step's rows, not the simulation's small one.

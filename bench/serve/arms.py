@@ -9,7 +9,7 @@ from pathlib import Path
 from ...io_backends.registry import AUTO, OWN_NAMES
 from ...io_backends.sglang import unsafe
 from ...io_backends.sglang.unsafe import CONFIRM, NULL
-from ...policy.vocabulary import check_name
+from ...policy.names import check_name
 from .. import damaged
 from ..serving import HiCache, base_args
 from . import null_backend

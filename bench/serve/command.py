@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ...policy.vocabulary import MEM_LAYOUTS, NameProblem, check_name
+from ...policy.names import MEM_LAYOUTS, NameProblem, check_name
 from ..measure.devices import gpu_missing
 from . import arms, models, public, tables, workloads
 from .arms import Cell

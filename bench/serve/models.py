@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...policy.vocabulary import check_name
+from ...policy.names import check_name
 from .. import tiny_model
 from ..random_model import write_random_model
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...io_backends.device.base import Device, Stream
-from ...io_backends.interface import Submission, Transfer
+from ...io_backends.interface import Backend, Submission, Transfer
 from ...io_backends.plan.geometry import PoolGeometry
 from ...io_backends.sglang.unsafe import NULL
 from ..damaged import third_party
@@ -21,7 +21,7 @@ from ..damaged import third_party
 logger = logging.getLogger(__name__)
 
 
-class NullBackend:
+class NullBackend(Backend):
     """Acknowledges every write of any pool."""
 
     name = NULL

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ...policy.vocabulary import check_name
+from ...policy.names import check_name
 from .load import Asked, Loaded
 
 

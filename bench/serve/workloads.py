@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ...policy.vocabulary import check_name
+from ...policy.names import check_name
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from sglang_hicache.bench.calibrate.calibration import (
     segments,
 )
 from sglang_hicache.bench.calibrate.run import Calibration, Plan, conclude
+from sglang_hicache.io_backends.policy_files import default_policy, policy_in_force
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.load import default_policy, policy_in_force
-from sglang_hicache.policy.protection import losses
 from sglang_hicache.policy.routes import WriteFacts
+from sglang_hicache.policy.unfenced import losses
 
 SIZES = [2**n for n in range(11, 19)]
 Times = dict[str, dict[int, list[float]]]

@@ -24,8 +24,8 @@ from sglang_hicache.bench.measure.sustained import CONTENDERS
 from sglang_hicache.bench.measure.timing import interleaved
 from sglang_hicache.io_backends import Submission, direct_copies, register_backend
 from sglang_hicache.io_backends.device.cpu import CpuStream
+from sglang_hicache.io_backends.policy_files import default_policy
 from sglang_hicache.io_backends.registry import OWN_NAMES, unregister_backend
-from sglang_hicache.policy.load import default_policy
 
 
 class Mutant:

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
+from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from sglang_hicache.io_backends import (
+    Backend,
+    BackendSpec,
+    Option,
+    SmWork,
+    Submission,
     UnknownBackendError,
     available_backends,
     get_backend,
     register_backend,
+    registry,
 )
-from sglang_hicache.io_backends.registry import unregister_backend
+from sglang_hicache.io_backends.copy_engine import CopyEngineBackend
+from sglang_hicache.io_backends.registry import (
+    BACKENDS,
+    ENTRY_POINT_GROUP,
+    OWN_NAMES,
+    make_backend,
+    unregister_backend,
+)
+from sglang_hicache.policy.format import json_schema
+from sglang_hicache.policy.names import NameProblem
 
 
 @pytest.fixture
@@ -58,3 +76,129 @@ def test_the_interface_imports_neither_torch_nor_sglang() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+class Bare:
+    """All that a backend must have, and nothing else."""
+
+    name = "mine"
+
+    def __init__(self, device: Any, options: Any) -> None:
+        self.calls: list[str] = []
+
+    def supports(self, geometry: Any) -> str | None:
+        return "no"
+
+    def prepare(self, geometry: Any) -> None:
+        self.calls.append("prepare")
+
+    def submit(self, transfer: Any, stream: Any) -> Submission:
+        return Submission(copies=1, nbytes=2)
+
+
+class Whole(Bare):
+    """A third party's class that has the rest too, without deriving from the interface."""
+
+    spec = BackendSpec("mine", layouts=frozenset({"layer_first"}), options=(), sm_work=SmWork.GATHER)
+    staging_bytes = (1, 2)
+    waiting_bytes = 3
+
+    def start(self, **named: Any) -> str:
+        self.calls.append(f"start {sorted(named)}")
+        return "started"
+
+
+@pytest.fixture
+def register() -> Iterator[Callable[..., None]]:
+    yield lambda *args: register_backend("mine", *args)
+    unregister_backend("mine")
+
+
+def test_what_a_class_leaves_out_has_defaults(register: Callable[..., None]) -> None:
+    register(Bare)
+    backend = make_backend("mine", None, {})  # type: ignore[arg-type]
+    assert isinstance(backend, Backend)
+    assert backend.name == "mine"
+    assert backend.supports(None) == "no"  # type: ignore[arg-type]
+    assert (backend.upstream_indices, backend.staging_bytes, backend.waiting_bytes) == (False, (0, 0), 0)
+    assert backend.start(step_tokens=1, forwards_wait=True) is None
+    backend.launched()
+    assert backend.submit(None, None) == Submission(1, 2)  # type: ignore[arg-type]
+
+
+def test_what_a_class_has_of_the_rest_is_used(register: Callable[..., None]) -> None:
+    register(Whole)
+    backend = make_backend("mine", None, {})  # type: ignore[arg-type]
+    assert (backend.staging_bytes, backend.waiting_bytes) == ((1, 2), 3)
+    assert backend.start(step_tokens=1, forwards_wait=True, sharers=2) == "started"
+    backend.launched()
+
+
+def test_a_spec_is_the_factorys_or_given_with_it(register: Callable[..., None]) -> None:
+    register(Whole)
+    assert BACKENDS["mine"] is Whole.spec
+    unregister_backend("mine")
+    spec = BackendSpec("mine", sm_work=SmWork.NONE)
+    register(Bare, spec)
+    assert BACKENDS["mine"] is spec
+    unregister_backend("mine")
+    register(Bare)
+    assert BACKENDS["mine"] == BackendSpec("mine"), "the one before is gone"
+
+
+def test_anothers_spec_says_nothing(register: Callable[..., None]) -> None:
+    with pytest.raises(ValueError, match="the spec of backend 'mine' is for 'yours'"):
+        register(Bare, BackendSpec("yours"))
+
+    class Derived(CopyEngineBackend):
+        name = "mine"
+
+    register(Derived)
+    assert BACKENDS["mine"] == BackendSpec("mine")
+
+
+def test_a_module_that_cannot_be_imported_has_no_spec(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = EntryPoint("broken", "no_such_module:Backend", ENTRY_POINT_GROUP)
+    monkeypatch.setattr(registry, "_third_party", lambda: {"broken": broken})
+    assert BACKENDS["broken"] == BackendSpec("broken")
+    with pytest.raises(ModuleNotFoundError):
+        get_backend("broken")
+
+
+def test_every_backend_of_this_project_says_all_of_itself() -> None:
+    assert tuple(BACKENDS)[:3] == OWN_NAMES
+    for name in OWN_NAMES:
+        spec = BACKENDS[name]
+        assert spec.name == name
+        assert spec.layouts
+        assert spec.options is not None
+        assert spec.sm_work is not SmWork.UNKNOWN
+    with pytest.raises(KeyError):
+        BACKENDS["kernel"]
+
+
+@pytest.mark.parametrize(
+    ("option", "good", "bad"),
+    [
+        (Option("n", most=4, because="four"), [1, 4], [0, 5, -1, True, "1", 1.0, None]),
+        (Option("n", least=0), [0, 10**9], [-1, "auto"]),
+        (Option("n", words=("auto",), default="auto"), ["auto", 1], ["Auto", 0, []]),
+        (Option("n", words=("a", "b"), numbers=False), ["a", "b"], ["c", 1]),
+        (Option("n", flag=True, default=False), [True, False], [0, 1, "true"]),
+    ],
+)
+def test_options_take_what_can_work(option: Option, good: list[Any], bad: list[Any]) -> None:
+    schema = Draft202012Validator(json_schema._option(option))
+    for value in good:
+        option.check(value)
+        assert schema.is_valid(value)
+    for value in bad:
+        with pytest.raises(NameProblem, match=r"^n must be "):
+            option.check(value)
+        # To JSON 1.0 is the whole number 1.
+        assert (value == 1.0 and not isinstance(value, (bool, int))) or not schema.is_valid(value)
+
+
+def test_a_default_must_work() -> None:
+    with pytest.raises(NameProblem, match="n must be at most 4, not 5: four"):
+        Option("n", default=5, most=4, because="four")

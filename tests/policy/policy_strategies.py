@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from packaging.specifiers import SpecifierSet
 from pydantic import ValidationError
 
+from sglang_hicache.io_backends.registry import BACKENDS
 from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.layers import Origin, Policy, RuleProblem, combine
+from sglang_hicache.policy.format.layers import Origin, Policy, RuleProblem, combine
+from sglang_hicache.policy.format.schema import Default, PolicyFile, Rule
 from sglang_hicache.policy.routes import WriteFacts
-from sglang_hicache.policy.schema import Default, PolicyFile, Rule
 
 
 def given(*strategies: st.SearchStrategy[Any], **more: Any) -> Callable[[Any], Any]:
@@ -156,7 +157,7 @@ def documents(draw: st.DrawFn, *, rules: int = 4) -> dict[str, Any]:
         "default": {"use": draw(uses()), "because": "nothing else"},
     }
     kept: list[Rule] = []
-    default = Default.model_validate(document["default"])
+    default = Default.model_validate(document["default"], context=BACKENDS)
     for number in range(draw(st.integers(0, rules))):
         when = draw(whens())
         rule = {
@@ -167,8 +168,8 @@ def documents(draw: st.DrawFn, *, rules: int = 4) -> dict[str, Any]:
             **draw(unknowns(when)),
         }
         try:
-            longer = [*kept, Rule.model_validate(rule)]
-            combine(PolicyFile(version=1, rules=tuple(longer), default=default), "p.yaml", {}, None)
+            longer = [*kept, Rule.model_validate(rule, context=BACKENDS)]
+            combine(PolicyFile(version=1, rules=tuple(longer), default=default), "p.yaml", {}, None, BACKENDS)
         except (ValidationError, RuleProblem):
             continue
         kept = longer
@@ -186,10 +187,10 @@ def accepted(document: dict[str, Any]) -> bool:
 
 def policy(document: dict[str, Any]) -> Policy:
     """What loading makes of a file that says `document` and extends nothing."""
-    file = PolicyFile.model_validate(document)
+    file = PolicyFile.model_validate(document, context=BACKENDS)
     names = [*(rule.name for rule in file.rules), "default"]
     origins = {name: Origin("policy file", "p.yaml", line, 1) for line, name in enumerate(names, 3)}
-    return combine(file, "p.yaml", origins, None)
+    return combine(file, "p.yaml", origins, None, BACKENDS)
 
 
 _COMPARE = {

@@ -14,9 +14,10 @@ from policy_bad_files import BAD, rule
 from typer.testing import CliRunner, Result
 
 from sglang_hicache.bench.cli import app
+from sglang_hicache.io_backends.policy_files import default_policy
 from sglang_hicache.policy.decide import decide
-from sglang_hicache.policy.facts import FACT_NAMES, Facts
-from sglang_hicache.policy.load import default_policy
+from sglang_hicache.policy.fact_table import FACT_NAMES
+from sglang_hicache.policy.facts import Facts
 
 GIVEN = ["--attention-backend", "fa3", "--gpu-arch", "sm90"]
 

@@ -22,10 +22,10 @@ from policy_strategies import (
 )
 
 from sglang_hicache.policy.conditions import Flags, Numbers
-from sglang_hicache.policy.reach import Reach, never_matches, shadows
+from sglang_hicache.policy.format.reachability import Reach, never_matches, shadows
+from sglang_hicache.policy.format.schema import When
 from sglang_hicache.policy.routes import WriteFacts
-from sglang_hicache.policy.schema import When
-from sglang_hicache.policy.versions import Versions
+from sglang_hicache.policy.version_sets import Versions
 
 SIZES = range(1, 40)  # past every number below, so that it stands for all sizes
 numbers = st.integers(0, 30)

@@ -29,8 +29,8 @@ from policy_strategies import (
 from sglang_hicache.io_backends.registry import register_backend, unregister_backend
 from sglang_hicache.policy.decide import Decision, decide, describe
 from sglang_hicache.policy.facts import Facts
+from sglang_hicache.policy.names import NameProblem
 from sglang_hicache.policy.routes import WriteFacts, writes_in_words
-from sglang_hicache.policy.vocabulary import NameProblem
 
 FA3_ON_HOPPER = Facts.given(attention_backend="fa3", gpu_arch="sm90", speculative="none")
 

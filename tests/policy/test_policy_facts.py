@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
-from sglang_hicache.policy import facts as facts_module
-from sglang_hicache.policy.facts import FACT_NAMES, Fact, Facts, detect
-from sglang_hicache.policy.vocabulary import NameProblem
+from sglang_hicache.io_backends.device import gpu_facts
+from sglang_hicache.io_backends.sglang import machine_facts
+from sglang_hicache.io_backends.sglang.machine_facts import detect
+from sglang_hicache.policy.fact_table import FACT_NAMES
+from sglang_hicache.policy.facts import NOT_GIVEN, Fact, Facts
+from sglang_hicache.policy.names import NameProblem
 
 
 def fake_torch(*, gpu: tuple[int, int] | None, hip: str | None = None) -> Any:
@@ -91,6 +94,11 @@ def test_the_gpu_through_torch(monkeypatch: pytest.MonkeyPatch, torch: Any, expe
     assert known.value("device") == ("cuda" if expected.value else None)
 
 
+def test_every_fact_of_the_table_is_looked_for():
+    """A new entry of the table needs code that finds it, or says why it is unknown, or SGLang's default."""
+    assert [name for name, fact in detect().items() if fact.source == NOT_GIVEN] == []
+
+
 def test_a_gpu_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch):
     torch = fake_torch(gpu=(9, 0))
 
@@ -117,7 +125,7 @@ def test_torch_is_optional(monkeypatch: pytest.MonkeyPatch, error: Exception, so
     def fails(name: str) -> None:
         raise error
 
-    monkeypatch.setattr(facts_module.importlib, "import_module", fails)
+    monkeypatch.setattr(gpu_facts.importlib, "import_module", fails)
     assert detect()["gpu_arch"] == Fact(None, source)
 
 
@@ -129,7 +137,7 @@ def test_the_kernels_package_had_another_name(monkeypatch: pytest.MonkeyPatch):
             raise PackageNotFoundError(name)
         return installed[name]
 
-    monkeypatch.setattr(facts_module, "version", version)
+    monkeypatch.setattr(machine_facts, "version", version)
     known = detect({"gpu_arch": "sm90"})
     assert known["sgl_kernel"] == Fact("0.3.21", "the installed sgl-kernel")
     assert known["sglang"] == Fact(None, "sglang is not installed here")
@@ -190,7 +198,7 @@ def test_whose_fa3_is_loaded(monkeypatch: pytest.MonkeyPatch, variable: str | No
         monkeypatch.delenv("SGLANG_USE_SGL_FA3_KERNEL", raising=False)
     else:
         monkeypatch.setenv("SGLANG_USE_SGL_FA3_KERNEL", variable)
-    monkeypatch.setattr(facts_module.importlib.util, "find_spec", lambda name: object() if hub else None)
+    monkeypatch.setattr(machine_facts.importlib.util, "find_spec", lambda name: object() if hub else None)
     assert detect({"gpu_arch": "sm90"}).value("fa3_binary") == binary
 
 
@@ -198,12 +206,12 @@ def test_batches_are_what_the_driver_offers(monkeypatch: pytest.MonkeyPatch):
     from sglang_hicache.io_backends.device import driver
 
     monkeypatch.setitem(sys.modules, "torch", fake_torch(gpu=(9, 0)))
-    monkeypatch.setattr(driver, "Driver", lambda: SimpleNamespace(batched=False, version=12_040))
+    monkeypatch.setattr(gpu_facts, "Driver", lambda: SimpleNamespace(batched=False, version=12_040))
     assert detect()["batch_copy"] == Fact(False, "the CUDA driver, version 12040")
 
     def missing() -> None:
         raise driver.DeviceUnavailableError("the CUDA driver does not start: no libcuda.so.1")
 
-    monkeypatch.setattr(driver, "Driver", missing)
+    monkeypatch.setattr(gpu_facts, "Driver", missing)
     known = detect()["batch_copy"]
     assert (known.value, known.source.startswith("the driver cannot be asked here: ")) == (None, True)

@@ -12,13 +12,13 @@ from textwrap import dedent
 import pytest
 from policy_bad_files import BAD, DEFAULT, rule, with_rules
 
-from sglang_hicache.policy.load import (
-    PolicyError,
+from sglang_hicache.io_backends.policy_files import (
     default_policy,
     load_policy,
     load_policy_text,
     policy_in_force,
 )
+from sglang_hicache.policy.format.errors import PolicyError
 
 
 def error_of(text: str) -> str:

@@ -12,9 +12,8 @@ from policy_bad_files import BAD, rule
 from policy_strategies import documents, given
 from ruamel.yaml import YAML
 
+from sglang_hicache.io_backends.policy_files import load_policy_text, policy_json_schema
 from sglang_hicache.io_backends.registry import register_backend, unregister_backend
-from sglang_hicache.policy.json_schema import policy_json_schema
-from sglang_hicache.policy.load import load_policy_text
 
 # What the schema leaves to `policy validate`: broken YAML, values that exclude each other.
 BEYOND = {

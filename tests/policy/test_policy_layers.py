@@ -9,11 +9,12 @@ import pytest
 from policy_strategies import documents, given, policy
 from ruamel.yaml import YAML
 
+from sglang_hicache.io_backends.policy_files import default_policy, load_policy, policy_in_force
 from sglang_hicache.policy.decide import decide, describe
-from sglang_hicache.policy.errors import PolicyError
 from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.layers import Policy
-from sglang_hicache.policy.load import default_machine_file, default_policy, load_policy, policy_in_force
+from sglang_hicache.policy.format.errors import PolicyError
+from sglang_hicache.policy.format.layers import Policy
+from sglang_hicache.policy.format.load import default_machine_file
 
 MACHINE = "SGLANG_HICACHE_IO_MACHINE_POLICY"
 TRITON = Facts.given(attention_backend="triton", gpu_arch="sm90", mem_layout="page_first", speculative="none")

@@ -10,11 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from sglang_hicache.bench.cli import app
+from sglang_hicache.bench.explain.matrix import ARCHITECTURES, markdown, matrix, rows
+from sglang_hicache.io_backends.policy_files import default_policy, load_policy_text
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.load import default_policy, load_policy_text
-from sglang_hicache.policy.matrix import ARCHITECTURES, markdown, matrix, rows
-from sglang_hicache.policy.vocabulary import ATTENTION_BACKENDS
+from sglang_hicache.policy.names import ATTENTION_BACKENDS
 
 README = Path(__file__).parents[2] / "README.md"
 SHIPPED = default_policy()

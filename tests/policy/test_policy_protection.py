@@ -28,17 +28,23 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from sglang_hicache.bench.cli import app
+from sglang_hicache.bench.explain.policy_command import _policy_dict
+from sglang_hicache.io_backends.policy_files import (
+    default_policy,
+    load_policy,
+    load_policy_text,
+    policy_in_force,
+)
+from sglang_hicache.io_backends.registry import BACKENDS
 from sglang_hicache.policy.classes import CannotCompareError
-from sglang_hicache.policy.commands import _policy_dict
 from sglang_hicache.policy.decide import decide
-from sglang_hicache.policy.errors import PolicyError
 from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.layers import MACHINE, Origin, Policy, RuleProblem, combine
-from sglang_hicache.policy.lint import warnings
-from sglang_hicache.policy.load import default_policy, load_policy, load_policy_text, policy_in_force
-from sglang_hicache.policy.protection import Loss, losses, lost_here
+from sglang_hicache.policy.format.errors import PolicyError
+from sglang_hicache.policy.format.layers import MACHINE, Origin, Policy, RuleProblem, combine
+from sglang_hicache.policy.format.lint import warnings
+from sglang_hicache.policy.format.schema import PolicyFile
 from sglang_hicache.policy.routes import WriteFacts
-from sglang_hicache.policy.schema import PolicyFile
+from sglang_hicache.policy.unfenced import Loss, losses, lost_here
 
 SHIPPED = default_policy()
 SHIPPED_RULES: list[dict[str, Any]] = [
@@ -51,9 +57,11 @@ BY_HAND = ("hybrid", "copy_engine", "fenced_kernel")
 
 def over(rules: list[dict[str, Any]], below: Policy = SHIPPED, default: Any = None) -> Policy:
     """`below` with `rules` over it, as a file that extends it would have them."""
-    file = PolicyFile.model_validate({"version": 1, "extends": "default", "rules": rules, "default": default})
+    file = PolicyFile.model_validate(
+        {"version": 1, "extends": "default", "rules": rules, "default": default}, context=BACKENDS
+    )
     names = [*(rule["name"] for rule in rules), *(["default"] if default else [])]
-    return combine(file, "m.yaml", {name: Origin(MACHINE, "m.yaml", 3, 1) for name in names}, below)
+    return combine(file, "m.yaml", {name: Origin(MACHINE, "m.yaml", 3, 1) for name in names}, below, BACKENDS)
 
 
 def loses(below: Policy, above: Policy, known: Facts, write: WriteFacts) -> bool:

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from make_figures import figures
 from policy_strategies import ATTENTION_KEYS, FACT_VALUES, given, writes
 
+from sglang_hicache.io_backends.policy_files import default_policy
 from sglang_hicache.policy.decide import Decision, decide
-from sglang_hicache.policy.facts import Facts, FactValue
-from sglang_hicache.policy.load import default_policy
+from sglang_hicache.policy.fact_spec import FactValue
+from sglang_hicache.policy.facts import Facts
+from sglang_hicache.policy.format.schema import Default, Rule
+from sglang_hicache.policy.names import ATTENTION_BACKENDS, MEM_LAYOUTS
 from sglang_hicache.policy.routes import WriteFacts
-from sglang_hicache.policy.schema import Default, Rule
-from sglang_hicache.policy.vocabulary import ATTENTION_BACKENDS, MEM_LAYOUTS
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = default_policy()
@@ -257,7 +258,7 @@ def test_the_vocabulary_is_that_of_the_installed_sglang():
     from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from sglang_hicache.policy.vocabulary import SPECULATIVE
+    from sglang_hicache.policy.names import SPECULATIVE
 
     assert set(ATTENTION_BACKEND_CHOICES) <= set(ATTENTION_BACKENDS)
     assert {each.name for each in SpeculativeAlgorithm} - {"NONE"} <= set(SPECULATIVE)

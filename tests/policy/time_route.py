@@ -6,9 +6,9 @@ import platform
 import timeit
 from dataclasses import replace
 
+from sglang_hicache.io_backends.policy_files import default_policy
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.load import default_policy
 from sglang_hicache.policy.routes import WriteFacts
 
 WRITE = WriteFacts(tokens=4096, entries=72, nbytes=604_000_000, runs=1)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sglang_hicache.bench.serve import workloads
 from sglang_hicache.bench.serve.workloads import Lane, Turn, Workload
-from sglang_hicache.policy.vocabulary import NameProblem
+from sglang_hicache.policy.names import NameProblem
 
 POOLS = st.integers(1024, 131_072)
 NAMED = st.sampled_from(workloads.NAMES)

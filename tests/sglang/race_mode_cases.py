@@ -24,10 +24,10 @@ from race_cases import (
 from sglang_hicache.bench.race.simulation import setups
 from sglang_hicache.bench.race.simulation.experiment import Experiment, left_out
 from sglang_hicache.bench.race.simulation.modes import MODES
+from sglang_hicache.io_backends.policy_files import policy_in_force
 from sglang_hicache.io_backends.registry import AUTO
 from sglang_hicache.io_backends.sglang.scheduler import fences, scheduler_hooks
 from sglang_hicache.policy.decide import decide
-from sglang_hicache.policy.load import policy_in_force
 
 pytestmark = pytest.mark.usefixtures("libcuda")
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from sglang_hicache.io_backends.policy_files import default_policy, load_policy_text
 from sglang_hicache.io_backends.sglang import versions
 from sglang_hicache.io_backends.sglang.errors import RefusedError
 from sglang_hicache.io_backends.sglang.handover import ranks
 from sglang_hicache.policy.decide import Decision, decide
 from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.load import default_policy, load_policy_text
 
 PATIENCE_S = 2.0
 SERVER: dict[str, Any] = {

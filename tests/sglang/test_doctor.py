@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from sglang_hicache.bench import tiny_model
 from sglang_hicache.bench.cli import app
+from sglang_hicache.io_backends.policy_files import default_policy, load_policy_text
 from sglang_hicache.io_backends.sglang import versions
 from sglang_hicache.io_backends.sglang.diagnose import checks, server_checks
 from sglang_hicache.io_backends.sglang.diagnose.checks import BAD, OK, WARNING, Finding
 from sglang_hicache.io_backends.sglang.diagnose.dry_run import Server
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Fact, Facts
-from sglang_hicache.policy.load import default_policy, load_policy_text
 
 UNFENCED = """\
 version: 1

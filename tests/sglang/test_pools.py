@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from stand_in_scheduler import fences
 
-from sglang_hicache.io_backends import Submission, Transfer, get_backend
+from sglang_hicache.io_backends import Backend, Submission, Transfer, get_backend
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.registry import OWN_NAMES
 from sglang_hicache.io_backends.routes import one_route
@@ -231,7 +231,7 @@ class TestFallback:
 
 
 def test_an_error_in_a_backend_reaches_sglang_and_nothing_is_acknowledged() -> None:
-    class Failing:
+    class Failing(Backend):
         name = "failing"
 
         def supports(self, geometry: Any) -> None:

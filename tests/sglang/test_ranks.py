@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from sglang_hicache.io_backends.policy_files import default_policy
 from sglang_hicache.io_backends.sglang import versions
 from sglang_hicache.io_backends.sglang.errors import RefusedError
 from sglang_hicache.io_backends.sglang.handover import decision_handover, ranks
@@ -19,7 +20,6 @@ from sglang_hicache.io_backends.sglang.handover.ranks import Standing, disagreem
 from sglang_hicache.io_backends.sglang.scheduler import scheduler_hooks
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts
-from sglang_hicache.policy.load import default_policy
 
 CASES = Path(__file__).parent / "ranks_cases.py"
 

@@ -14,7 +14,7 @@ from sglang_hicache.io_backends import Submission, Transfer, get_backend
 from sglang_hicache.io_backends.copy_engine import BREAK_EVEN_ENTRY_BYTES
 from sglang_hicache.io_backends.device.cpu import CpuDevice, CpuStream
 from sglang_hicache.io_backends.hybrid import HybridBackend
-from sglang_hicache.io_backends.interface import OptionsError
+from sglang_hicache.io_backends.interface import Backend, OptionsError
 from sglang_hicache.io_backends.plan.geometry import Component, PoolGeometry, host_strides
 from sglang_hicache.io_backends.registry import OWN_NAMES
 from sglang_hicache.io_backends.routes import Route, one_route, routes_of
@@ -36,8 +36,11 @@ class L2Transfer(NamedTuple):
     device_indices: Any
 
 
-class Named:
+class Named(Backend):
     """A backend that notes what it is given."""
+
+    staging_bytes: tuple[int, int] = (0, 0)
+    waiting_bytes: int = 0
 
     def __init__(
         self, name: str = "any", *, layouts: tuple[str, ...] = LAYOUTS, upstream: bool = False
@@ -774,7 +777,7 @@ class TestGaps:
     def test_backends_are_told_of_every_forward_after_the_last_chance(self) -> None:
         backend = Later()
         told: list[int] = []
-        backend.launched = lambda: told.append(len(backend.left[0].advanced))  # type: ignore[attr-defined]
+        backend.launched = lambda: told.append(len(backend.left[0].advanced))  # type: ignore[method-assign]
         write = Write(one_route(backend, ("decode",)), HostPool())
         write(indices(8, 9))
         for _ in range(2):
@@ -792,7 +795,8 @@ class TestGaps:
             return start
 
         fenced, free = Named("fenced"), Named("free")
-        fenced.start, free.start = note("fenced"), note("free")  # type: ignore[attr-defined]
+        fenced.start, free.start = note("fenced"), note("free")  # type: ignore[method-assign]
+        fenced.staging_bytes = free.staging_bytes = 0, 100
         write = Write([Route(fenced, frozenset({"extend"}), long_entries), *one_route(free)], HostPool())
         write.writeback.start(8192)
         assert started == {
@@ -810,7 +814,7 @@ class TestGauges:
         said: list[Any] = []
         a, b = Later(), Later()
         for backend, used in ((a, 1), (b, 10)):
-            backend.staging_bytes, backend.waiting_bytes = (used, 100), 3 * used  # type: ignore[attr-defined]
+            backend.staging_bytes, backend.waiting_bytes = (used, 100), 3 * used
         write = Write([Route(a, frozenset({"extend"}), long_entries), *one_route(b)], HostPool())
         write.writeback.metrics = SimpleNamespace(  # type: ignore[assignment]
             on_its_way=lambda *given: said.append(given), wrote=lambda *_, **__: None

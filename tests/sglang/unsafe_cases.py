@@ -15,12 +15,12 @@ from race_cases import FA3, cache, facts_of, keep_all
 from sglang_hicache.bench.race.result import Result
 from sglang_hicache.bench.race.simulation import setups
 from sglang_hicache.bench.race.simulation.experiment import Experiment
+from sglang_hicache.io_backends.policy_files import policy_in_force
 from sglang_hicache.io_backends.sglang import unsafe
 from sglang_hicache.io_backends.sglang.errors import RefusedError
 from sglang_hicache.io_backends.sglang.scheduler import scheduler_hooks
 from sglang_hicache.io_backends.sglang.scheduler.scheduler_hooks import Active
 from sglang_hicache.policy.decide import decide
-from sglang_hicache.policy.load import policy_in_force
 
 pytestmark = pytest.mark.usefixtures("libcuda")
 

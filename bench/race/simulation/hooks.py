@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ....io_backends import get_backend
 from ....io_backends.hybrid import HybridBackend
 from ....io_backends.plan.ring import Ring
+from ....io_backends.registry import make_backend
 from ....io_backends.routes import routes_of
 from ....io_backends.sglang import unsafe
 from ....io_backends.sglang.scheduler import scheduler_hooks
@@ -31,7 +31,7 @@ def attach(
     device = VirtualDevice()
 
     def make(name: str, options: Any) -> Any:
-        backend = get_backend(name)(device, options)
+        backend = make_backend(name, device, options)
         if isinstance(backend, HybridBackend):
             _shrink_ring(backend, device, cache)
         return backend

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ....policy.decide import Decision
 from ....policy.facts import Facts
-from ....policy.vocabulary import FORWARDS
+from ....policy.names import FORWARDS
 from .cache import Cache, Setup
 from .experiment import Experiment, Fences
 from .forward import is_exclusive

@@ -17,18 +17,17 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from packaging.version import Version
 
-from ....policy.errors import PolicyError
 from ....policy.evidence import GDC_SINCE, PRODUCER_FENCE_SINCE
 from ....policy.facts import Facts
-from ....policy.layers import Policy
-from ....policy.lint import warnings
-from ....policy.load import policy_in_force
+from ....policy.format.errors import PolicyError
+from ....policy.format.layers import Policy
+from ....policy.format.lint import warnings
 from ...device import unavailable
-from ...registry import OWN_NAMES, available_backends, get_backend
+from ...policy_files import policy_in_force
+from ...registry import BACKENDS, OWN_NAMES, available_backends, get_backend
 from .. import versions
 from ..no_gpu import fake_libcuda
 
@@ -195,11 +194,12 @@ def _backends(device: str, facts: Facts) -> Iterator[Finding]:
     reason = unavailable(device) or (facts["gpu_arch"].source if facts.value("gpu_arch") is None else None)
     for name in available_backends():
         try:
-            layouts: Any = getattr(get_backend(name), "layouts", None)
+            get_backend(name)
         # A third party's module may fail in any way when it is imported.
         except Exception as error:
             yield Finding(name, WARNING, f"cannot be loaded: {error!r}", "reinstall what provides it")
             continue
+        layouts = BACKENDS[name].layouts
         where = f"layouts {', '.join(sorted(layouts))}" if layouts else "layouts as it says for each pool"
         if reason is not None:
             yield Finding(name, WARNING, f"not on a GPU here: {reason}")

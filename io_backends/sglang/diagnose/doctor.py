@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ....policy.facts import FactValue, detect
+from ....policy.fact_spec import FactValue, check_gpu_arch
+from ....policy.names import NameProblem
 from ....policy.terminal import console
-from ....policy.vocabulary import NameProblem, check_gpu_arch
+from ..machine_facts import detect
 from . import checks, server_checks
 from .checks import BAD, OK, WARNING, Finding
 from .dry_run import Server, server_facts_of

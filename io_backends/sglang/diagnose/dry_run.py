@@ -23,9 +23,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ....policy.facts import Fact, Facts, FactValue, detect
-from ....policy.load import POLICY_VARIABLE
-from ....policy.vocabulary import NameProblem
+from ....policy.fact_spec import FactValue
+from ....policy.facts import Fact, Facts
+from ....policy.format.load import POLICY_VARIABLE
+from ....policy.names import NameProblem
+from ..machine_facts import detect
 
 _MODULE = "sglang_hicache.io_backends.sglang.diagnose.dry_run"  # as a child it is __main__
 

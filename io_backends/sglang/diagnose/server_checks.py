@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from packaging.version import Version
 
-from ....policy import serving
+from ....policy.backend_spec import spec_of
 from ....policy.decide import Decision, decide
 from ....policy.evidence import (
     PRODUCER_FENCE_SINCE,
@@ -21,12 +21,13 @@ from ....policy.evidence import (
     unfenced,
     upstream_path,
 )
+from ....policy.fact_table import FORWARDS_OF
 from ....policy.facts import Facts
-from ....policy.layers import Policy
-from ....policy.load import default_policy
-from ....policy.match import FORWARDS_OF
-from ....policy.vocabulary import FORWARDS
-from ...registry import UPSTREAM_NAMES
+from ....policy.format.layers import Policy
+from ....policy.names import FORWARDS
+from ...policy_files import default_policy
+from ...registry import BACKENDS, UPSTREAM_NAMES
+from .. import serving
 from .checks import BAD, OK, WARNING, Finding
 from .dry_run import Server
 
@@ -81,8 +82,9 @@ def _own_server(asked: Server, policy: Policy) -> Iterator[Finding]:
 def _open_forwards(decision: Decision, facts: Facts) -> Iterator[Evidence]:
     """What is known of the forwards that a route leaves open, beside what that route runs."""
     for route in decision.routes:
-        path = path_of(route.backend, facts)
-        if serving.cannot_serve_layout(route.backend, facts.value("mem_layout")) is not None:
+        spec = spec_of(BACKENDS, route.backend)
+        path = path_of(spec, facts)
+        if spec.cannot_serve(facts.value("mem_layout")) is not None:
             path = upstream_path("kernel", facts)
         yield from unfenced(facts, path, [each for each in FORWARDS if each not in route.fence_forward])
 

@@ -12,9 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ....policy.facts import ATTENTION_FACTS, MACHINE_FACTS, Fact, Facts, FactValue, detect
-from ....policy.vocabulary import NO_SPECULATION
+from ....policy.fact_spec import FactValue
+from ....policy.fact_table import ATTENTION_FACTS, SERVER_FACTS
+from ....policy.facts import Fact, Facts
+from ....policy.names import NO_SPECULATION
 from .. import versions
+from ..machine_facts import detect
 from ..scheduler.pool_geometry import UnsupportedPoolError, describe
 
 RESOLVED = "resolved by SGLang"
@@ -28,11 +31,7 @@ _OWN_DRAFTS = ("DFLASH", "DSPARK")
 """Algorithms whose draft runs one backend of a short list, and flashinfer for any other
 (``draft_worker_common.resolve_draft_worker_attention_backend``)."""
 
-_COMPARED = (
-    *ATTENTION_FACTS,
-    *MACHINE_FACTS,
-    *("kv_kind", "mem_layout", "page_size", "overlap", "speculative", "pinned_memory", "device"),
-)
+_COMPARED = tuple(name for name, spec in SERVER_FACTS.items() if spec.compared)
 _WANTED = (*ATTENTION_FACTS, "gpu_arch")
 """Facts that must not have been unknown when they can be known: forwards are fenced by them."""
 

@@ -9,8 +9,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from ....policy.errors import PolicyError
-from ....policy.load import load_policy
+from ....policy.format.errors import PolicyError
+from ...policy_files import load_policy
 from ...registry import AUTO, UPSTREAM_NAMES, available_backends, unknown_backend
 from .. import unsafe
 from ..errors import RefusedError

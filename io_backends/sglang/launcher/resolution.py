@@ -11,19 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ....policy.backend_spec import spec_of
 from ....policy.decide import Decision, decide
-from ....policy.errors import PolicyError
-from ....policy.load import policy_in_force
-from ....policy.protection import lost_here
-from ....policy.words import lost_sentence
+from ....policy.format.errors import PolicyError
+from ....policy.sentences import lost_sentence
+from ....policy.unfenced import lost_here
 from ...device import unavailable
-from ...registry import AUTO, OWN_NAMES, get_backend
+from ...policy_files import policy_in_force
+from ...registry import AUTO, BACKENDS
 from .. import unsafe, versions
 from ..errors import RefusedError, exit_with
-from ..handover.decision_handover import ATTRIBUTE, Carried, is_ours
+from ..handover.decision_handover import ATTRIBUTE, Carried
 from ..handover.server_facts import resolved_facts
 from ..scheduler import scheduler_hooks
-from .options import asked, check_name
+from .options import asked, check_name, is_ours
 
 logger = logging.getLogger(__name__)
 
@@ -159,13 +160,12 @@ def _refuse_what_is_not_covered(config: Any, name: str) -> None:
 
 def _refuse_layout(name: str, decision: Decision, layout: str) -> None:
     """A backend asked for by name must be able to serve the layout; ``auto`` may fall back, and says so."""
-    if name == AUTO or name not in OWN_NAMES:
+    if name == AUTO:
         return
-    layouts = getattr(get_backend(decision.backend), "layouts", None)
-    if layouts is not None and layout not in layouts:
+    reason = spec_of(BACKENDS, decision.backend).cannot_serve(layout)
+    if reason is not None:
         raise RefusedError(
-            f"--hicache-io-backend {name} cannot serve --hicache-mem-layout {layout} "
-            f"(it can: {', '.join(sorted(layouts))}); choose one of these, or --hicache-io-backend {AUTO}"
+            f"--hicache-io-backend {name} {reason}; choose one of these, or --hicache-io-backend {AUTO}"
         )
 
 

@@ -105,7 +105,7 @@ class PoolRegistry:
             if not self.serving:
                 raise
             return str(error)
-        if getattr(backend, "upstream_indices", False):
+        if backend.upstream_indices:
             kernels.prepare_order(host_pool)
         return None
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ....policy.backend_spec import spec_of
 from ....policy.decide import Decision, describe
 from ...device import open_device
 from ...device.base import Device
-from ...registry import get_backend
+from ...registry import BACKENDS, make_backend
 from ...routes import routes_of
 from .. import hooks, unsafe, versions
 from ..errors import RefusedError, exit_with
@@ -134,7 +135,7 @@ def _activate(scheduler: Any, decision: Decision, unsafe_fences: str | None) -> 
     if problem is not None:
         raise RefusedError(problem)
     device = open_device(str(decision.facts["device"]["value"]))
-    routes = routes_of(decision, lambda name, options: get_backend(name)(device, options))
+    routes = routes_of(decision, lambda name, options: make_backend(name, device, options))
     fences = Fences(device, scheduler, producer=unsafe.keeps_producer_fence(unsafe_fences))
     writeback = WriteBack(device, routes, fences)
     if device.name == "cpu":
@@ -189,7 +190,9 @@ def _prepare(controller: Any, active: Active) -> None:
         active.writeback.pools.serve_alike([*pools, draft])
     for pool in pools:
         active.writeback.pools.serves(pool)
-        kernel_options = [r.options for r in active.decision.routes if r.backend == "fenced_kernel"]
+        kernel_options = [
+            r.options for r in active.decision.routes if spec_of(BACKENDS, r.backend).upstream_copy
+        ]
         if kernel_options and active.device.name == "cuda":
             for options in kernel_options:
                 if "block_quota" in options:

@@ -125,10 +125,10 @@ class WriteBack:
         Args:
             step_tokens: that a forward makes rows of at most.
         """
-        starts = [(each, each.start) for each in self._backends if hasattr(each, "start")]
-        for backend, start in starts:
+        sharers = sum(backend.staging_bytes[1] > 0 for backend in self._backends)
+        for backend in self._backends:
             wait = any(route.forwards for route in self._routes if route.backend is backend)
-            line = start(step_tokens=step_tokens, forwards_wait=wait, sharers=len(starts))
+            line = backend.start(step_tokens=step_tokens, forwards_wait=wait, sharers=sharers)
             if line is not None:
                 logger.info("hicache-io: %s", line)
         self.pools.serving = True
@@ -143,9 +143,7 @@ class WriteBack:
         for write in self._deferred:
             write.late = True
         for backend in self._backends:
-            launched = getattr(backend, "launched", None)
-            if launched is not None:
-                launched()
+            backend.launched()
         if self.metrics is not None:
             self._gauge()
 
@@ -241,9 +239,7 @@ class WriteBack:
             elif route.upstream_indices and io_backend == "kernel":
                 # Asked while they are on the host. SGLang's direct copies have an order of their own.
                 by_host = kernels.host_order_pays(served.geometry, transfer.host_indices)
-            elif getattr(route.backend, "whole_pages", False) and not is_whole(
-                served.geometry, transfer.host_indices
-            ):
+            elif route.backend.whole_pages and not is_whole(served.geometry, transfer.host_indices):
                 route, why = None, NOT_WHOLE
         if move is not None and (route is None or route.upstream_indices):
             host, device = move(transfer.host_indices, transfer.device_indices, may_stage=route is None)
@@ -357,17 +353,16 @@ class WriteBack:
         assert self.metrics is not None
         staged: dict[str, tuple[int, int, int]] = {}
         for backend in self._backends:
-            used, total = getattr(backend, "staging_bytes", (0, 0))
-            waiting = getattr(backend, "waiting_bytes", 0)
+            used, total = backend.staging_bytes
             before = staged.get(backend.name, (0, 0, 0))
-            staged[backend.name] = (before[0] + used, before[1] + total, before[2] + waiting)
+            staged[backend.name] = (before[0] + used, before[1] + total, before[2] + backend.waiting_bytes)
         self.metrics.on_its_way(staged, next(iter(self._begun.values()), 0.0))
 
     def summary(self) -> dict[str, Any]:
         """Counters and fallbacks, for ``/server_info``."""
         counters = asdict(self.counters)
         written_by = counters.pop("by_backend")
-        staging = sum(getattr(backend, "staging_bytes", (0, 0))[1] for backend in self._backends)
+        staging = sum(backend.staging_bytes[1] for backend in self._backends)
         return {
             "counters": counters,
             "written_by": written_by,

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 
 from .classes import CannotCompareError, Classes, Clause, CompiledRule, Literal
 from .decide import decide
-from .facts import FACT_NAMES, Facts, FactValue
-from .layers import DEFAULT_RULE, USER, Policy
-from .schema import Default, Rule, is_about_writes
-from .vocabulary import FORWARDS
+from .fact_spec import FactValue
+from .fact_table import CONDITIONS, FACT_NAMES
+from .facts import Facts
+from .format.layers import DEFAULT_RULE, USER, Policy
+from .format.schema import Default, Rule
+from .names import FORWARDS
 
 #: Rules looked at in a whole comparison: about two seconds.
 MOST_STEPS = 400_000
@@ -120,8 +122,8 @@ class _Comparison:
             blamed,
             old.name,
             tuple(forward for forward in FORWARDS if forward in gone),
-            {name: value for name, value in values.items() if not is_about_writes(name)},
-            {name: value for name, value in values.items() if is_about_writes(name)},
+            {name: value for name, value in values.items() if not CONDITIONS[name].of_write},
+            {name: value for name, value in values.items() if CONDITIONS[name].of_write},
             by_hand,
         )
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .decide import Decision
-from .facts import ATTENTION_FACTS, FACT_NAMES, Fact, Facts, FactValue
-from .vocabulary import NameProblem, check_fact, check_name
-
-#: Facts that follow from another one where they are not given themselves.
-_FOLLOWS = {"gpu_arch": ("device", "gpu_name")}
+from ...policy.decide import Decision
+from ...policy.fact_spec import FactValue
+from ...policy.fact_table import ANY_ATTENTION, ATTENTION_FACTS, FACT_NAMES, SERVER_FACTS, check_fact
+from ...policy.facts import Fact, Facts
+from ...policy.names import NameProblem, check_name
 
 
 def parse_facts(written: Iterable[str]) -> dict[str, FactValue]:
@@ -22,7 +21,7 @@ def parse_facts(written: Iterable[str]) -> dict[str, FactValue]:
         name, sign, value = part.partition("=")
         if not sign:
             raise NameProblem(f"'{part}' is not FACT=VALUE, such as gpu_arch=sm100")
-        check_name("fact", name.strip(), ("attention_backend", *FACT_NAMES))
+        check_name("fact", name.strip(), (ANY_ATTENTION.name, *FACT_NAMES))
         found[name.strip()] = check_fact(name.strip(), value.strip())
     if not found:
         raise NameProblem("no fact is named; write FACT=VALUE, such as gpu_arch=sm100")
@@ -33,11 +32,11 @@ def changed(facts: Facts, other: Mapping[str, FactValue]) -> Facts:
     """`facts` with those of `other` instead; what follows from a changed one follows it, or is unknown."""
     new: dict[str, Fact] = dict(facts)
     for name, value in other.items():
-        for each in ATTENTION_FACTS if name == "attention_backend" else (name,):
-            if name != "attention_backend" or each not in other:
+        for each in ATTENTION_FACTS if name == ANY_ATTENTION.name else (name,):
+            if name != ANY_ATTENTION.name or each not in other:
                 new[each] = Fact(value, "what if")
-        for follower in _FOLLOWS.get(name, ()):
-            if follower not in other:
+        for follower, spec in SERVER_FACTS.items():
+            if spec.follows == name and follower not in other:
                 new[follower] = Fact(None, f"unknown with another {name}")
     arch = other.get("gpu_arch")
     if arch is not None and "device" not in other:

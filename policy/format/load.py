@@ -1,8 +1,8 @@
 """A policy file to a checked `Policy`, or one clear error: ``FILE:LINE:COL: message (did you mean 'x'?)``.
 
-ruamel.yaml's round-trip loader keeps the place of every key and value (`yaml_text`); pydantic checks the
-values (`schema`); `wording` joins the two; `layers` puts a file over what it extends. Only the first problem
-of a file is reported: the next is often its consequence.
+ruamel.yaml's round-trip loader keeps the place of every key and value (`yaml_positions`); pydantic checks
+the values (`schema`); `validation_errors` joins the two; `layers` puts a file over what it extends. Only the
+first problem of a file is reported: the next is often its consequence.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from .classes import CannotCompareError
+from ..backend_spec import Backends
+from ..classes import CannotCompareError
+from ..text import code_point, unsafe_character
+from ..unfenced import in_words, losses
 from .errors import PolicyError
-from .fields import DEFAULT, Step
 from .layers import (
     DEFAULT_RULE,
     MACHINE,
@@ -31,11 +33,10 @@ from .layers import (
     RuleProblem,
     combine,
 )
-from .protection import in_words, losses
 from .schema import PolicyFile
-from .text import code_point, unsafe_character
-from .wording import first_problem
-from .yaml_text import Plain, parse, place
+from .validation_errors import first_problem
+from .validators import DEFAULT, Step
+from .yaml_positions import Plain, parse, place
 
 #: Names a policy file when ``--hicache-io-policy`` and ``hicache-io --policy`` do not.
 POLICY_VARIABLE = "SGLANG_HICACHE_IO_POLICY"
@@ -48,20 +49,20 @@ MOST_BYTES = 256 * 1024
 _ErrorAt = Callable[[str, tuple[Step, ...]], PolicyError]
 
 
-def policy_in_force(path: str | os.PathLike[str] | None = None) -> Policy:
+def policy_in_force(backends: Backends, path: str | os.PathLike[str] | None = None) -> Policy:
     """The policy of the file at `path`; without one, of the file that the variable SGLANG_HICACHE_IO_POLICY
     names; without either, the shipped default with the machine file over it. Raises PolicyError.
     """
     if path is None:
         path = os.environ.get(POLICY_VARIABLE) or None  # set but empty counts as not set
-    return _without_user() if path is None else load_policy(path)
+    return _without_user(backends) if path is None else load_policy(backends, path)
 
 
 @cache
-def default_policy() -> Policy:
+def default_policy(backends: Backends) -> Policy:
     """The policy that this package ships."""
     text = files("sglang_hicache.policy").joinpath("default.yaml").read_text(encoding="utf-8")
-    return _build(text, "default.yaml", SHIPPED, ())
+    return _build(text, "default.yaml", SHIPPED, (), backends)
 
 
 def machine_file() -> Path | None:
@@ -84,29 +85,29 @@ def default_machine_file() -> Path:
     return Path(home) / "sglang-hicache-io" / "machine.yaml"
 
 
-def load_policy(path: str | os.PathLike[str]) -> Policy:
+def load_policy(backends: Backends, path: str | os.PathLike[str]) -> Policy:
     """The policy in the file at `path`. Raises PolicyError, also for a file that cannot be read."""
     name = os.fspath(path)
-    return _build(_read(name), name, USER, (Path(name).resolve(),))
+    return _build(_read(name), name, USER, (Path(name).resolve(),), backends)
 
 
-def load_policy_text(text: str, filename: str) -> Policy:
+def load_policy_text(backends: Backends, text: str, filename: str) -> Policy:
     """The policy written in `text`; `filename` is what errors call it, and where ``extends`` starts from.
     Raises PolicyError.
     """
-    return _build(text, filename, USER, (Path(filename).resolve(),))
+    return _build(text, filename, USER, (Path(filename).resolve(),), backends)
 
 
-def _without_user() -> Policy:
+def _without_user(backends: Backends) -> Policy:
     """The shipped default, with the machine file over it if there is one. Raises PolicyError."""
     path = machine_file()
     if path is None:
-        return default_policy()
+        return default_policy(backends)
     name = str(path)
-    policy = _build(_read(name, trusted=True), name, MACHINE, (path.resolve(),))
+    policy = _build(_read(name, trusted=True), name, MACHINE, (path.resolve(),), backends)
     # A person may do without a fence; what a program measured for speed may not.
     try:
-        loss = next(losses(default_policy(), policy), None)
+        loss = next(losses(default_policy(backends), policy), None)
     except CannotCompareError as error:
         raise PolicyError(
             name, f"whether this machine file takes a fence away cannot be decided: {error}; write it simpler"
@@ -118,7 +119,7 @@ def _without_user() -> Policy:
             "attention backends), also for copy_engine, or narrow when to servers and writes without that "
             "fence; what you decide yourself belongs in a policy file of yours"
         )
-        message = f"{in_words([loss], default_policy())}; {advice}"
+        message = f"{in_words([loss], default_policy(backends))}; {advice}"
         raise PolicyError(name, message, line=origin.line, column=origin.column)
     return policy
 
@@ -169,7 +170,7 @@ def _check_owner(name: str, status: os.stat_result) -> None:
         )
 
 
-def _build(text: str, filename: str, layer: str, through: tuple[Path, ...]) -> Policy:
+def _build(text: str, filename: str, layer: str, through: tuple[Path, ...], backends: Backends) -> Policy:
     """The policy written in `text`, over what it extends. `through` are the files that led here, this one
     last.
     """
@@ -180,7 +181,7 @@ def _build(text: str, filename: str, layer: str, through: tuple[Path, ...]) -> P
         raise PolicyError(filename, "is not a mapping with version, rules and default", line=1, column=1)
     plain = Plain(tree, filename).convert(tree, ())
     try:
-        file = PolicyFile.model_validate(plain)
+        file = PolicyFile.model_validate(plain, context=backends)
     except ValidationError as error:
         raise first_problem(error, tree, filename) from None
 
@@ -192,7 +193,7 @@ def _build(text: str, filename: str, layer: str, through: tuple[Path, ...]) -> P
         raise error_at(
             "a machine file must say 'extends: default': it adds to the shipped rules", ("extends",)
         )
-    base = _base(file, filename, layer, through, error_at)
+    base = _base(file, filename, layer, through, error_at, backends)
     origins = {
         rule.name: Origin(layer, filename, *place(tree, ("rules", index, "name")))
         for index, rule in enumerate(file.rules)
@@ -200,24 +201,29 @@ def _build(text: str, filename: str, layer: str, through: tuple[Path, ...]) -> P
     if file.default is not None:
         origins[DEFAULT_RULE] = Origin(layer, filename, *place(tree, ("default",), key=True))
     try:
-        policy = combine(file, SHIPPED if layer == SHIPPED else filename, origins, base)
+        policy = combine(file, SHIPPED if layer == SHIPPED else filename, origins, base, backends)
     except RuleProblem as error:
         raise error_at(str(error), error.path) from None
     if layer == SHIPPED:
         return policy
     # Other files of the user are of this layer, too.
-    below = base if file.extends == DEFAULT else base.below if base else default_policy()
+    below = base if file.extends == DEFAULT else base.below if base else default_policy(backends)
     return replace(policy, below=below)
 
 
 def _base(
-    file: PolicyFile, filename: str, layer: str, through: tuple[Path, ...], error_at: _ErrorAt
+    file: PolicyFile,
+    filename: str,
+    layer: str,
+    through: tuple[Path, ...],
+    error_at: _ErrorAt,
+    backends: Backends,
 ) -> Policy | None:
     """What `file` extends, or None."""
     if file.extends is None:
         return None
     if file.extends == DEFAULT:
-        return default_policy() if layer == MACHINE else _without_user()
+        return default_policy(backends) if layer == MACHINE else _without_user(backends)
     path = Path(filename).parent / file.extends
     if path.resolve() in through:
         names = " -> ".join(each.name for each in (*through[through.index(path.resolve()) :], path))
@@ -226,4 +232,4 @@ def _base(
         text = _read(str(path))
     except PolicyError as error:
         raise error_at(f"extends '{file.extends}': {error.message}", ("extends",)) from None
-    return _build(text, str(path), layer, (*through, path.resolve()))
+    return _build(text, str(path), layer, (*through, path.resolve()), backends)

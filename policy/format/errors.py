@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .text import printable
-from .vocabulary import with_hint
+from ..names import with_hint
+from ..text import printable
 
 
 class PolicyError(ValueError):

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from ..io_backends.registry import AUTO, OWN_NAMES, get_backend
-from .decide import Decision
-from .facts import Facts
-
-
-def cannot_serve_layout(backend: str, layout: object) -> str | None:
-    """Why this project's `backend` cannot serve a host layout; None if it can, or nothing is known of it."""
-    if backend not in OWN_NAMES or layout is None:
-        return None
-    layouts: frozenset[str] = getattr(get_backend(backend), "layouts", frozenset())
-    if layout in layouts:
-        return None
-    return f"cannot serve --hicache-mem-layout {layout} (it can: {', '.join(sorted(layouts))})"
+from ...policy.backend_spec import spec_of
+from ...policy.decide import Decision
+from ...policy.facts import Facts
+from ...policy.names import AUTO, UPSTREAM_NAMES
+from ..registry import BACKENDS
+from .scheduler.pool_geometry import OTHER_KINDS
+from .versions import problem_with
 
 
 def refusal(decision: Decision, facts: Facts, *, backend: str) -> str | None:
     """Why a server with these facts and ``--hicache-io-backend backend`` would not start, or None."""
-    from ..io_backends.sglang.versions import problem_with
-
-    if decision.backend not in OWN_NAMES:
+    if decision.backend in UPSTREAM_NAMES:
         return None
     version = facts.value("sglang")
     if version is not None and (problem := problem_with(str(version))) is not None:
         return problem
     if backend == AUTO:
         return None
-    reason = cannot_serve_layout(decision.backend, facts.value("mem_layout"))
+    reason = spec_of(BACKENDS, decision.backend).cannot_serve(facts.value("mem_layout"))
     return None if reason is None else f"--hicache-io-backend {backend} {reason}"
 
 
@@ -36,9 +28,7 @@ def other_pools(decision: Decision) -> dict[str, str]:
     """Kinds of pool that SGLang's own copy writes back whatever the backend, each with the reason; none where
     SGLang copies everything.
     """
-    from ..io_backends.sglang.scheduler.pool_geometry import OTHER_KINDS
-
-    return dict(OTHER_KINDS.values()) if decision.backend in OWN_NAMES else {}
+    return dict(OTHER_KINDS.values()) if decision.backend not in UPSTREAM_NAMES else {}
 
 
 def fallback(decision: Decision, facts: Facts, *, backend: str) -> str | None:
@@ -47,7 +37,7 @@ def fallback(decision: Decision, facts: Facts, *, backend: str) -> str | None:
         return None
     sentences = []
     for route in decision.routes:
-        reason = cannot_serve_layout(route.backend, facts.value("mem_layout"))
+        reason = spec_of(BACKENDS, route.backend).cannot_serve(facts.value("mem_layout"))
         if reason is not None:
             waiting = " and ".join(route.fence_forward) or "no forward"
             sentences.append(

@@ -1,76 +1,50 @@
 """The policy file's format, version 1, as frozen models that refuse what they do not know.
 
 Errors raised here are `problem` objects, whose text is meant for the user; `load` adds the file, the line and
-the column, and words pydantic's own errors itself. `fields` checks the single values, `policy` what several
-rules and files mean together.
+the column, and `validation_errors` words pydantic's own. `validators` checks the single values, `layers` what
+several rules and files mean together.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    create_model,
+    model_validator,
+)
 
-from . import fields
-from .conditions import Condition, condition
-from .fields import USES, problem
-from .options import check_option
-from .reach import never_matches
-from .vocabulary import ATTENTION_BACKENDS, NAMED, NameProblem, nearest
+from ..backend_spec import SmWork
+from ..conditions import Condition, condition
+from ..fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
+from ..names import NameProblem, nearest
+from . import validators
+from .reachability import never_matches
+from .validators import USES, problem
 
 #: Each rule is compared with every one before it, when it is read and when a server starts.
 MOST_RULES = 500
 
-_Names = tuple[str, ...]
-_Numbers = tuple[int | str, ...]
-_Flags = tuple[bool, ...]
-
-
-def _named(key: str) -> Any:
-    return fields.names(*NAMED[key])
+#: What a condition's values are, as written: a number may be a comparison.
+_VALUES = {str: tuple[str, ...], int: tuple[int | str, ...], bool: tuple[bool, ...]}
+_Unmeasured = Annotated[dict[str, str], BeforeValidator(validators.unmeasured)]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class When(_Strict):
+class _Conditions(_Strict):
     """The conditions of a rule; all must hold. One that is left out is an empty tuple, and holds always.
 
-    Those that begin with ``write_`` are about one write, and are answered when it happens; the others are
-    about the server, and are answered once.
+    Those about one write are answered when it happens; the others are about the server, and are answered
+    once.
     """
-
-    attention_backend: Annotated[_Names, fields.names("attention backend", ATTENTION_BACKENDS)] = ()
-    prefill_attention_backend: Annotated[_Names, _named("prefill_attention_backend")] = ()
-    decode_attention_backend: Annotated[_Names, _named("decode_attention_backend")] = ()
-    verify_attention_backend: Annotated[_Names, _named("verify_attention_backend")] = ()
-    draft_attention_backend: Annotated[_Names, _named("draft_attention_backend")] = ()
-    gpu_arch: Annotated[_Names, BeforeValidator(fields.gpu_archs)] = ()
-    gpu_name: Annotated[_Names, fields.texts("gpu_name", "NVIDIA H200")] = ()
-    driver: Annotated[_Names, fields.specifiers("driver")] = ()
-    cuda: Annotated[_Names, fields.specifiers("cuda")] = ()
-    sgl_kernel: Annotated[_Names, fields.specifiers("sgl_kernel")] = ()
-    sglang: Annotated[_Names, fields.specifiers("sglang")] = ()
-    flashinfer: Annotated[_Names, fields.specifiers("flashinfer")] = ()
-    fa3_binary: Annotated[_Names, _named("fa3_binary")] = ()
-    kv_kind: Annotated[_Names, _named("kv_kind")] = ()
-    mem_layout: Annotated[_Names, _named("mem_layout")] = ()
-    page_size: Annotated[_Numbers, fields.numbers("page_size")] = ()
-    row_bytes: Annotated[_Numbers, fields.numbers("row_bytes")] = ()
-    write_policy: Annotated[_Names, _named("write_policy")] = ()
-    overlap: Annotated[_Flags, fields.flags("overlap")] = ()
-    speculative: Annotated[_Names, _named("speculative")] = ()
-    tp: Annotated[_Numbers, fields.numbers("tp")] = ()
-    dp: Annotated[_Numbers, fields.numbers("dp")] = ()
-    pp: Annotated[_Numbers, fields.numbers("pp")] = ()
-    pinned_memory: Annotated[_Flags, fields.flags("pinned_memory")] = ()
-    batch_copy: Annotated[_Flags, fields.flags("batch_copy")] = ()
-    device: Annotated[_Names, BeforeValidator(fields.devices)] = ()
-    write_tokens: Annotated[_Numbers, fields.numbers("write_tokens")] = ()
-    write_entries: Annotated[_Numbers, fields.numbers("write_entries")] = ()
-    write_entry_bytes: Annotated[_Numbers, fields.numbers("write_entry_bytes")] = ()
-    write_contiguous: Annotated[_Flags, fields.flags("write_contiguous")] = ()
 
     def written(self) -> dict[str, tuple[int | str | bool, ...]]:
         """The conditions that the rule states, by key, as written."""
@@ -78,7 +52,7 @@ class When(_Strict):
 
     def on_writes(self) -> dict[str, tuple[int | str | bool, ...]]:
         """Those of `written` that are about a write."""
-        return {key: values for key, values in self.written().items() if is_about_writes(key)}
+        return {key: values for key, values in self.written().items() if CONDITIONS[key].of_write}
 
     def conditions(self) -> dict[str, Condition]:
         """The conditions that the rule states, by key, as sets of accepted values."""
@@ -86,28 +60,38 @@ class When(_Strict):
 
     def server_conditions(self) -> dict[str, Condition]:
         """Those of `conditions` that are about the server."""
-        return {key: each for key, each in self.conditions().items() if not is_about_writes(key)}
+        return {key: each for key, each in self.conditions().items() if not CONDITIONS[key].of_write}
 
 
-def is_about_writes(key: str) -> bool:
-    """Whether condition `key` is about one write; else it is about the server."""
-    return key.startswith("write_") and key != "write_policy"
+if TYPE_CHECKING:
+    When = _Conditions
+else:
+    #: A field for each of `CONDITIONS`.
+    When = create_model(
+        "When",
+        __base__=_Conditions,
+        **{
+            key: (Annotated[_VALUES[spec.python_type], validators.condition_on(spec)], ())
+            for key, spec in CONDITIONS.items()
+        },
+    )
 
 
 class Use(_Strict):
     """What a rule chooses: a backend, the forwards that wait for its SM-side work, and its options."""
 
-    backend: Annotated[str, BeforeValidator(fields.backend)]
-    fence_forward: Annotated[tuple[str, ...], BeforeValidator(fields.fences)] = ()
-    options: Annotated[dict[str, Any], BeforeValidator(fields.options)] = Field(default_factory=dict)
+    backend: Annotated[str, BeforeValidator(validators.backend)]
+    fence_forward: Annotated[tuple[str, ...], BeforeValidator(validators.fences)] = ()
+    options: Annotated[dict[str, Any], BeforeValidator(validators.options)] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _fits_the_backend(self) -> Self:
-        if self.backend == "fenced_kernel" and "fence_forward" not in self.model_fields_set:
-            raise problem("fenced_kernel needs an explicit fence_forward; [] means the producer fence only")
+    def _fits_the_backend(self, info: ValidationInfo) -> Self:
+        spec = validators.backends_of(info)[self.backend]
+        if spec.sm_work is SmWork.TRANSFER and "fence_forward" not in self.model_fields_set:
+            raise problem(f"{self.backend} needs an explicit fence_forward; [] means the producer fence only")
         for name, value in self.options.items():
             try:
-                check_option(self.backend, str(name), value)
+                spec.check_option(str(name), value)
             except NameProblem as error:
                 is_key = error.message.startswith("unknown option")
                 raise problem(error.message, error.hint, at=("options", name), key=is_key) from None
@@ -121,16 +105,18 @@ class Rule(_Strict):
     ``unmeasured`` the parts of the rule that rest on no measurement, by path.
     """
 
-    name: Annotated[str, fields.text("name", most=fields.MOST_CHARACTERS)]
+    name: Annotated[str, validators.text("name", most=validators.MOST_CHARACTERS)]
     when: When
-    unknown: Annotated[tuple[str, ...], BeforeValidator(fields.unknown)] = ()
+    unknown: Annotated[tuple[str, ...], BeforeValidator(validators.unknown)] = ()
     use: Use
-    because: Annotated[str, fields.text("because")]
-    unmeasured: Annotated[dict[str, str], BeforeValidator(fields.unmeasured)] = Field(default_factory=dict)
+    because: Annotated[str, validators.text("because")]
+    unmeasured: Annotated[dict[str, str], BeforeValidator(validators.unmeasured)] = Field(
+        default_factory=dict
+    )
 
     def unknown_matches(self) -> frozenset[str]:
         """The conditions, by key, that an unknown fact satisfies."""
-        if fields.MATCH in self.unknown:
+        if validators.MATCH in self.unknown:
             return frozenset(self.when.server_conditions())
         return frozenset(self.unknown)
 
@@ -141,15 +127,15 @@ class Rule(_Strict):
                 "'default' is what answers when no rule matches; give the rule another name", at=("name",)
             )
         stated = self.when.written()
-        if USES in self.use.fence_forward and not any(key.endswith("attention_backend") for key in stated):
+        if USES in self.use.fence_forward and not {ANY_ATTENTION.name, *ATTENTION_FACTS} & stated.keys():
             raise problem("uses needs attention_backend in when", at=("use", "fence_forward"))
-        on_server = [key for key in stated if not is_about_writes(key)]
+        on_server = [key for key in stated if not CONDITIONS[key].of_write]
         for key in self.unknown:
-            if key == fields.MATCH and not on_server:
+            if key == validators.MATCH and not on_server:
                 raise problem(
                     "unknown says nothing here: when has no condition on the server", at=("unknown",)
                 )
-            if key != fields.MATCH and key not in on_server:
+            if key != validators.MATCH and key not in on_server:
                 hint = nearest(key, on_server)
                 message = f"unknown names '{key}', but when has no condition on such a fact of the server"
                 raise problem(message, hint, at=("unknown",))
@@ -164,8 +150,10 @@ class Default(_Strict):
     """What is done when no rule matches."""
 
     use: Use
-    because: Annotated[str, fields.text("because")]
-    unmeasured: Annotated[dict[str, str], BeforeValidator(fields.unmeasured)] = Field(default_factory=dict)
+    because: Annotated[str, validators.text("because")]
+    unmeasured: Annotated[dict[str, str], BeforeValidator(validators.unmeasured)] = Field(
+        default_factory=dict
+    )
 
     @model_validator(mode="after")
     def _names_its_forwards(self) -> Self:
@@ -180,8 +168,8 @@ class Default(_Strict):
 class PolicyFile(_Strict):
     """A whole policy file. ``default`` may only be left out where ``extends`` names a policy that has one."""
 
-    version: Annotated[Literal[1], BeforeValidator(fields.version_1)]
-    extends: Annotated[str | None, BeforeValidator(fields.extends)] = None
+    version: Annotated[Literal[1], BeforeValidator(validators.version_1)]
+    extends: Annotated[str | None, BeforeValidator(validators.extends)] = None
     rules: tuple[Rule, ...]
     default: Default | None = None
 

@@ -12,9 +12,10 @@ from ruamel.yaml.nodes import MappingNode, ScalarNode
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
+from ..names import shown
+from ..text import code_point, unsafe_character
 from .errors import PolicyError
-from .fields import Step, shown
-from .text import code_point, unsafe_character
+from .validators import Step
 
 # Far beyond any policy (the deepest place of the format, an option, is in five), and where ruamel.yaml is
 # still quick: its scanner's time grows with the square of the depth.

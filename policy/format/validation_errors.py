@@ -6,11 +6,11 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from ..names import nearest
 from .errors import PolicyError
-from .fields import PROBLEM, Step
 from .schema import Default, PolicyFile, Rule, Use, When
-from .vocabulary import nearest
-from .yaml_text import place
+from .validators import PROBLEM, Step
+from .yaml_positions import place
 
 
 def first_problem(error: ValidationError, tree: Any, filename: str) -> PolicyError:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-from . import serving, words
-from .cost import cost
-from .decide import Decision, decide
-from .facts import Facts
-from .layers import Policy
-from .protection import lost_here
+from ...io_backends.sglang import serving
+from ...policy import sentences
+from ...policy.cost import cost
+from ...policy.decide import Decision, decide
+from ...policy.facts import Facts
+from ...policy.format.layers import Policy
+from ...policy.unfenced import lost_here
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,17 @@ class Explanation:
 
     def careful(self) -> str | None:
         """What rests on unknown facts, or None."""
-        return words.unknown_note(self.decision, self.policy, self.facts)
+        return sentences.unknown_note(self.decision, self.policy, self.facts)
 
     def to_dict(self) -> dict[str, Any]:
         """`Decision.to_dict` and the rest, plain JSON types."""
         return {
             **self.decision.to_dict(),
-            "fences": words.fence_sentence(self.decision),
-            "forwards": words.forward_sentences(self.decision, self.facts),
+            "fences": sentences.fence_sentence(self.decision, self.policy.backends),
+            "forwards": sentences.forward_sentences(self.decision, self.facts, self.policy.backends),
             "cost": cost(self.decision, self.facts),
-            "gpu_memory": words.memory_sentence(self.decision),
-            "undecided": list(words.might_match(self.decision, self.policy, self.facts)),
+            "gpu_memory": sentences.memory_sentence(self.decision, self.policy.backends),
+            "undecided": list(sentences.might_match(self.decision, self.policy, self.facts)),
             "refused": self.refused,
             "fallback": self.fallback,
             "lost": list(self.lost),

@@ -6,12 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .classes import CannotCompareError
+from ..classes import CannotCompareError
+from ..unfenced import Loss, in_words, losses
 from .layers import DEFAULT_RULE, Origin, Policy, covered
-from .protection import Loss, in_words, losses
-
-# The largest write of bench/results/2026-11-23-h200/gpu.json: 32,768 tokens of Qwen3-8B, 147,456 bytes each.
-_LARGEST_WRITE_MB = 32_768 * 147_456 // 2**20
 
 
 @dataclass(frozen=True)
@@ -48,14 +45,11 @@ def _found(policy: Policy) -> Iterator[tuple[str, str]]:
     for name, earlier in covered(policy).items():
         yield name, f"rule '{name}' is never reached any more: rule '{earlier}' matches whenever it does"
     for name, use in [*((rule.name, rule.use) for rule in policy.rules), ("default", policy.default.use)]:
-        staging = use.options.get("staging_mb") if use.backend == "hybrid" else None
-        if isinstance(staging, int) and staging > _LARGEST_WRITE_MB:
-            yield (
-                name,
-                f"staging_mb {staging:,} takes more GPU memory from the KV cache than the largest write "
-                f"measured is long ({_LARGEST_WRITE_MB:,} MiB); auto, which is used without it, takes what "
-                "one step needs",
-            )
+        spec = policy.backends[use.backend]
+        for option in spec.options or ():
+            value = use.options.get(option.name)
+            if option.ample is not None and isinstance(value, int) and value > option.ample:
+                yield name, f"{option.name} {value:,} {option.ample_because}"
 
 
 def _taken_away(policy: Policy) -> Iterator[tuple[str, str]]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
-from .conditions import Condition, Names
-from .vocabulary import NO_SPECULATION
+from ..conditions import Condition, Names
+from ..fact_table import ANY_ATTENTION, ATTENTION_FACTS, SERVER_FACTS
+from ..names import NO_SPECULATION
 
-_PREFILL, _DECODE, _EITHER = "prefill_attention_backend", "decode_attention_backend", "attention_backend"
-_VERIFY, _DRAFT = "verify_attention_backend", "draft_attention_backend"
+_EITHER = ANY_ATTENTION.name
+_ALWAYS = tuple(name for name in ATTENTION_FACTS if not SERVER_FACTS[name].speculative_only)
+_SPECULATIVE = tuple(name for name in ATTENTION_FACTS if SERVER_FACTS[name].speculative_only)
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,9 @@ def shadows(earlier: Reach, later: Reach) -> bool:
 
 def _attention_excluded(conditions: Mapping[str, Condition], unknown: Set[str]) -> tuple[str, str] | None:
     """Whether no attention backend that may run can be one that ``attention_backend`` names."""
-    running = [_PREFILL, _DECODE]
+    running = [*_ALWAYS]
     if _names(conditions, "speculative") != {NO_SPECULATION} or "speculative" in unknown:
-        running += [_VERIFY, _DRAFT]
+        running += _SPECULATIVE
     either = _names(conditions, _EITHER)
     stated = [_names(conditions, key) for key in running]
     if not either or not all(stated) or {_EITHER, *running} & unknown or either & frozenset().union(*stated):
@@ -67,7 +69,7 @@ def _implies(later: Reach, key: str, wanted: Condition, wants_unknown: bool) -> 
     # "any backend that runs"; one on verification or drafts does not, without speculative decoding.
     keys: tuple[str, ...] = (key,)
     if key == _EITHER:
-        keys = (_EITHER, _PREFILL, _DECODE, *((_VERIFY, _DRAFT) if _speculates(later) else ()))
+        keys = (_EITHER, *_ALWAYS, *(_SPECULATIVE if _speculates(later) else ()))
     return any(
         each in later.conditions
         and later.conditions[each].within(wanted)

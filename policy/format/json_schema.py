@@ -10,21 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..io_backends.registry import available_backends
-from .fields import MATCH, USES
-from .options import BACKEND_OPTIONS, Option
-from .schema import When, is_about_writes
-from .vocabulary import (
-    ATTENTION_BACKENDS,
-    COUNTED,
-    FLAGS,
-    FORWARDS,
-    GPU_ARCH_PATTERN,
-    NAMED,
-    VERSIONED,
-    WRITE_FLAGS,
-    WRITE_NUMBERS,
-)
+from ..backend_spec import Backends, BackendSpec, Option, SmWork
+from ..fact_spec import GPU_ARCH_PATTERN, FactSpec, Kind
+from ..fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
+from ..names import FORWARDS
+from .validators import MATCH, USES
 
 _Schema = dict[str, Any]
 
@@ -44,8 +34,8 @@ _BECAUSE: _Schema = {
 }
 
 
-def policy_json_schema() -> _Schema:
-    """The schema, with the backends that are registered in this process."""
+def policy_json_schema(backends: Backends) -> _Schema:
+    """The schema, with these backends and their options."""
     default_use = {
         "allOf": [{"$ref": "#/$defs/use"}, {"properties": {"fence_forward": {"not": _CONTAINS_USES}}}]
     }
@@ -74,32 +64,34 @@ def policy_json_schema() -> _Schema:
         "title": "sglang-hicache-io policy, version 1",
         **file,
         "anyOf": [{"required": ["default"]}, {"required": ["extends"]}],
-        "$defs": {"rule": _rule(), "when": _when(), "use": _use()},
+        "$defs": {"rule": _rule(), "when": _when(), "use": _use(backends)},
     }
 
 
 def _when() -> _Schema:
-    conditions = {key: _any_of(_value(key)) for key in When.model_fields}
+    conditions = {key: _any_of(_value(spec)) for key, spec in CONDITIONS.items()}
     return _mapping(conditions, optional=list(conditions))
 
 
-def _value(key: str) -> _Schema:
-    """One value of condition `key`."""
-    if key == "attention_backend":
-        return {"enum": list(ATTENTION_BACKENDS)}
-    if key in NAMED:
-        return {"enum": list(NAMED[key][1])}
-    if key in VERSIONED:
-        return _SPECIFIER
-    if key in COUNTED or key in WRITE_NUMBERS:
-        return _NUMBER
-    if key in FLAGS or key in WRITE_FLAGS:
-        return {"type": "boolean"}
-    return {"type": "string", "pattern": f"^({GPU_ARCH_PATTERN})$"} if key == "gpu_arch" else _TEXT
+def _value(spec: FactSpec) -> _Schema:
+    """One value of a condition on that fact."""
+    match spec.kind:
+        case Kind.NAME:
+            return {"enum": list(spec.values)}
+        case Kind.VERSION:
+            return _SPECIFIER
+        case Kind.NUMBER:
+            return _NUMBER
+        case Kind.FLAG:
+            return {"type": "boolean"}
+        case Kind.ARCHITECTURE:
+            return {"type": "string", "pattern": f"^({GPU_ARCH_PATTERN})$"}
+        case Kind.TEXT:
+            return _TEXT
 
 
 def _rule() -> _Schema:
-    on_server = [key for key in When.model_fields if not is_about_writes(key)]
+    on_server = [key for key, spec in CONDITIONS.items() if not spec.of_write]
     rule = _mapping(
         {
             "name": {**_TEXT, "not": {"const": "default"}},
@@ -119,7 +111,7 @@ def _rule() -> _Schema:
         optional=["unknown", "unmeasured"],
     )
     fences_uses = {"properties": {"fence_forward": _CONTAINS_USES}, "required": ["fence_forward"]}
-    named = [{"required": [key]} for key in When.model_fields if key.endswith("attention_backend")]
+    named = [{"required": [key]} for key in (ANY_ATTENTION.name, *ATTENTION_FACTS)]
     rule["allOf"] = [
         _if({"properties": {"use": fences_uses}}, {"properties": {"when": {"anyOf": named}}}),
         _if(
@@ -140,11 +132,11 @@ def _unmeasured(roots: str) -> _Schema:
     }
 
 
-def _use() -> _Schema:
+def _use(backends: Backends) -> _Schema:
     forwards = {"enum": [*FORWARDS, USES]}
     use = _mapping(
         {
-            "backend": {"enum": list(available_backends())},
+            "backend": {"enum": list(backends)},
             "fence_forward": {
                 "anyOf": [forwards, {"type": "array", "items": forwards}],
                 "description": "Forwards that wait for SM-side D2H work.",
@@ -153,26 +145,32 @@ def _use() -> _Schema:
         },
         optional=["fence_forward", "options"],
     )
-    use["allOf"] = [
-        _if(
-            {"properties": {"backend": {"const": backend}}, "required": ["backend"]},
-            {
-                "properties": {"options": _options(known)},
-                "required": ["backend", "fence_forward"] if backend == "fenced_kernel" else ["backend"],
-            },
-        )
-        for backend, known in BACKEND_OPTIONS.items()
-    ]
+    use["allOf"] = [_backend(spec) for spec in backends.values()]
     return use
 
 
-def _options(known: dict[str, Option]) -> _Schema:
-    return _mapping({name: _option(each) for name, each in known.items()}, optional=list(known))
+def _backend(spec: BackendSpec) -> _Schema:
+    """What ``use`` must hold besides where it names that backend."""
+    required = ["backend"]
+    if spec.sm_work is SmWork.TRANSFER:
+        required.append("fence_forward")
+    then: _Schema = {"required": required}
+    if spec.options is not None:
+        known = {each.name: _option(each) for each in spec.options}
+        then["properties"] = {"options": _mapping(known, optional=list(known))}
+    return _if({"properties": {"backend": {"const": spec.name}}, "required": ["backend"]}, then)
 
 
 def _option(option: Option) -> _Schema:
-    number = {"type": "integer", "minimum": 1, "maximum": option.most}
-    return {"anyOf": [number, {"enum": list(option.words)}]} if option.words else number
+    if option.flag:
+        return {"type": "boolean"}
+    number: _Schema = {"type": "integer", "minimum": option.least}
+    if option.most is not None:
+        number["maximum"] = option.most
+    forms: list[_Schema] = [number] if option.numbers else []
+    if option.words:
+        forms.append({"enum": list(option.words)})
+    return forms[0] if len(forms) == 1 else {"anyOf": forms}
 
 
 def _if(condition: _Schema, then: _Schema) -> _Schema:

@@ -8,21 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from ..io_backends.registry import AUTO, UPSTREAM_NAMES, available_backends
-from .conditions import Numbers
-from .text import code_point, unsafe_character
-from .versions import Versions
-from .vocabulary import (
+from ..backend_spec import Backends
+from ..conditions import Numbers
+from ..fact_spec import FactSpec, Kind
+from ..names import (
+    AUTO,
     FORWARDS,
+    UPSTREAM_NAMES,
     NameProblem,
-    check_device,
-    check_gpu_arch,
     check_name,
     nearest,
+    shown,
 )
+from ..text import code_point, unsafe_character
+from ..version_sets import Versions
 
 USES = "uses"
 MATCH = "match"  # of `unknown`: every condition of the rule
@@ -50,34 +52,19 @@ def problem(
     return PydanticCustomError(PROBLEM, "{message}", context)
 
 
-def shown(value: object) -> str:
-    """`value` as the user wrote it, or the kind of thing it is."""
-    match value:
-        case None:
-            return "nothing"
-        case bool():
-            return str(value).lower()
-        case dict():
-            return "a mapping"
-        case list() | tuple():
-            return "a list"
-        case _:
-            return str(value)
-
-
-def names(what: str, known: tuple[str, ...]) -> BeforeValidator:
-    """One of the names in `known`, or a list of them. `what` is what the message calls such a name."""
-    return _condition(what, known[0], lambda word: check_name(what, word, known))
-
-
-def specifiers(what: str) -> BeforeValidator:
-    """A PEP 440 specifier, or a list of them."""
-    return _condition(what, '">=0.3" in quotes', lambda word: Versions.of([word]))
-
-
-def gpu_archs(value: object) -> tuple[str, ...]:
-    """A GPU architecture, or a list of them."""
-    return _words(value, "gpu_arch", "sm90", check_gpu_arch)
+def condition_on(spec: FactSpec) -> BeforeValidator:
+    """What a rule may ask of that fact: one value, or a list of values."""
+    match spec.kind:
+        case Kind.FLAG:
+            return flags(spec.name)
+        case Kind.NUMBER:
+            return numbers(spec.name)
+        case Kind.VERSION:
+            return _condition(spec.name, '">=0.3" in quotes', lambda word: Versions.of([word]))
+        case Kind.NAME:
+            return _condition(spec.called, spec.values[0], spec.check_word)
+        case Kind.ARCHITECTURE | Kind.TEXT:
+            return _condition(spec.name, spec.example, spec.check_word)
 
 
 def numbers(what: str) -> BeforeValidator:
@@ -114,16 +101,6 @@ def flags(what: str) -> BeforeValidator:
     return BeforeValidator(validate)
 
 
-def texts(what: str, example: str) -> BeforeValidator:
-    """Any text, or a list of them."""
-
-    def check(word: str) -> None:
-        if not word.strip():
-            raise NameProblem(f"{what} is empty; leave it out, or give it a value")
-
-    return _condition(what, example, check)
-
-
 def text(what: str, *, most: int | None = None) -> BeforeValidator:
     """A text that is not empty, of at most `most` characters."""
 
@@ -148,21 +125,28 @@ def version_1(value: object) -> int:
     return value
 
 
-def backend(value: object) -> str:
+def backends_of(info: ValidationInfo) -> Backends:
+    """The backends that a file is checked against: the context of its validation."""
+    if info.context is None:
+        raise LookupError("validate with context=backends, the specs of those that there are")
+    found: Backends = info.context
+    return found
+
+
+def backend(value: object, info: ValidationInfo) -> str:
     """The name of a shipped or registered backend."""
     if not isinstance(value, str):
         raise problem(f"backend must be the name of a backend, such as hybrid, not {shown(value)}")
+    known = backends_of(info)
     if value in UPSTREAM_NAMES:
         raise problem(
             f"'{value}' is SGLang's own io backend, which no rule can choose: it runs untouched, without "
             f"this project's fences (--hicache-io-backend {value} selects it); a rule chooses one of "
-            f"{', '.join(available_backends())}"
+            f"{', '.join(known)}"
         )
     if value == AUTO:
-        raise problem(
-            f"'{AUTO}' asks the policy, so no rule can choose it; valid: {', '.join(available_backends())}"
-        )
-    _checked(lambda name: check_name("backend", name, available_backends()), value, ())
+        raise problem(f"'{AUTO}' asks the policy, so no rule can choose it; valid: {', '.join(known)}")
+    _checked(lambda name: check_name("backend", name, known), value, ())
     return value
 
 
@@ -174,11 +158,6 @@ def fences(value: object) -> tuple[str, ...]:
         return ()
     words = _words(value, "fence_forward", "extend", _check_forward)
     return tuple(dict.fromkeys(words))
-
-
-def devices(value: object) -> tuple[str, ...]:
-    """A device, or a list of them."""
-    return _words(value, "device", "cuda", check_device)
 
 
 def unknown(value: object) -> tuple[str, ...]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..io_backends.registry import AUTO
-from .decide import Decision, decide
-from .facts import Fact, Facts, FactValue
-from .layers import Policy
-from .routes import writes_in_words
-from .vocabulary import ATTENTION_BACKENDS, NO_SPECULATION
+from ...io_backends.registry import AUTO
+from ...policy.decide import Decision, decide
+from ...policy.fact_spec import FactValue
+from ...policy.facts import Fact, Facts
+from ...policy.format.layers import Policy
+from ...policy.names import ATTENTION_BACKENDS, NO_SPECULATION
+from ...policy.routes import writes_in_words
 from .what_if import changed
 
 #: Ampere, Ada, Hopper, data-centre Blackwell (B200, B300), and RTX Blackwell; None: unknown.

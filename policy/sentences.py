@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from ..io_backends.registry import UPSTREAM_NAMES
+from .backend_spec import Backends, SmWork, spec_of
 from .decide import Decision
+from .fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
 from .facts import Facts
-from .layers import DEFAULT_RULE, OPTION, SHIPPED, Policy
+from .format.layers import DEFAULT_RULE, OPTION, SHIPPED, Policy
 from .match import match
+from .names import NO_SPECULATION, UPSTREAM_NAMES
 from .routes import WriteRoute, writes_in_words
-from .vocabulary import NO_SPECULATION
 
 # What operators call the forwards; extend is SGLang's name for prefill, chunked or not.
 _FORWARD_WORDS = {"extend": "prefill (extend)", "decode": "decode"}
@@ -24,60 +25,48 @@ def backend_sentence(decision: Decision) -> str:
     return "; ".join([*parts, f"others: {last.backend}"])
 
 
-def fence_sentence(decision: Decision) -> str:
+def fence_sentence(decision: Decision, backends: Backends) -> str:
     """Which forwards wait for what."""
     if decision.backend in UPSTREAM_NAMES:
         return "No fence of this project: SGLang's own behaviour, untouched."
     if not decision.fences():
         return f"No forward waits: compute and write-back overlap fully. {_PRODUCER}"
-    sentences = list(dict.fromkeys(_route_sentence(route) for route in decision.routes))
+    sentences = list(dict.fromkeys(_route_sentence(route, backends) for route in decision.routes))
     if len(sentences) > 1:
         sentences = [
             f"{route.backend} ({'others' if not route.when else writes_in_words(route.when)}): "
-            f"{_route_sentence(route)}"
+            f"{_route_sentence(route, backends)}"
             for route in decision.routes
         ]
     return " ".join([*sentences, _PRODUCER])
 
 
-def memory_sentence(decision: Decision) -> str | None:
+def memory_sentence(decision: Decision, backends: Backends) -> str | None:
     """GPU memory that the decision takes; None where it takes none."""
-    # Here: it imports numpy, which nothing else of `explain` needs.
-    from ..io_backends.plan.ring_size import DEFAULT_STAGING_MB, FREE_SHARE
-
-    rings = []
-    # As many rings as there are instances.
-    for size, fences in dict.fromkeys(
-        (str(route.options.get("staging_mb", "auto")), route.fence_forward)
-        for route in decision.routes
-        if route.backend == "hybrid"
-    ):
-        if size != "auto":
-            rings.append(f"{int(size):,} MiB")
-        elif fences:
-            rings.append(
-                "the rows of one step, and a seventh and 64 MiB more, at most 1/"
-                f"{FREE_SHARE} of what is free when serving starts, which the log says"
-            )
-        else:
-            rings.append(f"{DEFAULT_STAGING_MB} MiB")
-    if not rings:
-        return None
-    return f"hybrid's staging: {', and '.join(rings)}"
+    staging: dict[str, list[str]] = {}
+    # As many as there are instances.
+    instances = {
+        (route.backend, repr(route.options), route.fence_forward): route for route in decision.routes
+    }
+    for route in instances.values():
+        in_words = spec_of(backends, route.backend).staging
+        if in_words is not None:
+            staging.setdefault(route.backend, []).append(in_words(route.options, bool(route.fence_forward)))
+    return "; ".join(f"{name}'s staging: {', and '.join(each)}" for name, each in staging.items()) or None
 
 
-def forward_sentences(decision: Decision, facts: Facts) -> dict[str, str]:
+def forward_sentences(decision: Decision, facts: Facts, backends: Backends) -> dict[str, str]:
     """For each kind of forward, whether it waits and for what; verification and drafts with speculative
     decoding.
     """
     said = {
-        "prefill (extend)": _waits(decision, ("extend",)),
-        "decode": _waits(decision, ("decode",)),
+        "prefill (extend)": _waits(decision, backends, ("extend",)),
+        "decode": _waits(decision, backends, ("decode",)),
     }
     if facts.value("speculative") not in (None, NO_SPECULATION):
         # One step launches all of them, so the scheduler fences it as a whole
         # (io_backends/sglang/scheduler/scheduler_hooks.py).
-        step = _waits(decision, ("extend", "decode"))
+        step = _waits(decision, backends, ("extend", "decode"))
         said |= {"prefill (extend)": step, "decode": step, "target verify": step, "draft": step}
     return said
 
@@ -147,38 +136,40 @@ def forwards_in_words(forwards: tuple[str, ...]) -> str:
     return " and ".join(_FORWARD_WORDS[forward] for forward in forwards)
 
 
-def _route_sentence(route: WriteRoute) -> str:
+def _route_sentence(route: WriteRoute, backends: Backends) -> str:
     if not route.fence_forward:
         return "no forward waits."
     who = forwards_in_words(route.fence_forward)
-    if route.backend == "copy_engine":
+    sm_work = spec_of(backends, route.backend).sm_work
+    if sm_work is SmWork.NONE:
         return (
-            f"No forward waits for copy_engine, which has no work on the SMs; {who} would wait for a pool "
-            "that falls back to SGLang's own copy."
+            f"No forward waits for {route.backend}, which has no work on the SMs; {who} would wait for a "
+            "pool that falls back to SGLang's own copy."
         )
     verb = "wait" if len(route.fence_forward) > 1 else "waits"
-    return f"{who[0].upper()}{who[1:]} {verb}, on the GPU, {_for_what(route.backend)}."
+    return f"{who[0].upper()}{who[1:]} {verb}, on the GPU, {_FOR_WHAT[sm_work]}."
 
 
-def _for_what(backend: str) -> str:
-    return {
-        "hybrid": (
-            "for the last gather within GPU memory, not for the copy to the host unless writes outrun it"
-        ),
-        "fenced_kernel": "for the whole of the last transfer to the host",
-    }.get(backend, "for the backend's last work on the SMs")
+_FOR_WHAT = {
+    SmWork.GATHER: (
+        "for the last gather within GPU memory, not for the copy to the host unless writes outrun it"
+    ),
+    SmWork.TRANSFER: "for the whole of the last transfer to the host",
+    SmWork.UNKNOWN: "for the backend's last work on the SMs",
+}
 
 
-def _waits(decision: Decision, names: tuple[str, ...]) -> str:
+def _waits(decision: Decision, backends: Backends, names: tuple[str, ...]) -> str:
     """Whether a forward that counts as `names` waits."""
-    for_what = [
-        _for_what(route.backend)
+    work = [
+        spec_of(backends, route.backend).sm_work
         for route in decision.routes
-        if route.backend != "copy_engine" and set(names) & set(route.fence_forward)
+        if set(names) & set(route.fence_forward)
     ]
+    for_what = [_FOR_WHAT[each] for each in work if each is not SmWork.NONE]
     if for_what:
         return "waits " + " or ".join(dict.fromkeys(for_what))
-    if set(names) & set(decision.fences()):
+    if work:
         return "does not wait; only for a pool that falls back to SGLang's own copy"
     return "does not wait"
 
@@ -186,27 +177,10 @@ def _waits(decision: Decision, names: tuple[str, ...]) -> str:
 def _options_for(unknown: dict[str, tuple[str, ...]]) -> str:
     """The options that give the facts in `unknown`."""
     missing = dict.fromkeys(name for names in unknown.values() for name in names)
-    both = {"prefill_attention_backend", "decode_attention_backend"} <= missing.keys()
-    given = dict.fromkeys("attention_backend" if both and "attention" in name else name for name in missing)
+    both = {name for name in ATTENTION_FACTS if not CONDITIONS[name].speculative_only} <= missing.keys()
+    given = dict.fromkeys(
+        ANY_ATTENTION.name if both and name in ATTENTION_FACTS else name for name in missing
+    )
     # device has no option: it follows from gpu_arch.
     names = dict.fromkeys("gpu_arch" if name == "device" else name for name in given)
-    return ", ".join(option_of(name) for name in names)
-
-
-#: Facts that `explain` takes as options of their own; every other one as ``--fact NAME=VALUE``.
-OPTIONS: tuple[str, ...] = (
-    "attention_backend",
-    "prefill_attention_backend",
-    "decode_attention_backend",
-    "gpu_arch",
-    "sgl_kernel",
-    "sglang",
-    "kv_kind",
-    "mem_layout",
-    "page_size",
-)
-
-
-def option_of(fact: str) -> str:
-    """How `explain` is told `fact`."""
-    return f"--{fact.replace('_', '-')}" if fact in OPTIONS else f"--fact {fact}=..."
+    return ", ".join(CONDITIONS[name].option for name in names)

@@ -8,15 +8,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import serving, words
-from .cost import cost
-from .decide import Considered
+from ...io_backends.sglang import serving
+from ...policy import sentences
+from ...policy.cost import cost
+from ...policy.decide import Considered
+from ...policy.fact_spec import FactValue
+from ...policy.format.layers import DEFAULT_RULE, Policy
+from ...policy.format.schema import Default, Rule
+from ...policy.format.validators import USES
+from ...policy.match import word_of
 from .explanation import Explanation
-from .facts import FactValue
-from .fields import USES
-from .layers import DEFAULT_RULE, Policy
-from .match import word_of
-from .schema import Default, Rule
 from .what_if import difference
 
 
@@ -96,26 +97,26 @@ def show_unmeasured(out: Console, policy: Policy, entries: Sequence[Mapping[str,
 
 def _summary(shown: Explanation) -> list[tuple[str, str]]:
     """What must not be overlooked first, then what is decided."""
-    decision = shown.decision
-    rows = [("D2H backend", words.backend_sentence(decision))]
+    decision, backends = shown.decision, shown.policy.backends
+    rows = [("D2H backend", sentences.backend_sentence(decision))]
     if shown.refused:
         rows.append(("A server", f"would refuse this: {shown.refused}"))
     if shown.fallback:
         rows.append(("Pools", shown.fallback))
     if shown.lost:
-        rows.append(("Careful", words.lost_sentence(shown.lost, shown.policy)))
+        rows.append(("Careful", sentences.lost_sentence(shown.lost, shown.policy)))
     if note := shown.careful():
         rows.append(("Careful", note))
-    rows.append(("Fences", words.fence_sentence(decision)))
-    rows += list(words.forward_sentences(decision, shown.facts).items())
+    rows.append(("Fences", sentences.fence_sentence(decision, backends)))
+    rows += list(sentences.forward_sentences(decision, shown.facts, backends).items())
     rows += [
-        ("Decided by", words.decided_by(decision, shown.policy)),
-        ("SGLang gets", words.upstream_sentence(decision)),
+        ("Decided by", sentences.decided_by(decision, shown.policy)),
+        ("SGLang gets", sentences.upstream_sentence(decision)),
     ]
     if others := serving.other_pools(decision):
         waiting = " and ".join(decision.fences()) or "no forward"
         rows.append(("SGLang copies", f"pools of {', '.join(others)} itself; {waiting} would wait for that"))
-    if memory := words.memory_sentence(decision):
+    if memory := sentences.memory_sentence(decision, backends):
         rows.append(("GPU memory", memory))
     options = {route.backend: route.options for route in decision.routes if route.options}
     rows += [("Options", f"{backend}: {_options(each)}") for backend, each in options.items()]

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .fields import Step
-from .reach import Reach, shadows
+from ..backend_spec import Backends
+from .reachability import Reach, shadows
 from .schema import Default, PolicyFile, Rule
+from .validators import Step
 
 #: Where a rule, or a whole decision, comes from. Each layer comes before the ones above it here.
 SHIPPED, MACHINE, USER, OPTION = LAYERS = ("shipped default", "machine file", "policy file", "option")
@@ -36,13 +37,14 @@ class Origin:
 class Policy:
     """A policy that passed every check. ``source`` is the file it was read from, or "shipped default";
     ``origins`` says, by rule name and for "default", where each rule comes from; ``below`` is what would be
-    in force without this layer, None for the shipped one.
+    in force without this layer, None for the shipped one; ``backends`` are those that it was checked against.
     """
 
     rules: tuple[Rule, ...]
     default: Default
     source: str
     origins: Mapping[str, Origin]
+    backends: Backends = field(repr=False, compare=False)
     below: Policy | None = field(default=None, repr=False, compare=False)
 
     def layer(self, rule: str) -> str:
@@ -58,8 +60,10 @@ class RuleProblem(ValueError):
         self.path = path
 
 
-def combine(file: PolicyFile, source: str, origins: Mapping[str, Origin], base: Policy | None) -> Policy:
-    """The policy of `file`, over `base` if it extends one.
+def combine(
+    file: PolicyFile, source: str, origins: Mapping[str, Origin], base: Policy | None, backends: Backends
+) -> Policy:
+    """The policy of `file`, which was checked against `backends`, over `base` if it extends one.
 
     `origins` says where the rules (and the default) of `file` stand. Raises RuleProblem for a rule of `file`
     that can never match behind the rules that come before it; a rule of `base` may be covered, that is what
@@ -83,7 +87,7 @@ def combine(file: PolicyFile, source: str, origins: Mapping[str, Origin], base: 
                 raise RuleProblem(f"rule '{rule.name}' can never match: {why}", ("rules", at, "name"))
     default = file.default or (base.default if base else None)
     assert default is not None, "PolicyFile lets no file without a default through that extends nothing"
-    return Policy(rules, default, source, {**(base.origins if base else {}), **origins})
+    return Policy(rules, default, source, {**(base.origins if base else {}), **origins}, backends)
 
 
 def covered(policy: Policy) -> dict[str, str]:

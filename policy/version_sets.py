@@ -10,8 +10,8 @@ from functools import cached_property, lru_cache
 from packaging.specifiers import InvalidSpecifier, Specifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from .facts import FactValue
-from .vocabulary import NameProblem
+from .fact_spec import FactValue
+from .names import NameProblem
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,190 @@
+"""``hicache-io explain``: what would run here, and why.
+
+Exit status 0: good; 2: the input is wrong (`shared`). It never ends with 1: there is nothing to find wrong
+besides the input.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from inspect import Parameter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ...io_backends.policy_files import policy_in_force
+from ...io_backends.registry import AUTO, BACKENDS
+from ...io_backends.sglang.machine_facts import detect
+from ...policy.decide import check_backend
+from ...policy.fact_spec import FactValue
+from ...policy.fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS, check_fact
+from ...policy.names import NameProblem
+from ...policy.terminal import console
+from . import matrix as table
+from . import render
+from .explanation import Explanation
+from .shared import Json, PolicyPath, print_json, refusing
+from .what_if import changed, difference, parse_facts
+
+if TYPE_CHECKING:
+    from ...io_backends.sglang.diagnose.dry_run import Server
+
+
+def _option(*names: str, metavar: str, help: str) -> Any:
+    return typer.Option(*names, metavar=metavar, help=help, show_default=False)
+
+
+def _takes_facts(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with an option for each fact that has one; its first argument is what was typed, by fact."""
+    facts = [spec for spec in CONDITIONS.values() if spec.metavar]
+
+    def with_options(**given: Any) -> None:
+        command({spec.name: given.pop(spec.name) for spec in facts}, **given)
+
+    options = {
+        spec.name: Annotated[str | None, _option(spec.option, metavar=spec.metavar, help=spec.help)]
+        for spec in facts
+    }
+    _, *others = inspect.signature(command, eval_str=True).parameters.values()
+    signature = inspect.Signature(
+        [
+            *(
+                Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=each)
+                for name, each in options.items()
+            ),
+            *others,
+        ]
+    )
+    # All that typer reads of a function.
+    with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
+    with_options.__signature__ = signature  # type: ignore[attr-defined]
+    with_options.__annotations__ = {each.name: each.annotation for each in signature.parameters.values()}
+    return with_options
+
+
+@_takes_facts
+def explain(
+    typed: Mapping[str, str | None],
+    *,
+    fact: Annotated[
+        list[str] | None,
+        _option(
+            "--fact", metavar="NAME=VALUE", help="Any other fact, such as row_bytes=2048. May be repeated."
+        ),
+    ] = None,
+    policy: PolicyPath = None,
+    backend: Annotated[
+        str | None,
+        _option("--backend", metavar="NAME", help="What --hicache-io-backend would say; auto if not given."),
+    ] = None,
+    server_args: Annotated[
+        str | None,
+        _option(
+            "--server-args",
+            metavar="'OPTIONS'",
+            help="A whole SGLang command line: facts, backend and policy as SGLang resolves them.",
+        ),
+    ] = None,
+    what_if: Annotated[
+        str | None,
+        _option(
+            "--what-if",
+            metavar="FACT=VALUE,...",
+            help="Show the decision with these facts too, and what changes.",
+        ),
+    ] = None,
+    matrix: Annotated[
+        bool,
+        typer.Option(
+            "--matrix", help="The decision for every attention backend and architecture, as a table."
+        ),
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="With --matrix: in Markdown.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say which backend copies KV cache to the host, which forwards wait for it, and why.
+
+    What is not given is detected on this machine, and shown as detected; --matrix detects nothing, and takes
+    SGLang's defaults for what is not given.
+    """
+    with refusing(as_json):
+        given: dict[str, FactValue] = {}
+        for name, text in typed.items():
+            if text is not None:
+                with _naming(CONDITIONS[name].option):
+                    given[name] = check_fact(name, text)
+        if fact:
+            with _naming("--fact"):
+                given |= parse_facts(fact)
+        server = None
+        if server_args is not None:
+            if matrix:
+                raise NameProblem("--matrix is about every server; leave --server-args out")
+            with _naming("--server-args"):
+                server = _server(server_args, given)
+        with _naming("--backend"):
+            backend = check_backend(backend or (server.backend if server else AUTO), BACKENDS)
+        other = None
+        if what_if is not None:
+            with _naming("--what-if"):
+                other = parse_facts([what_if])
+        if markdown and not matrix:
+            raise NameProblem("--markdown belongs to --matrix")
+        if matrix and other is not None:
+            raise NameProblem("--matrix shows every attention backend and architecture; leave --what-if out")
+        of_the_table = [name for name in given if name in ("gpu_arch", *ATTENTION_FACTS, ANY_ATTENTION.name)]
+        if matrix and of_the_table:
+            raise NameProblem(
+                f"--matrix goes through every attention backend and architecture; leave {of_the_table[0]} out"
+            )
+        in_force = policy_in_force(policy or (server.policy if server else None))
+    if matrix:
+        _show_matrix(table.matrix(in_force, given, backend=backend), markdown, as_json)
+        return
+    facts = server.facts if server else detect(given)
+    explanation = Explanation.of(in_force, facts, backend=backend)
+    then = None if other is None else Explanation.of(in_force, changed(facts, other), backend=backend)
+    if as_json:
+        answer = explanation.to_dict()
+        if then is not None:
+            answer["what_if"] = {
+                "decision": then.to_dict(),
+                "changes": difference(explanation.decision, then.decision),
+            }
+        print_json(answer)
+        return
+    out = console()
+    render.show_explanation(out, explanation)
+    if then is not None and other is not None:
+        render.show_what_if(out, explanation, then, other)
+
+
+@contextmanager
+def _naming(option: str) -> Iterator[None]:
+    """Say which option a wrong name was given to."""
+    try:
+        yield
+    except NameProblem as error:
+        raise NameProblem(f"{option}: {error.message}", error.hint) from None
+
+
+def _server(command_line: str, given: Mapping[str, FactValue]) -> Server:
+    """What `command_line` resolves to. Raises NameProblem, also for a server without HiCache."""
+    # Here, because it is the one thing in this package that needs an installed SGLang.
+    from ...io_backends.sglang.diagnose.dry_run import server_facts_of
+
+    server = server_facts_of(command_line, given)
+    if not server.hicache:
+        raise NameProblem("this server runs without HiCache: add --enable-hierarchical-cache")
+    return server
+
+
+def _show_matrix(entries: list[dict[str, Any]], markdown: bool, as_json: bool) -> None:
+    if as_json:
+        print_json(entries)
+    elif markdown:
+        typer.echo(table.markdown(entries), nl=False)
+    else:
+        render.show_matrix(console(), table.rows(entries))

@@ -1,0 +1,48 @@
+"""What ``explain`` and ``policy`` have in common: options, JSON, and how wrong input ends.
+
+Exit status 2: the input is wrong (an unknown name, a policy file that cannot be used), with one line on
+standard error, or with --json an object on standard output.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from ...policy.format.errors import PolicyError
+from ...policy.names import NameProblem
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PolicyPath = Annotated[
+    str | None,
+    typer.Option(
+        "--policy",
+        metavar="FILE",
+        help="The policy file; without it SGLANG_HICACHE_IO_POLICY, else the shipped policy.",
+        show_default=False,
+    ),
+]
+
+
+@contextmanager
+def refusing(as_json: bool) -> Iterator[None]:
+    """Turn wrong input into exit status 2: one line on standard error, or with `as_json` an object on
+    standard output.
+    """
+    try:
+        yield
+    except (NameProblem, PolicyError) as error:
+        if as_json:
+            print_json({"ok": False, "errors": [error.to_dict()]})
+        else:
+            typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+
+
+def print_json(value: object) -> None:
+    """`value` on standard output."""
+    typer.echo(json.dumps(value, indent=2))

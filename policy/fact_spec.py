@@ -1,0 +1,141 @@
+"""What is said of one fact: the type of an entry of the table of facts (`fact_table`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from packaging.version import InvalidVersion, Version
+
+from .names import NameProblem, check_name, nearest
+
+FactValue = str | int | bool | None
+
+
+class Kind(Enum):
+    """What values a fact has: how they are typed, checked and compared."""
+
+    NAME = "one of some names"
+    ARCHITECTURE = "a GPU architecture, or cpu"
+    TEXT = "any text"
+    VERSION = "a version, which conditions compare by PEP 440 specifiers"
+    NUMBER = "a whole number from 1 up"
+    FLAG = "true or false"
+
+
+class FactSource(Enum):
+    """Where a fact comes from when nobody gives it."""
+
+    MACHINE = "the machine: its GPU, its driver, its installed packages"
+    SERVER = "the server's arguments and its model, as SGLang resolves them"
+    WRITE = "one write, when it happens"
+
+
+@dataclass(frozen=True)
+class FactSpec:
+    """One fact.
+
+    Attributes:
+        name: as conditions, ``--fact`` and JSON spell it.
+        kind: what its values are.
+        source: where it comes from.
+        called: what a message calls such a name; of a number or a text, what it is.
+        values: of `Kind.NAME`, the valid ones.
+        unknown: why it is unknown where nobody gives it and detection does not look for it.
+        default, default_because: SGLang's default, where it has one, and what is said of it.
+        example: a value, for messages.
+        metavar, help: of ``explain``'s option for it; without a metavar, ``--fact`` gives it.
+        follows: another fact, with which this one changes unless it is given too.
+        forwards: of an attention backend, the forwards that it runs in.
+        speculative_only: it is there with speculative decoding only.
+        compared: a scheduler compares what it runs with what was decided on.
+        phrase: of a write, how a condition is said, with ``{}`` for its values.
+        canonical: the one spelling under which a name is compared.
+        hints: what was meant by a wrong name that is near no valid one.
+    """
+
+    name: str
+    kind: Kind
+    source: FactSource = FactSource.SERVER
+    called: str = ""
+    values: tuple[str, ...] = ()
+    unknown: str = ""
+    default: FactValue = None
+    default_because: str = "SGLang's default"
+    example: str = ""
+    metavar: str = ""
+    help: str = ""
+    follows: str = ""
+    forwards: tuple[str, ...] = ()
+    speculative_only: bool = False
+    compared: bool = False
+    phrase: str = ""
+    canonical: Callable[[str], str] = field(default=str, repr=False)
+    hints: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def of_write(self) -> bool:
+        """Whether it is about one write; else it is about the server."""
+        return self.source is FactSource.WRITE
+
+    @property
+    def option(self) -> str:
+        """How ``explain`` is told it."""
+        return f"--{self.name.replace('_', '-')}" if self.metavar else f"--fact {self.name}=..."
+
+    @property
+    def python_type(self) -> type[str] | type[int] | type[bool]:
+        """Of its values."""
+        return {Kind.NUMBER: int, Kind.FLAG: bool}.get(self.kind, str)
+
+    def check_word(self, word: str) -> str:
+        """`word` if it is a name, an architecture or a text of this fact. Raises NameProblem otherwise."""
+        if self.kind is Kind.ARCHITECTURE:
+            return check_gpu_arch(word)
+        if self.kind is Kind.TEXT:
+            if not word.strip():
+                raise NameProblem(f"{self.name} is empty; leave it out, or give it a value")
+            return word
+        if word not in self.values and (meant := self.hints.get(word.lower())) is not None:
+            raise NameProblem(f"unknown {self.called} '{word}'", meant)
+        return check_name(self.called, word, self.values)
+
+    def read(self, text: str) -> str | int | bool:
+        """The value that a user typed as `text`, of `python_type`. Raises NameProblem for one that is not
+        valid.
+        """
+        match self.kind:
+            case Kind.VERSION:
+                try:
+                    Version(text)
+                except InvalidVersion:
+                    raise NameProblem(
+                        f"'{text}' is not a version of {self.name}, such as {self.example}"
+                    ) from None
+                return text
+            case Kind.NUMBER:
+                if not (text.isascii() and text.isdigit() and int(text) >= 1):
+                    raise NameProblem(f"'{text}' is not {self.called}")
+                return int(text)
+            case Kind.FLAG:
+                word = check_name(self.name, text.lower(), ("true", "false", "yes", "no", "on", "off"))
+                return word in ("true", "yes", "on")
+            case Kind.TEXT if not text.strip():
+                raise NameProblem(f"'{text}' is not {self.called}")
+            case _:
+                return self.check_word(text)
+
+
+# Any name of this form is valid, so that a new GPU needs no new release; the list is only for the hint.
+GPU_ARCH_PATTERN = r"sm[0-9]{2,3}[af]?|cpu"
+_KNOWN_GPU_ARCHS = tuple(f"sm{n}" for n in (70, 72, 75, 80, 86, 87, 89, 90, 100, 101, 103, 110, 120, 121))
+
+
+def check_gpu_arch(word: str) -> str:
+    """`word` if it is written like ``sm90``, ``sm90a`` or ``cpu``; otherwise raises NameProblem."""
+    if re.fullmatch(GPU_ARCH_PATTERN, word):
+        return word
+    hint = nearest(word, (*_KNOWN_GPU_ARCHS, "cpu"))
+    raise NameProblem(f"unknown GPU architecture '{word}': written sm90, sm100, ... or cpu", hint)

@@ -1,0 +1,254 @@
+"""The facts that a policy may ask about: one table, which everything else reads.
+
+A policy file's conditions and their JSON schema, what ``explain`` takes and prints, how values compare, and
+what detection has to find are all made from `FACTS`. A new fact is one entry here, and code that finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .fact_spec import FactSource, FactSpec, FactValue, Kind
+from .names import (
+    ATTENTION_BACKENDS,
+    DECODE,
+    DEVICES,
+    EXTEND,
+    FA3_BINARIES,
+    KV_KINDS,
+    MEM_LAYOUTS,
+    NO_SPECULATION,
+    SPECULATIVE,
+    WRITE_POLICIES,
+    NameProblem,
+    nearest,
+)
+
+
+def _architecture(value: str) -> str:
+    """``sm90a`` and ``sm100f`` name compilation targets; the device's architecture is what is compared."""
+    return value.rstrip("af") if value.startswith("sm") else value
+
+
+# One backend under two names in every supported version: "nsa" stays as typed in a running server, and the
+# report that a shipped rule cites (#38300) used it. tokenspeed_mla is not here: it was a backend of its own
+# until 0.5.22.
+_ATTENTION_ALIASES = {"nsa": "dsa", "compressed": "dsv4"}
+
+
+def _attention_name(value: str) -> str:
+    """A deprecated alias stands for its backend."""
+    return _ATTENTION_ALIASES.get(value, value)
+
+
+def _algorithm(value: str) -> str:
+    """SGLang reads an algorithm's name in any case, and NEXTN as EAGLE."""
+    if value.lower() == NO_SPECULATION:
+        return NO_SPECULATION
+    return "EAGLE" if value.upper() == "NEXTN" else value.upper()
+
+
+_CHOSEN_BY_MODEL = "not given; SGLang chooses it from the model"
+_SPECULATIVE_ONLY = "not given; runs with speculative decoding only"
+
+
+def _attention(
+    name: str,
+    *forwards: str,
+    unknown: str = _CHOSEN_BY_MODEL,
+    metavar: str = "",
+    help: str = "",
+    speculative_only: bool = False,
+) -> FactSpec:
+    return FactSpec(
+        name,
+        Kind.NAME,
+        called="attention backend",
+        values=ATTENTION_BACKENDS,
+        unknown=unknown,
+        metavar=metavar,
+        help=help,
+        forwards=forwards,
+        speculative_only=speculative_only,
+        compared=True,
+        canonical=_attention_name,
+    )
+
+
+def _version(name: str, example: str = "0.5.23", metavar: str = "", help: str = "") -> FactSpec:
+    return FactSpec(
+        name, Kind.VERSION, FactSource.MACHINE, example=example, metavar=metavar, help=help, compared=True
+    )
+
+
+def _number(
+    name: str,
+    called: str,
+    default: FactValue = None,
+    because: str = "SGLang's default",
+    unknown: str = "",
+    metavar: str = "",
+    help: str = "",
+    compared: bool = False,
+) -> FactSpec:
+    return FactSpec(
+        name,
+        Kind.NUMBER,
+        called=called,
+        unknown=unknown,
+        default=default,
+        default_because=because,
+        metavar=metavar,
+        help=help,
+        compared=compared,
+    )
+
+
+#: A condition on any attention backend that runs, and shorthand for facts: it sets prefill and decode,
+#: verification and draft where they are not set themselves, as SGLang's option of that name does.
+ANY_ATTENTION = _attention(
+    "attention_backend", metavar="NAME", help="Backend of prefill and decode.", unknown=""
+)
+
+#: Every fact, in the order in which they are shown. The forwards of an attention backend are as SGLang's
+#: schedulers launch them (0.5.18 to 0.5.23): verification is part of a decode step, and a draft follows
+#: prefill and decode alike. Defaults were read in SGLang 0.5.23 and are the same in 0.5.18; page_first holds
+#: from 0.5.14 on (#21631).
+FACTS: tuple[FactSpec, ...] = (
+    _attention("prefill_attention_backend", EXTEND, metavar="NAME", help="Backend of prefill alone."),
+    _attention("decode_attention_backend", DECODE, metavar="NAME", help="Backend of decode alone."),
+    _attention("verify_attention_backend", DECODE, unknown=_SPECULATIVE_ONLY, speculative_only=True),
+    _attention("draft_attention_backend", EXTEND, DECODE, unknown=_SPECULATIVE_ONLY, speculative_only=True),
+    FactSpec(
+        "gpu_arch",
+        Kind.ARCHITECTURE,
+        FactSource.MACHINE,
+        called="gpu_arch",
+        example="sm90",
+        metavar="ARCH",
+        help="Such as sm90, or cpu.",
+        compared=True,
+        canonical=_architecture,
+    ),
+    FactSpec(
+        "gpu_name",
+        Kind.TEXT,
+        FactSource.MACHINE,
+        called="a GPU's name: what nvidia-smi prints, such as NVIDIA H200",
+        example="NVIDIA H200",
+        follows="gpu_arch",
+        compared=True,
+    ),
+    _version("driver", example="580.159.04"),
+    _version("cuda", example="13.0"),
+    _version("sglang", metavar="VERSION", help="Version of SGLang."),
+    _version("sgl_kernel", metavar="VERSION", help="Version of sglang-kernel."),
+    _version("flashinfer"),
+    FactSpec(
+        "fa3_binary", Kind.NAME, FactSource.MACHINE, called="FA3 build", values=FA3_BINARIES, compared=True
+    ),
+    FactSpec(
+        "kv_kind",
+        Kind.NAME,
+        called="KV kind",
+        values=KV_KINDS,
+        unknown="not given; SGLang takes it from the model",
+        metavar="KIND",
+        help="mha or mla.",
+        compared=True,
+    ),
+    FactSpec(
+        "mem_layout",
+        Kind.NAME,
+        called="memory layout",
+        values=MEM_LAYOUTS,
+        default="page_first",
+        default_because="SGLang's default since 0.5.14",
+        metavar="LAYOUT",
+        help="Layout of the host pool.",
+        compared=True,
+    ),
+    _number(
+        "page_size",
+        "a page size: a whole number of tokens, 1 or more",
+        1,
+        "SGLang's default (0.5.23); some attention backends raise it",
+        metavar="TOKENS",
+        help="Tokens in a page.",
+        compared=True,
+    ),
+    # Not compared: only speed rests on it.
+    _number(
+        "row_bytes",
+        "a row's size: a whole number of bytes, 1 or more",
+        unknown="not given; follows from the model",
+    ),
+    FactSpec(
+        "write_policy", Kind.NAME, called="write policy", values=WRITE_POLICIES, default="write_through"
+    ),
+    FactSpec(
+        "overlap",
+        Kind.FLAG,
+        default=True,
+        default_because="SGLang's default; some options and models turn it off",
+        compared=True,
+    ),
+    FactSpec(
+        "speculative",
+        Kind.NAME,
+        called="speculative algorithm",
+        values=SPECULATIVE,
+        default=NO_SPECULATION,
+        compared=True,
+        canonical=_algorithm,
+    ),
+    _number("tp", "a tensor-parallel size: a whole number, 1 or more", 1),
+    _number("dp", "a data-parallel size: a whole number, 1 or more", 1),
+    _number("pp", "a pipeline-parallel size: a whole number, 1 or more", 1),
+    FactSpec(
+        "pinned_memory",
+        Kind.FLAG,
+        unknown="not given; SGLang decides it when it allocates",
+        compared=True,
+    ),
+    FactSpec("batch_copy", Kind.FLAG, FactSource.MACHINE, compared=True),
+    FactSpec(
+        "device",
+        Kind.NAME,
+        called="device",
+        values=DEVICES,
+        follows="gpu_arch",
+        compared=True,
+        # To difflib "cpu" is the nearest to "gpu", which is the opposite of what was meant.
+        hints={"gpu": "cuda", "nvidia": "cuda"},
+    ),
+    FactSpec("write_tokens", Kind.NUMBER, FactSource.WRITE, phrase="of {} tokens"),
+    FactSpec("write_entries", Kind.NUMBER, FactSource.WRITE, phrase="of {} entries"),
+    FactSpec("write_entry_bytes", Kind.NUMBER, FactSource.WRITE, phrase="with entries of {} bytes"),
+    FactSpec("write_contiguous", Kind.FLAG, FactSource.WRITE),
+)
+
+#: What ``when`` of a rule may ask, by key.
+CONDITIONS: Mapping[str, FactSpec] = {spec.name: spec for spec in (ANY_ATTENTION, *FACTS)}
+#: Facts of a server by name, in order.
+SERVER_FACTS: Mapping[str, FactSpec] = {spec.name: spec for spec in FACTS if not spec.of_write}
+FACT_NAMES: tuple[str, ...] = tuple(SERVER_FACTS)
+#: The attention backends, each with the forwards that it runs in, in this project's two names.
+FORWARDS_OF: Mapping[str, tuple[str, ...]] = {
+    spec.name: spec.forwards for spec in SERVER_FACTS.values() if spec.forwards
+}
+ATTENTION_FACTS: tuple[str, ...] = tuple(FORWARDS_OF)
+#: What is found on a machine by itself; all ranks of a server must have it in common.
+MACHINE_FACTS: tuple[str, ...] = tuple(
+    spec.name for spec in SERVER_FACTS.values() if spec.source is FactSource.MACHINE
+)
+
+
+def check_fact(name: str, text: str) -> str | int | bool:
+    """The value of a server's fact `name` (or of the shorthand ``attention_backend``) that a user typed as
+    `text`. Raises NameProblem for a name that is no such fact, and for a value that is not valid.
+    """
+    spec = CONDITIONS.get(name)
+    if spec is None or spec.of_write:
+        raise NameProblem(f"unknown fact '{name}'", nearest(name, (ANY_ATTENTION.name, *FACT_NAMES)))
+    return spec.read(text)

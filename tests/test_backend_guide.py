@@ -1,0 +1,136 @@
+"""``docs/writing-a-backend.md``: its backend and its checks, run as they stand there."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from sglang_hicache.bench.explain.explanation import Explanation
+from sglang_hicache.io_backends.policy_files import load_policy_text, policy_json_schema
+from sglang_hicache.io_backends.registry import BACKENDS, make_backend, register_backend, unregister_backend
+from sglang_hicache.policy.decide import decide
+from sglang_hicache.policy.facts import Facts
+from sglang_hicache.policy.format.errors import PolicyError
+
+GUIDE = Path(__file__).parents[1] / "docs" / "writing-a-backend.md"
+NAME = "small_batches"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def module(name: str, text: str) -> ModuleType:
+    made = ModuleType(name)
+    exec(compile(text, f"{GUIDE.name}: {name}", "exec"), made.__dict__)
+    return made
+
+
+BACKEND, CHECKS = blocks("python")
+(POLICY,) = blocks("yaml")
+
+
+@pytest.fixture
+def factory() -> Iterator[Any]:
+    made = module(NAME, BACKEND).SmallBatchesBackend
+    register_backend(NAME, made)
+    yield made
+    unregister_backend(NAME)
+
+
+@pytest.fixture(autouse=True)
+def _no_policy_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_HICACHE_IO_MACHINE_POLICY", "")
+
+
+def test_its_bytes_are_right(factory: Any) -> None:
+    checks = module("checks", CHECKS)
+    assert checks.bytes_are_right(lambda device, options: make_backend(NAME, device, options))
+
+
+def test_the_guides_check_of_bytes_can_fail(factory: Any) -> None:
+    class Mixed(factory):
+        def submit(self, transfer: Any, stream: Any) -> Any:
+            return super().submit(replace(transfer, device_slots=transfer.device_slots[::-1].copy()), stream)
+
+    assert not module("checks", CHECKS).bytes_are_right(Mixed)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_it_races_without_the_producer_fence_and_only_then(factory: Any, seed: int) -> None:
+    checks = module("checks", CHECKS)
+    assert checks.races(factory, fenced=True, seed=seed) == []
+    assert {race.kind for race in checks.races(factory, fenced=False, seed=seed)} == {"read_before_write"}
+
+
+def test_a_policy_may_choose_it_with_options_that_are_checked(factory: Any) -> None:
+    policy = load_policy_text(POLICY, "mine.yaml")
+    decision = decide(policy, Facts.given(mem_layout="page_first"))
+    assert (decision.backend, dict(decision.options)) == (NAME, {"copies_at_once": 128})
+    wrong = {
+        "copies_at_once: 128": (
+            "copies_at_once: 5000",
+            "at most 4,096, not 5,000: above it nothing is gained",
+        ),
+        "copies_at_once": (
+            "copies_at_onc",
+            r"unknown option of small_batches 'copies_at_onc' \(did you mean",
+        ),
+    }
+    for right, (instead, message) in wrong.items():
+        with pytest.raises(PolicyError, match=message):
+            load_policy_text(POLICY.replace(right, instead), "mine.yaml")
+    assert '"copies_at_once": {"type": "integer", "minimum": 1, "maximum": 4096}' in json.dumps(
+        policy_json_schema()
+    )
+
+
+def test_explain_knows_it(factory: Any) -> None:
+    policy = load_policy_text(POLICY.replace("fence_forward: []", "fence_forward: [decode]"), "mine.yaml")
+    said = Explanation.of(policy, Facts.given(mem_layout="page_first"), backend="auto").to_dict()
+    assert said["fences"].startswith("No forward waits for small_batches, which has no work on the SMs")
+    refused = Explanation.of(policy, Facts.given(mem_layout="page_head"), backend=NAME).to_dict()["refused"]
+    assert refused == (
+        "--hicache-io-backend small_batches cannot serve --hicache-mem-layout page_head "
+        "(it can: layer_first, page_first)"
+    )
+
+
+def test_its_spec_is_read_from_the_class(factory: Any) -> None:
+    assert BACKENDS[NAME] is factory.spec
+    assert NAME in BACKENDS
+
+
+@pytest.mark.sglang
+def test_the_race_command_finds_nothing_either(tmp_path: Path) -> None:
+    """Installed as the guide says, with an entry point."""
+    (tmp_path / "small_batches.py").write_text(BACKEND, encoding="utf-8")
+    (entry,) = blocks("ini")
+    section, line = entry.splitlines()
+    group = re.search(r'"(.*)"', section)
+    assert group is not None
+    info = tmp_path / "small_batches-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: small-batches\nVersion: 1\n", encoding="utf-8"
+    )
+    (info / "entry_points.txt").write_text(f"[{group[1]}]\n{line.replace(chr(34), '')}\n", encoding="utf-8")
+    (command,) = re.findall(r"`(hicache-io race [^`]*)`", GUIDE.read_text(encoding="utf-8"))
+    arguments = command.replace("--seeds 20", "--seeds 2").split()[1:]
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from sglang_hicache.bench.cli import app; app()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments, "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["races"] == []
