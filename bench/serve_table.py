@@ -1,7 +1,8 @@
-"""Markdown tables of saved runs of whole servers, for the README.
+"""Markdown tables of saved runs of whole servers, for README.md and docs/.
 
     python -m sglang_hicache.bench.serve_table bench/results/DATE-GPU-servers/first.json ...
     python -m sglang_hicache.bench.serve_table --workload prefill FILE...
+    python -m sglang_hicache.bench.serve_table --summary FILE...
     python -m sglang_hicache.bench.serve_table --verified FILE...
 
 Of several runs with a cell of the same name the last one counts. With ``--verified``, which combinations have
@@ -23,8 +24,10 @@ from .serve.account import Sum
 from .serve.arms import NONE
 from .serve.result import CellResult, Result, load
 
+DEFAULT = "kernel"
+"""SGLang's own default, which others are set against."""
 ARMS = {
-    "kernel": "SGLang `kernel` (its default)",
+    DEFAULT: "SGLang `kernel` (its default)",
     "direct": "SGLang `direct`",
     NONE: "no HiCache",
     AUTO: "`auto`",
@@ -84,6 +87,43 @@ def speed_table(found: Result, workload: str = "chat") -> str:
     ]
     lines += [markdown_row([title, *(row[place] for place in kept)]) for title, row in rows.items()]
     return "\n".join(lines) + "\n"
+
+
+def summary_table(found: Result) -> str:
+    """What it ran on, and for each page size and load requests a second, by SGLang's default, and TTFT p50 in ms.
+
+    Raises:
+        ValueError: nothing ran under one of the two loads, or SGLang's default did not.
+    """
+    machine, loads = found.environment, ("chat", "prefill")
+    cells = [cell for cell in found.cells if all(load in {s.workload for s in cell.sums()} for load in loads)]
+    if not cells:
+        raise ValueError(f"no cell has the workloads {' and '.join(loads)}")
+    first = cells[0]
+    lines = [
+        f"{machine['gpu']}, SGLang {machine['sglang']}, {machine['date'][:10]}; model "
+        f"{first.cell['model']['name']}, one GPU, `{first.cell['mem_layout']}`, "
+        f"{' '.join(first.cell['more'][:2])}. Requests a second (by SGLang's default), and TTFT p50 in ms. "
+        + " ".join(f"*{load}*: {first.workloads[load]['says']}." for load in loads),
+        "",
+        markdown_row(["write-back", *(f"page {c.cell['page_size']}: {load}" for c in cells for load in loads)]),
+        markdown_row(["---"] * (1 + len(cells) * len(loads))),
+    ]
+    for arm, title in ARMS.items():
+        lines.append(markdown_row([title, *(_summed(cell, arm, load) for cell in cells for load in loads)]))
+    return "\n".join(lines) + "\n"
+
+
+def _summed(cell: CellResult, arm: str, workload: str) -> str:
+    found = {each.arm: each for each in cell.sums() if each.workload == workload}
+    default = found[DEFAULT].requests_per_s if DEFAULT in found else None
+    if default is None:
+        raise ValueError(f"{cell.name} has no {workload} of SGLang's default")
+    each = found.get(arm)
+    if each is None or each.requests_per_s is None or each.ttft_p50_s is None:
+        return ""
+    rate = each.requests_per_s.median
+    return f"{rate:.1f} ({rate / default.median:.2f}x), {each.ttft_p50_s.median * 1e3:,.0f}"
 
 
 def _rounds(cell: CellResult, workload: str) -> str:
@@ -166,12 +206,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--verified", action="store_true", help="which combinations have served")
+    parser.add_argument("--summary", action="store_true", help="both loads in one narrow table")
     parser.add_argument("--workload", default="chat", help="whose figures (chat)")
     parser.add_argument("run", nargs="+", type=Path)
     args = parser.parse_args()
     try:
         runs = [load(path) for path in args.run]
-        print(verified_table(runs) if args.verified else speed_table(together(runs), args.workload), end="")
+        if args.verified:
+            print(verified_table(runs), end="")
+        else:
+            whole = together(runs)
+            print(summary_table(whole) if args.summary else speed_table(whole, args.workload), end="")
     except ValueError as error:
         parser.error(str(error))
 
