@@ -90,7 +90,7 @@ def speed_table(found: Result, workload: str = "chat") -> str:
 
 
 def summary_table(found: Result) -> str:
-    """What it ran on, and for each page size and load requests a second, by SGLang's default, and TTFT p50 in ms.
+    """What it ran on, and for each page size and load requests a second and TTFT p50, by SGLang's default.
 
     Raises:
         ValueError: nothing ran under one of the two loads, or SGLang's default did not.
@@ -100,14 +100,17 @@ def summary_table(found: Result) -> str:
     if not cells:
         raise ValueError(f"no cell has the workloads {' and '.join(loads)}")
     first = cells[0]
+    titles = [f"page {cell.cell['page_size']}: {load}" for cell in cells for load in loads]
     lines = [
         f"{machine['gpu']}, SGLang {machine['sglang']}, {machine['date'][:10]}; model "
         f"{first.cell['model']['name']}, one GPU, `{first.cell['mem_layout']}`, "
         f"{' '.join(first.cell['more'][:2])}. Requests a second (by SGLang's default), and TTFT p50 in ms. "
         + " ".join(f"*{load}*: {first.workloads[load]['says']}." for load in loads),
         "",
-        markdown_row(["write-back", *(f"page {c.cell['page_size']}: {load}" for c in cells for load in loads)]),
-        markdown_row(["---"] * (1 + len(cells) * len(loads))),
+        markdown_row(
+            ["write-back", *(f"page {c.cell['page_size']}: {load}" for c in cells for load in loads)]
+        ),
+        markdown_row(["---"] * (1 + len(titles))),
     ]
     for arm, title in ARMS.items():
         lines.append(markdown_row([title, *(_summed(cell, arm, load) for cell in cells for load in loads)]))
