@@ -29,7 +29,7 @@ RUN = {"", "model", "sglang", "versions"}
 """Marks of ``sh`` blocks that are run: nothing needed; a model's config.json; the installed SGLang; the
 unpacked ones of ``make versions``."""
 PARSED = {"gpu", "server", "network", "changes", "slow"}
-"""Marks of those that are not: they need a GPU, a server or a network, change the machine, or take minutes."""
+"""Marks of those that are not: they need a GPU, a server, a network, minutes, or change the machine."""
 
 
 def ids(path: Path) -> str:
