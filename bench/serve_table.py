@@ -104,7 +104,7 @@ def summary_table(found: Result) -> str:
     lines = [
         f"{machine['gpu']}, SGLang {machine['sglang']}, {machine['date'][:10]}; model "
         f"{first.cell['model']['name']}, one GPU, `{first.cell['mem_layout']}`, "
-        f"{' '.join(first.cell['more'][:2])}. Requests a second (by SGLang's default), and TTFT p50 in ms. "
+        f"{' '.join(first.cell['more'][:2])}. Requests a second (by those of SGLang's default), TTFT p50. "
         + " ".join(f"*{load}*: {first.workloads[load]['says']}." for load in loads),
         "",
         markdown_row(
@@ -126,7 +126,7 @@ def _summed(cell: CellResult, arm: str, workload: str) -> str:
     if each is None or each.requests_per_s is None or each.ttft_p50_s is None:
         return ""
     rate = each.requests_per_s.median
-    return f"{rate:.1f} ({rate / default.median:.2f}x), {each.ttft_p50_s.median * 1e3:,.0f}"
+    return f"{rate:.1f} ({rate / default.median:.2f}x), {each.ttft_p50_s.median * 1e3:,.0f} ms"
 
 
 def _rounds(cell: CellResult, workload: str) -> str:
