@@ -7,7 +7,7 @@
 # make clean       remove what was built, not .venv; make distclean: that too
 #
 # PYTHON=...  the Python to build .venv with      MODEL=...  serve this model on this machine's GPU (make demo)
-# ARGS=...    more options for hicache-io demo, or for pytest
+# ARGS=...    more options for hicache-io demo, or for pytest      WORKERS=...  tests at a time (2)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -20,6 +20,9 @@ SUPPORTED := 0.5.18 0.5.19 0.5.20 0.5.21 0.5.22 0.5.23
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& { echo "$$p"; break; }; done)
+
+# Each imports SGLang: 2 to 4 GB of memory.
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,11 +37,13 @@ SOURCES := io_backends policy bench tests
 demo: $(VENV)/.package
 	$(BIN)/hicache-io demo --cache .demo $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
+# Servers one at a time: each wants the machine. 5 is pytest's word for no test, where ARGS names some.
 test: $(VENV)/.test versions
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not server" $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m server $(ARGS) || [ $$? -eq 5 ]
 
 test-fast: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not sglang and not server and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not sglang and not server and not gpu" $(ARGS)
 
 # The folders are the package only by pyproject.toml's package-dir; mypy finds it through links.
 lint: export MYPYPATH := build/types

@@ -40,6 +40,12 @@ and 264 of them, launch included. Short gathers disturb less than narrow ones: a
 1.18, 1.10, 1.06 and 1.05 times as long beside write-back with 16, 32, 64 and 132.
 (bench/results/2026-11-25-h100/profile.json)"""
 
+FENCED_GATHER_CTAS = 192
+"""The same where forwards wait for the gather, so that no SM has anything better to do: as many as the
+largest GPU has SMs (a full GB202). For 1.2 GB a forward waits 0.94 ms with 132 blocks, 1.16 with 64, on an
+H100 whose memory would take 0.82 to read and write that (bench/results/2026-11-26-h100-sustained-ctas132 and
+2026-11-26-h100-sustained)."""
+
 
 AUTO = "auto"
 """Of ``staging_mb``, and what it is without it: :func:`~.staging_size.staging_size` where forwards wait,
@@ -120,7 +126,11 @@ class HybridBackend:
         self._gap = 0
         """Counts forwards that were launched."""
         self._limit: int | None = options.get("max_copies_per_batch")
-        self._ctas = int(options.get("gather_ctas", DEFAULT_GATHER_CTAS))
+        asked_ctas = options.get("gather_ctas")
+        self._ctas = {
+            forwards_wait: int(asked_ctas or (FENCED_GATHER_CTAS if forwards_wait else DEFAULT_GATHER_CTAS))
+            for forwards_wait in (False, True)
+        }
         self._staging: Staging | None = None
         self._started = False
         self._gather_stream: Stream = None
@@ -307,7 +317,12 @@ class HybridBackend:
             for event in drained:
                 device.wait(self._gather_stream, event)
             device.gather(
-                planned.staged, base, transfer.device_slots, planned.chunk, self._gather_stream, self._ctas
+                planned.staged,
+                base,
+                transfer.device_slots,
+                planned.chunk,
+                self._gather_stream,
+                self._ctas[transfer.forwards_wait],
             )
             gathered = device.record(self._gather_stream)
             device.wait(self._drain_stream, gathered)

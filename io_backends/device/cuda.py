@@ -92,6 +92,7 @@ class CudaDevice:
     Args:
         max_batch_entries: entries in one driver call at most.
         turn_bytes: copied before others get the copy engine, see :mod:`~.turns`.
+        prefer_overlap: of copies with forwards, see :class:`~.driver.Driver`; for measurements.
         gather_warps, gather_units_per_thread: shape of the gather's thread blocks, for measurements.
 
     Raises:
@@ -105,6 +106,7 @@ class CudaDevice:
         *,
         max_batch_entries: int = MAX_ENTRIES,
         turn_bytes: int = TURN_BYTES,
+        prefer_overlap: bool = True,
         gather_warps: int = WARPS,
         gather_units_per_thread: int = UNITS_PER_THREAD,
     ) -> None:
@@ -118,7 +120,7 @@ class CudaDevice:
             raise DeviceUnavailableError(
                 "PyTorch finds no CUDA device: check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES"
             )
-        self._driver = Driver(max_batch_entries)
+        self._driver = Driver(max_batch_entries, prefer_overlap=prefer_overlap)
         self._turns = Turns(self._torch.cuda.Event, self._driver, self.new_stream, turn_bytes)
         self._host = HostRanges()
         self._gather = Gather(warps=gather_warps, units_per_thread=gather_units_per_thread)

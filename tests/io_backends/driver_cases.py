@@ -31,6 +31,7 @@ from sglang_hicache.io_backends.device.turns import Turns
 STREAM = 0x5EED
 BATCH, SINGLE = 1, 2
 STREAM_ORDER = 1
+PREFER_OVERLAP = 1
 
 
 class Call(ctypes.Structure):
@@ -111,7 +112,10 @@ class TestBatch:
         (call,) = fake.calls
         assert (call.kind, call.stream, call.count) == (BATCH, STREAM, 32)
         assert (call.order, call.attribute_count, call.attribute_index) == (STREAM_ORDER, 1, 0)
-        assert call.flags == 0
+        assert call.flags == PREFER_OVERLAP
+        fake.reset()
+        Driver(prefer_overlap=False).copy(batch, STREAM)
+        assert fake.calls[0].flags == 0
 
     @pytest.mark.parametrize("version", [12_080, 12_090, 13_000, 13_010])
     def test_the_same_form_of_the_call_on_cuda_12_and_13(self, fake: Fake, version: int) -> None:

@@ -41,6 +41,7 @@ class RecordingDevice(CpuDevice):
         super().__init__()
         self.streams = 0
         self.filled: list[tuple[int, int]] = []
+        self.ctas: list[int] = []
 
     def new_stream(self) -> str:  # type: ignore[override]
         self.streams += 1
@@ -60,6 +61,7 @@ class RecordingDevice(CpuDevice):
     def gather(self, staged: Any, base: int, slots: Any, chunk: Any, stream: Any, ctas: int) -> None:
         self.log.append(("gather", stream, chunk.tokens))
         self.filled.append((base, base + staged.nbytes))
+        self.ctas.append(ctas)
         super().gather(staged, base, slots, chunk, stream, ctas)
 
     def copy(self, batch: Any, stream: Any) -> None:
@@ -104,6 +106,19 @@ def test_moves_exactly_these_rows(name: str, data: st.DataObject) -> None:
     assert done.nbytes == len(host) * pool.geometry.bytes_per_token
     for got, want in zip(pool.host, expected, strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("options", "wait", "ctas"), [({}, False, 64), ({}, True, 192), ({"gather_ctas": 8}, True, 8)]
+)
+def test_a_gather_that_forwards_wait_for_has_all_sms(options: dict[str, int], wait: bool, ctas: int) -> None:
+    pool = make_pool("page_first", layers=2, page_size=4, row_bytes=(16, 16))
+    device = RecordingDevice()
+    backend = make("hybrid", device, staging_mb=1, **options)
+    backend.prepare(pool.geometry)
+    rows = np.arange(4)
+    backend.submit(transfer_of(pool, rows, rows, (), wait=wait), "d2h")
+    assert set(device.ctas) == {ctas}
 
 
 @pytest.mark.parametrize("name", OWN_NAMES)
