@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ from .serve.account import Sum
 from .serve.arms import NONE
 from .serve.result import CellResult, Result, load
 
-DEFAULT = "kernel"
-"""SGLang's own default, which others are set against."""
+OWN = ("kernel", "direct")
+"""SGLang's own ways, the one that `auto` is set against first: its default, and what it runs instead in
+page_first_direct."""
 ARMS = {
-    DEFAULT: "SGLang `kernel` (its default)",
+    "kernel": "SGLang `kernel` (its default)",
     "direct": "SGLang `direct`",
     NONE: "no HiCache",
     AUTO: "`auto`",
@@ -90,43 +91,61 @@ def speed_table(found: Result, workload: str = "chat") -> str:
 
 
 def summary_table(found: Result) -> str:
-    """What it ran on, and for each page size and load requests a second and TTFT p50, by SGLang's default.
+    """What it ran on, and a row for each setup and load: requests a second and TTFT p50, by those of SGLang.
 
     Raises:
-        ValueError: nothing ran under one of the two loads, or SGLang's default did not.
+        ValueError: a cell has no figure of SGLang's own write-back under a load.
     """
-    machine, loads = found.environment, ("chat", "prefill")
-    cells = [cell for cell in found.cells if all(load in {s.workload for s in cell.sums()} for load in loads)]
-    if not cells:
-        raise ValueError(f"no cell has the workloads {' and '.join(loads)}")
-    first = cells[0]
-    titles = [f"page {cell.cell['page_size']}: {load}" for cell in cells for load in loads]
+    machine = found.environment
+    loads = {name: shape["says"] for cell in found.cells for name, shape in cell.workloads.items()}
+    columns = ("SGLang's own", "`auto`", "`auto` by SGLang's", "writes nothing", "no HiCache")
     lines = [
         f"{machine['gpu']}, SGLang {machine['sglang']}, {machine['date'][:10]}; model "
-        f"{first.cell['model']['name']}, one GPU, `{first.cell['mem_layout']}`, "
-        f"{' '.join(first.cell['more'][:2])}. Requests a second (by those of SGLang's default), TTFT p50. "
-        + " ".join(f"*{load}*: {first.workloads[load]['says']}." for load in loads),
+        f"{', '.join(dict.fromkeys(str(cell.cell['model']['name']) for cell in found.cells))}, one GPU. "
+        + "Requests a second, TTFT p50. "
+        + " ".join(f"*{name}*: {says}." for name, says in loads.items()),
         "",
-        markdown_row(
-            ["write-back", *(f"page {c.cell['page_size']}: {load}" for c in cells for load in loads)]
-        ),
-        markdown_row(["---"] * (1 + len(titles))),
+        markdown_row(["attention", "layout", "page", "load", *columns]),
+        markdown_row(["---"] * (4 + len(columns))),
     ]
-    for arm, title in ARMS.items():
-        lines.append(markdown_row([title, *(_summed(cell, arm, load) for cell in cells for load in loads)]))
+    for cell in found.cells:
+        for workload in cell.workloads:
+            sums = {each.arm: each for each in cell.sums() if each.workload == workload}
+            own = next((sums[arm] for arm in OWN if arm in sums), None)
+            if own is None or own.requests_per_s is None:
+                raise ValueError(f"{cell.name} has no {workload} of SGLang's own write-back")
+            ours = sums[AUTO].requests_per_s if AUTO in sums else None
+            lines.append(
+                markdown_row(
+                    [
+                        _attention(cell.arms[AUTO].server or {}),
+                        f"`{cell.cell['mem_layout']}`",
+                        str(cell.cell["page_size"]),
+                        workload,
+                        f"`{own.arm}`: {_short(own)}",
+                        _short(sums.get(AUTO)),
+                        "" if ours is None else f"{ours.median / own.requests_per_s.median:.2f}x",
+                        _short(sums.get(NULL)),
+                        _short(sums.get(NONE)),
+                    ]
+                )
+            )
     return "\n".join(lines) + "\n"
 
 
-def _summed(cell: CellResult, arm: str, workload: str) -> str:
-    found = {each.arm: each for each in cell.sums() if each.workload == workload}
-    default = found[DEFAULT].requests_per_s if DEFAULT in found else None
-    if default is None:
-        raise ValueError(f"{cell.name} has no {workload} of SGLang's default")
-    each = found.get(arm)
+def _attention(server: Mapping[str, Any]) -> str:
+    """The attention backend, or those of prefill and decode where they are not one."""
+    both = [
+        server.get(f"{forward}_attention_backend") or server.get("attention_backend")
+        for forward in ("prefill", "decode")
+    ]
+    return ", ".join(dict.fromkeys(map(str, both)))
+
+
+def _short(each: Sum | None) -> str:
     if each is None or each.requests_per_s is None or each.ttft_p50_s is None:
         return ""
-    rate = each.requests_per_s.median
-    return f"{rate:.1f} ({rate / default.median:.2f}x), {each.ttft_p50_s.median * 1e3:,.0f} ms"
+    return f"{each.requests_per_s.median:.1f}, {each.ttft_p50_s.median * 1e3:,.0f} ms"
 
 
 def _rounds(cell: CellResult, workload: str) -> str:
@@ -186,7 +205,7 @@ def _verified(cell: CellResult) -> list[str] | None:
     compared = [each for each in sums if each.compared is not None]
     same = sum(each.same or 0 for each in compared)
     return [
-        str(server["attention_backend"]),
+        _attention(server),
         str(cell.cell["model"]["name"]),
         f"`{cell.cell['mem_layout']}`",
         str(cell.cell["page_size"]),
@@ -209,7 +228,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--verified", action="store_true", help="which combinations have served")
-    parser.add_argument("--summary", action="store_true", help="both loads in one narrow table")
+    parser.add_argument("--summary", action="store_true", help="a row for each setup and load")
     parser.add_argument("--workload", default="chat", help="whose figures (chat)")
     parser.add_argument("run", nargs="+", type=Path)
     args = parser.parse_args()
