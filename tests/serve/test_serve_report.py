@@ -22,7 +22,7 @@ from sglang_hicache.bench.serve.arms import Cell
 from sglang_hicache.bench.serve.models import Model
 from sglang_hicache.bench.serve.result import CPU_WATERMARK, ArmFacts, CellResult, Result
 from sglang_hicache.bench.serve.scrape import Written
-from sglang_hicache.bench.serve_table import speed_table, together, verified_table
+from sglang_hicache.bench.serve_table import speed_table, summary_table, together, verified_table
 from sglang_hicache.bench.serving import ServerError
 
 MODEL = Model("deepseek-v2-lite", "/somewhere/of/this/machine/deepseek-v2-lite", 512)
@@ -278,6 +278,21 @@ def test_what_no_arm_has_is_no_column() -> None:
     assert "ITL" not in header
     with pytest.raises(ValueError, match="no cell has a workload chat"):
         speed_table(found)
+
+
+@pytest.mark.parametrize("own", ["kernel", "direct"])
+def test_the_summary_sets_auto_against_sglangs_own(own: str) -> None:
+    found = a_page(64, 15.0)
+    (cell,) = found.cells
+    server = {"attention_backend": "fa3", "decode_attention_backend": "flashinfer"}
+    cell.arms["auto"] = ArmFacts(server=server)
+    with pytest.raises(ValueError, match="page64 has no chat of SGLang's own write-back"):
+        summary_table(found)
+    cell.turns.append(turn(own, requests=7, seconds=0.7))
+    row = summary_table(found).splitlines()[4]
+    assert row.startswith(f"| fa3, flashinfer | `page_first_direct` | 64 | chat | `{own}`: 10.0, ")
+    assert "| 15.0, " in row
+    assert row.endswith(" | 1.50x |  |  |")
 
 
 def test_runs_on_different_machines_or_versions_have_no_common_table() -> None:
