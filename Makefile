@@ -2,6 +2,7 @@
 # make test        all tests; make test-fast: those that need neither SGLang nor a GPU, in seconds
 # make lint        ruff and mypy
 # make stress      five minutes of load on each backend, with real servers (no GPU needed; not part of make test)
+# make tables      the tables of README.md and docs/ again from the saved runs that they name
 # make versions    the SGLang releases this project supports, unpacked for the tests
 # make clean       remove what was built, not .venv; make distclean: that too
 #
@@ -31,7 +32,7 @@ PINNED := $(PIP) install -c constraints.txt
 STEP := .ci/step
 SOURCES := io_backends policy bench tests
 
-.PHONY: demo test test-fast lint stress versions clean distclean
+.PHONY: demo test test-fast lint stress tables versions clean distclean
 
 demo: $(VENV)/.package
 	$(BIN)/hicache-io demo --cache .demo $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -59,6 +60,9 @@ lint: $(VENV)/.test
 
 stress: $(VENV)/.test
 	$(BIN)/python -m sglang_hicache.bench.stress.on_cpu_engine --out .stress $(ARGS)
+
+tables: $(VENV)/.package
+	$(BIN)/python -m sglang_hicache.bench.lab.documents
 
 versions: $(SUPPORTED:%=.sglang-versions/%/.complete)
 

@@ -1,47 +1,65 @@
-"""What the README shows is what the commands print."""
+"""The tables in README.md and docs/ are what the commands print, of saved runs that are what they say."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from sglang_hicache.bench.lab import targets
-from sglang_hicache.bench.lab.gpu_table import fence_table, of_file
-from sglang_hicache.bench.lab.serve_table import speed_table, together, verified_table
+import pytest
+
+from sglang_hicache.bench.lab import documents
 from sglang_hicache.bench.measure import results
 from sglang_hicache.bench.serve import result
+from sglang_hicache.io_backends.registry import OWN_NAMES
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_gpu_tables_are_made_from_the_saved_run() -> None:
-    shown = re.findall(r"<!-- gpu_table (\S+)( fence)? -->\n(.*?)<!-- end -->", README, re.DOTALL)
-    assert [(Path(path).name, fence) for path, fence, _ in shown] == [
-        ("bench.json", ""),
-        ("profile.json", ""),
-        ("bench.json", " fence"),
-        ("bench.json", ""),
-    ]
-    for path, fence, text in shown:
-        assert text == (fence_table(results.load(ROOT / path)) if fence else of_file(ROOT / path))
+TABLES = {
+    "README.md": ["serve_summary"],
+    "docs/benchmarks.md": [
+        "serve_verified",
+        "serve_chat",
+        "serve_prefill",
+        "gpu_table",
+        "gpu_table",
+        "gpu_fence",
+        "gpu_table",
+        "gpu_targets",
+        "gpu_targets",
+    ],
+    "docs/policy.md": ["policy_matrix"],
+}
 
 
-def test_the_targets_are_held_against_the_saved_run() -> None:
-    shown = re.findall(r"<!-- gpu_targets (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
-    assert len(shown) == 2
-    for path, text in shown:
-        assert text == targets.table(results.load(ROOT / path))
+def test_the_tables_are_made_from_the_saved_runs() -> None:
+    shown = {}
+    for path in documents.documents(ROOT):
+        text = path.read_text(encoding="utf-8")
+        assert documents.rewritten(text, ROOT) == text, f"{path.name}: run `make tables`"
+        if found := documents.names(text):
+            shown[str(path.relative_to(ROOT))] = found
+    assert shown == TABLES
 
 
-def test_the_tables_of_servers_are_made_from_the_saved_runs() -> None:
-    shown = re.findall(r"<!-- serve_table (.+?)( prefill)? -->\n(.*?)<!-- end -->", README, re.DOTALL)
-    assert [workload for _, workload, _ in shown] == ["", " prefill"]
-    for paths, workload, text in shown:
-        runs = together(result.load(ROOT / path) for path in paths.split())
-        assert text == speed_table(runs, workload.strip() or "chat")
-    ((paths, text),) = re.findall(r"<!-- serve_verified (.+?) -->\n(.*?)<!-- end -->", README, re.DOTALL)
-    assert text == verified_table([result.load(ROOT / path) for path in paths.split()])
+def test_an_edited_figure_is_written_again() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    edited = text.replace("| 1.21x |", "| 1.31x |")
+    assert edited != text == documents.rewritten(edited, ROOT)
+    with pytest.raises(ValueError, match="no table is called speed"):
+        documents.rewritten("<!-- speed x.json -->\n<!-- end -->", ROOT)
+
+
+def test_what_the_words_around_the_tables_say_of_answers() -> None:
+    same: dict[str, set[tuple[int | None, int]]] = {}
+    for name in ("bytes", "bytes-mla"):
+        saved = result.load(ROOT / f"bench/results/2026-11-26-h100-servers/{name}.json")
+        for cell in saved.cells:
+            for each in cell.sums():
+                if each.compared:
+                    same.setdefault(each.arm, set()).add((each.same, each.compared))
+    for arm in ("auto", *OWN_NAMES):
+        assert same[arm] == {(48, 48)}, arm
+    assert same["damaged"] == {(16, 48), (18, 48)}
 
 
 def test_saved_server_figures_are_from_a_gpu() -> None:

@@ -1,4 +1,4 @@
-"""Markdown tables of a saved GPU run, for the README.
+"""Markdown tables of a saved GPU run, for docs/.
 
     python -m sglang_hicache.bench.lab.gpu_table bench/results/DATE-GPU/bench.json
     python -m sglang_hicache.bench.lab.gpu_table bench/results/DATE-GPU/profile.json

@@ -1,7 +1,8 @@
-"""Markdown tables of saved runs of whole servers, for the README.
+"""Markdown tables of saved runs of whole servers, for README.md and docs/.
 
     python -m sglang_hicache.bench.lab.serve_table bench/results/DATE-GPU-servers/first.json ...
     python -m sglang_hicache.bench.lab.serve_table --workload prefill FILE...
+    python -m sglang_hicache.bench.lab.serve_table --summary FILE...
     python -m sglang_hicache.bench.lab.serve_table --verified FILE...
 
 Of several runs with a cell of the same name the last one counts. With ``--verified``, which combinations have
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from ..serve.account import Sum
 from ..serve.arms import NONE
 from ..serve.result import CellResult, Result, load
 
+OWN = ("kernel", "direct")
+"""SGLang's own ways, the one that `auto` is set against first: its default, and what it runs instead in
+page_first_direct."""
 ARMS = {
     "kernel": "SGLang `kernel` (its default)",
     "direct": "SGLang `direct`",
@@ -86,6 +90,64 @@ def speed_table(found: Result, workload: str = "chat") -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary_table(found: Result) -> str:
+    """What it ran on, and a row for each setup and load: requests a second and TTFT p50, by those of SGLang.
+
+    Raises:
+        ValueError: a cell has no figure of SGLang's own write-back under a load.
+    """
+    machine = found.environment
+    loads = {name: shape["says"] for cell in found.cells for name, shape in cell.workloads.items()}
+    columns = ("SGLang's own", "`auto`", "`auto` by SGLang's", "writes nothing", "no HiCache")
+    lines = [
+        f"{machine['gpu']}, SGLang {machine['sglang']}, {machine['date'][:10]}; model "
+        f"{', '.join(dict.fromkeys(str(cell.cell['model']['name']) for cell in found.cells))}, one GPU. "
+        + "Requests a second, TTFT p50. "
+        + " ".join(f"*{name}*: {says}." for name, says in loads.items()),
+        "",
+        markdown_row(["attention", "layout", "page", "load", *columns]),
+        markdown_row(["---"] * (4 + len(columns))),
+    ]
+    for cell in found.cells:
+        for workload in cell.workloads:
+            sums = {each.arm: each for each in cell.sums() if each.workload == workload}
+            own = next((sums[arm] for arm in OWN if arm in sums), None)
+            if own is None or own.requests_per_s is None:
+                raise ValueError(f"{cell.name} has no {workload} of SGLang's own write-back")
+            ours = sums[AUTO].requests_per_s if AUTO in sums else None
+            lines.append(
+                markdown_row(
+                    [
+                        _attention(cell.arms[AUTO].server or {}),
+                        f"`{cell.cell['mem_layout']}`",
+                        str(cell.cell["page_size"]),
+                        workload,
+                        f"`{own.arm}`: {_short(own)}",
+                        _short(sums.get(AUTO)),
+                        "" if ours is None else f"{ours.median / own.requests_per_s.median:.2f}x",
+                        _short(sums.get(NULL)),
+                        _short(sums.get(NONE)),
+                    ]
+                )
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _attention(server: Mapping[str, Any]) -> str:
+    """The attention backend, or those of prefill and decode where they are not one."""
+    both = [
+        server.get(f"{forward}_attention_backend") or server.get("attention_backend")
+        for forward in ("prefill", "decode")
+    ]
+    return ", ".join(dict.fromkeys(map(str, both)))
+
+
+def _short(each: Sum | None) -> str:
+    if each is None or each.requests_per_s is None or each.ttft_p50_s is None:
+        return ""
+    return f"{each.requests_per_s.median:.1f}, {each.ttft_p50_s.median * 1e3:,.0f} ms"
+
+
 def _rounds(cell: CellResult, workload: str) -> str:
     rounds = sorted({each.rounds for each in cell.sums() if each.workload == workload})
     asked = cell.workloads[workload]["requests"]
@@ -143,7 +205,7 @@ def _verified(cell: CellResult) -> list[str] | None:
     compared = [each for each in sums if each.compared is not None]
     same = sum(each.same or 0 for each in compared)
     return [
-        str(server["attention_backend"]),
+        _attention(server),
         str(cell.cell["model"]["name"]),
         f"`{cell.cell['mem_layout']}`",
         str(cell.cell["page_size"]),
@@ -169,12 +231,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--verified", action="store_true", help="which combinations have served")
+    parser.add_argument("--summary", action="store_true", help="a row for each setup and load")
     parser.add_argument("--workload", default="chat", help="whose figures (chat)")
     parser.add_argument("run", nargs="+", type=Path)
     args = parser.parse_args()
     try:
         runs = [load(path) for path in args.run]
-        print(verified_table(runs) if args.verified else speed_table(together(runs), args.workload), end="")
+        if args.verified:
+            print(verified_table(runs), end="")
+        else:
+            whole = together(runs)
+            print(summary_table(whole) if args.summary else speed_table(whole, args.workload), end="")
     except ValueError as error:
         parser.error(str(error))
 

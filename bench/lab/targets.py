@@ -1,4 +1,4 @@
-"""How a saved GPU run stands against this project's targets, as a Markdown table for the README.
+"""How a saved GPU run stands against this project's targets, as a Markdown table for docs/.
 
     python -m sglang_hicache.bench.lab.targets bench/results/DATE-GPU/bench.json
 

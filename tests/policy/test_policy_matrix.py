@@ -1,4 +1,4 @@
-"""The table of decisions by attention backend and architecture, and the copy of it in the README."""
+"""The table of decisions by attention backend and architecture, and the copy of it in docs/policy.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.names import ATTENTION_BACKENDS
 
-README = Path(__file__).parents[2] / "README.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "policy.md"
 SHIPPED = default_policy()
 TABLE = matrix(SHIPPED, {})
 
@@ -69,14 +69,14 @@ def test_the_command_prints_it():
     )
 
 
-def test_the_readmes_example_of_a_policy_loads():
-    (example,) = re.findall(r"```yaml\n(version: 1\n.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    load_policy_text(example, "README.md")
+def test_the_documents_example_of_a_policy_loads():
+    (example,) = re.findall(r"```yaml\n(version: 1\n.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    load_policy_text(example, "policy.md")
 
 
-def test_the_readme_shows_it():
+def test_the_document_shows_it():
     shown = re.findall(
-        r"<!-- policy_matrix -->\n(.*?)<!-- end -->", README.read_text(encoding="utf-8"), re.DOTALL
+        r"<!-- policy_matrix -->\n(.*?)<!-- end -->", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL
     )
     assert shown == [markdown(TABLE)]
 

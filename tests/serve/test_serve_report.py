@@ -15,7 +15,7 @@ from test_serve_account import turn
 from typer.testing import CliRunner
 
 from sglang_hicache.bench.cli import app
-from sglang_hicache.bench.lab.serve_table import speed_table, together, verified_table
+from sglang_hicache.bench.lab.serve_table import speed_table, summary_table, together, verified_table
 from sglang_hicache.bench.measure.plots import why_not
 from sglang_hicache.bench.serve import arms, plots, report, result, tables
 from sglang_hicache.bench.serve.account import Distribution
@@ -278,6 +278,21 @@ def test_what_no_arm_has_is_no_column() -> None:
     assert "ITL" not in header
     with pytest.raises(ValueError, match="no cell has a workload chat"):
         speed_table(found)
+
+
+@pytest.mark.parametrize("own", ["kernel", "direct"])
+def test_the_summary_sets_auto_against_sglangs_own(own: str) -> None:
+    found = a_page(64, 15.0)
+    (cell,) = found.cells
+    server = {"attention_backend": "fa3", "decode_attention_backend": "flashinfer"}
+    cell.arms["auto"] = ArmFacts(server=server)
+    with pytest.raises(ValueError, match="page64 has no chat of SGLang's own write-back"):
+        summary_table(found)
+    cell.turns.append(turn(own, requests=7, seconds=0.7))
+    row = summary_table(found).splitlines()[4]
+    assert row.startswith(f"| fa3, flashinfer | `page_first_direct` | 64 | chat | `{own}`: 10.0, ")
+    assert "| 15.0, " in row
+    assert row.endswith(" | 1.50x |  |  |")
 
 
 def test_runs_on_different_machines_or_versions_have_no_common_table() -> None:

@@ -10,7 +10,7 @@ from launching import CHILDREN, Machine, inject
 from own_process import fake_driver, run_cases
 
 from sglang_hicache.bench import tiny_model
-from sglang_hicache.bench.demo import identity
+from sglang_hicache.bench.demo.command import identity
 from sglang_hicache.bench.demo.identity import DemoRun, DemoSetup
 from sglang_hicache.bench.workload import Workload
 

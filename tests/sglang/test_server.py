@@ -9,7 +9,7 @@ import pytest
 from launching import Machine
 
 from sglang_hicache.bench import damaged, tiny_model
-from sglang_hicache.bench.demo import identity
+from sglang_hicache.bench.demo.command import identity
 from sglang_hicache.bench.demo.identity import DemoRun, DemoSetup
 from sglang_hicache.bench.workload import Workload
 
