@@ -46,7 +46,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "handover": frozenset({"scheduler.pool_geometry"}),
     "scheduler": frozenset({"handover", "no_gpu"}),
     "no_gpu": frozenset({"scheduler.pool_geometry"}),
-    "diagnose": frozenset({"handover", "launcher", "no_gpu"}),
+    "diagnose": frozenset({"handover", "launcher", "no_gpu", "scheduler.pool_geometry"}),
     **dict.fromkeys(ABOVE, frozenset[str]()),
 }
 """By part: other parts that it may import, or single modules of one. What the parts' first lines say."""

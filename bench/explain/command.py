@@ -16,7 +16,7 @@ import typer
 
 from ...io_backends.policy_files import policy_in_force
 from ...io_backends.registry import AUTO, BACKENDS
-from ...io_backends.sglang.machine_facts import detect
+from ...io_backends.sglang.handover.machine_facts import detect
 from ...policy.decide import check_backend
 from ...policy.fact_spec import FactValue
 from ...policy.fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS, check_fact

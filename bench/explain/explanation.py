@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-from ...io_backends.sglang import serving
+from ...io_backends.sglang.diagnose import serving
 from ...policy import sentences
 from ...policy.cost import cost
 from ...policy.decide import Decision, decide

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ...io_backends.sglang import serving
+from ...io_backends.sglang.diagnose import serving
 from ...policy import sentences
 from ...policy.cost import cost
 from ...policy.decide import Considered

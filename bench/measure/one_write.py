@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...io_backends.sglang.machine_facts import detect
+from ...io_backends.sglang.handover.machine_facts import detect
 from ...policy.decide import Decision, decide
 from ...policy.format.layers import Policy
 from . import sglang_pools

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...io_backends.policy_files import policy_in_force
-from ...io_backends.sglang.machine_facts import detect
+from ...io_backends.sglang.handover.machine_facts import detect
 from ...io_backends.virtual.model import CostModel
 from ...policy.decide import decide
 from .cases import MODELS, Case, pool_of, slots_of

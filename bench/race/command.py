@@ -23,9 +23,9 @@ from rich.progress import track
 
 from ...io_backends.policy_files import policy_in_force
 from ...io_backends.registry import AUTO, BACKENDS, UPSTREAM_NAMES
-from ...io_backends.sglang.machine_facts import detect
+from ...io_backends.sglang.diagnose.serving import refusal
+from ...io_backends.sglang.handover.machine_facts import detect
 from ...io_backends.sglang.no_gpu import fake_libcuda
-from ...io_backends.sglang.serving import refusal
 from ...policy.decide import Decision, check_backend, decide
 from ...policy.fact_table import check_fact
 from ...policy.facts import Facts

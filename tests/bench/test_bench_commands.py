@@ -325,7 +325,7 @@ def test_what_a_gpu_machine_runs_needs_neither_typer_nor_rich_nor_matplotlib() -
     code = (
         "import sys\n"
         "for name in ('typer', 'rich', 'matplotlib'): sys.modules[name] = None\n"
-        "from sglang_hicache.bench import gpu_suite\n"
+        "from sglang_hicache.bench.lab import gpu_suite\n"
         "from sglang_hicache.bench.measure import report, results\n"
         "print(report.as_html(results.Results({'ran_on': 'GPU'})).count('No pictures'))\n"
     )

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from sglang_hicache.io_backends.device import gpu_facts
-from sglang_hicache.io_backends.sglang import machine_facts
-from sglang_hicache.io_backends.sglang.machine_facts import detect
+from sglang_hicache.io_backends.sglang.handover import machine_facts
+from sglang_hicache.io_backends.sglang.handover.machine_facts import detect
 from sglang_hicache.policy.fact_table import FACT_NAMES
 from sglang_hicache.policy.facts import NOT_GIVEN, Fact, Facts
 from sglang_hicache.policy.names import NameProblem

@@ -26,7 +26,7 @@ from sglang_hicache.bench.race.simulation.modes import MODES
 from sglang_hicache.bench.race.simulation.published import published
 from sglang_hicache.io_backends.policy_files import policy_in_force
 from sglang_hicache.io_backends.registry import AUTO
-from sglang_hicache.io_backends.sglang.machine_facts import detect
+from sglang_hicache.io_backends.sglang.handover.machine_facts import detect
 from sglang_hicache.io_backends.sglang.scheduler import kernels, scheduler_hooks, writeback
 from sglang_hicache.io_backends.virtual import gpu
 from sglang_hicache.policy.decide import decide

@@ -18,7 +18,7 @@ from rich.text import Text
 from ....policy.fact_spec import FactValue, check_gpu_arch
 from ....policy.names import NameProblem
 from ....policy.terminal import console
-from ..machine_facts import detect
+from ..handover.machine_facts import detect
 from . import checks, server_checks
 from .checks import BAD, OK, WARNING, Finding
 from .dry_run import Server, server_facts_of

@@ -27,7 +27,7 @@ from ....policy.fact_spec import FactValue
 from ....policy.facts import Fact, Facts
 from ....policy.format.load import POLICY_VARIABLE
 from ....policy.names import NameProblem
-from ..machine_facts import detect
+from ..handover.machine_facts import detect
 
 _MODULE = "sglang_hicache.io_backends.sglang.diagnose.dry_run"  # as a child it is __main__
 

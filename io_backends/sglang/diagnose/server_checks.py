@@ -27,7 +27,7 @@ from ....policy.format.layers import Policy
 from ....policy.names import FORWARDS
 from ...policy_files import default_policy
 from ...registry import BACKENDS, UPSTREAM_NAMES
-from .. import serving
+from . import serving
 from .checks import BAD, OK, WARNING, Finding
 from .dry_run import Server
 

@@ -17,8 +17,8 @@ from ....policy.fact_table import ATTENTION_FACTS, SERVER_FACTS
 from ....policy.facts import Fact, Facts
 from ....policy.names import NO_SPECULATION
 from .. import versions
-from ..machine_facts import detect
 from ..scheduler.pool_geometry import UnsupportedPoolError, describe
+from .machine_facts import detect
 
 RESOLVED = "resolved by SGLang"
 RUNNING = "as this scheduler runs"

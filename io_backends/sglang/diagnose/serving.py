@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ...policy.backend_spec import spec_of
-from ...policy.decide import Decision
-from ...policy.facts import Facts
-from ...policy.names import AUTO, UPSTREAM_NAMES
-from ..registry import BACKENDS
-from .scheduler.pool_geometry import OTHER_KINDS
-from .versions import problem_with
+from ....policy.backend_spec import spec_of
+from ....policy.decide import Decision
+from ....policy.facts import Facts
+from ....policy.names import AUTO, UPSTREAM_NAMES
+from ...registry import BACKENDS
+from ..scheduler.pool_geometry import OTHER_KINDS
+from ..versions import problem_with
 
 
 def refusal(decision: Decision, facts: Facts, *, backend: str) -> str | None:

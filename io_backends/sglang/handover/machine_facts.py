@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 
-from ...policy.fact_spec import FactValue
-from ...policy.fact_table import SERVER_FACTS
-from ...policy.facts import GIVEN, Fact, Facts, expanded
-from ..device.gpu_facts import gpu_facts
+from ....policy.fact_spec import FactValue
+from ....policy.fact_table import SERVER_FACTS
+from ....policy.facts import GIVEN, Fact, Facts, expanded
+from ...device.gpu_facts import gpu_facts
 
 
 def detect(given: Mapping[str, FactValue] | None = None) -> Facts:
