@@ -72,6 +72,8 @@ SHELL: list[tuple[str, dict[str, str], list[str]]] = [
     (f"P=/a; export {POLICY}=$P/p.yaml; {SERVE}", {POLICY: "/a/p.yaml"}, OPTIONS),
     (f"V='{POLICY}=/p'; export $V; {SERVE}", {POLICY: "/p"}, OPTIONS),
     ("C='sglang serve'; export A=1; $C /m --tp 2", {"A": "1"}, OPTIONS),
+    ("N=; $N sglang serve /m --tp 2; A=1 $N; export A", {}, OPTIONS),
+    (f"N=; A=1 $N; export A; {SERVE}", {"A": "1"}, OPTIONS),
     (f"nohup env A=1 {SERVE} > /dev/null 2>&1 &\nwait", {"A": "1"}, OPTIONS),
     (f"A=1 exec {SERVE}", {"A": "1"}, OPTIONS),
     (f"A=1; export A; exec {SERVE}", {"A": "1"}, OPTIONS),
@@ -352,6 +354,7 @@ def test_quoted_words_come_back(words: list[str]) -> None:
     ("text", "words"),
     [
         ("", "there is no command in the text"),
+        ("sglang serve \0", "a NUL character"),
         ("A=1", "there is no command in the text"),
         ("--model-path 'x", "the command line cannot be read: No closing quotation"),
         ('sglang serve "x', "No closing quotation"),
@@ -456,6 +459,29 @@ def test_what_is_refused(text: str, words: str) -> None:
         read(text)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+PIECES = [
+    *"\0\n\t '\"\\$`#&|;<>*?[]{}~!:-/=(),é", "$(", "${", "$((", "<<", "&&", "||", "2>", "A", "=1", "$A", "${A}",
+    "sglang", " serve ", "sglang serve /m", "env ", "-i ", "export ", "unset ", "set -a", "declare -x ", "sudo ",
+    "bash -c ", "docker run ", "-e ", "image ", "time ", "exec ", "cd ", "exit", "timeout 5 ", "python -m ",
+    "sglang.launch_server ", "--model-path /m", "services:\n", " a:\n", "  command: ", "  environment: ", "A: ",
+    "  args: ", "  env: ", "- ", "name: ", "valueFrom: ", "value: ", "{name: A, value: b}", "&x ", "*x", "<<: ",
+]  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None)
+@given(text=st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+def test_any_text_is_read_or_refused_in_a_sentence(text: str) -> None:
+    try:
+        found = read(text)
+    except CommandLineError as error:
+        message = str(error)
+    else:
+        assert not any("\0" in each for each in found.argv)
+        return
+    assert message
+    assert not set("\n\r\0") & set(message)
 
 
 def test_a_file_of_variables(tmp_path: Path) -> None:

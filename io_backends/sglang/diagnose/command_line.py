@@ -55,6 +55,8 @@ def read(text: str, around: Collection[str] = ()) -> CommandLine:
         CommandLineError: there is no server in it, or two, or something that could change one of its
             variables or options and is not read.
     """
+    if "\0" in text:
+        raise CommandLineError("the text holds a NUL character")
     if containers.is_yaml(text):
         return _in_containers(containers.containers(text))
     found = run_script(text, Process({}, around=frozenset(around)))
@@ -154,6 +156,8 @@ class _Shell:
                 raise CommandLineError(f"`{found[0]}=` is not read: it changes how a shell reads")
             prefix[found[0]] = value(found[1], self.values | prefix)
             words.pop(0)
+        while words and not _bare(words[0]) and not self.expanded(words[:1]):
+            words.pop(0)  # an empty variable: the next word is the command
         source = " ".join(word.source for word in words)
         if not words:
             for name, each in prefix.items():
@@ -168,7 +172,7 @@ class _Shell:
             skip = 2 if len(words) > 1 and _bare(words[1]) in ("-p", "--") else 1
             if len(words) > skip and not words[skip].source.startswith("-"):
                 return self.run_command(replace(command, words=tuple(words[skip:])), first=first)
-        name = "[" if _bare(words[0]) == "[" else (expand(words[0], self.values) or [""])[0]
+        name = "[" if _bare(words[0]) == "[" else expand(words[0], self.values)[0]
         if name in _NOT_READ.split() or (name == "printf" and "-v" in source):
             raise CommandLineError(
                 f"`{name}` is not read, because it can change the server's variables: leave it out, and "

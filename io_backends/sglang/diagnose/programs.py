@@ -251,7 +251,7 @@ def _server(argv: Sequence[str], process: Process) -> CommandLine:
 def _check_paths(argv: Sequence[str], policy: str | None, folder: str) -> None:
     """Raises CommandLineError for a file or folder that is named relative to one that is not here."""
     named = [(POLICY_VARIABLE, policy)] if policy else []
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
         option, equals, rest = word.partition("=")
         if option.startswith("--"):
             named.append((option, rest if equals else following))
