@@ -451,6 +451,7 @@ def test_quoted_words_come_back(words: list[str]) -> None:
         ("a:\n  command: sglang serve ${MODEL}", "`${MODEL}` (command) is replaced from outside"),
         (f"a:\n  command: {SERVE}\n b: [", "the text begins like YAML and is none"),
         (f"a:\n  command: {SERVE}\n  env: [{{value: x}}]", "a variable of a has no name"),
+        ("a:\n  <<: b", "`<<` takes mappings"),
         ("a:\n  args: [sglang, serve, {{ .Values.model }}]", "a template (`{{`) is not read"),
     ],
 )  # fmt: skip
@@ -462,11 +463,12 @@ def test_what_is_refused(text: str, words: str) -> None:
 
 
 PIECES = [
-    *"\0\n\t '\"\\$`#&|;<>*?[]{}~!:-/=(),é", "$(", "${", "$((", "<<", "&&", "||", "2>", "A", "=1", "$A", "${A}",
-    "sglang", " serve ", "sglang serve /m", "env ", "-i ", "export ", "unset ", "set -a", "declare -x ", "sudo ",
-    "bash -c ", "docker run ", "-e ", "image ", "time ", "exec ", "cd ", "exit", "timeout 5 ", "python -m ",
-    "sglang.launch_server ", "--model-path /m", "services:\n", " a:\n", "  command: ", "  environment: ", "A: ",
-    "  args: ", "  env: ", "- ", "name: ", "valueFrom: ", "value: ", "{name: A, value: b}", "&x ", "*x", "<<: ",
+    *"\0\n\t '\"\\$`#&|;<>*?[]{}~!:-/=(),éA", "$(", "${", "$((", "<<", "&&", "||", "2>", "=1", "$A", "${A}",
+    "sglang", " serve ", "sglang serve /m", "env ", "-i ", "export ", "unset ", "set -a", "declare -x ",
+    "sudo ", "bash -c ", "docker run ", "-e ", "image ", "time ", "exec ", "cd ", "exit", "timeout 5 ",
+    "python -m ", "sglang.launch_server ", "--model-path /m", "services:\n", " a:\n", "  command: ",
+    "  environment: ", "A: ", "  args: ", "  env: ", "- ", "name: ", "valueFrom: ", "value: ",
+    "{name: A, value: b}", "&x ", "*x", "<<: ",
 ]  # fmt: skip
 
 

@@ -148,6 +148,8 @@ def _merged(node: Any) -> Any:
     below = node.get("<<", [])
     found: dict[str, Any] = {}
     for each in reversed(below if isinstance(below, list) else [below]):
+        if not isinstance(each, dict):
+            raise CommandLineError("the text begins like YAML and is none: `<<` takes mappings")
         found.update(_merged(each))
     return found | {str(key): _merged(value) for key, value in node.items() if key != "<<"}
 
