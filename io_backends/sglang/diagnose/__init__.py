@@ -2,7 +2,7 @@
 
 ``doctor`` prints what ``checks`` find about the machine and ``server_checks`` about one server. ``dry_run``
 resolves a command line as SGLang would, in a child process; ``command_line`` reads the text that people have
-of one, with ``shell_words``, ``programs`` and ``containers`` below it, all of them without SGLang.
+of one, with ``shell_*``, ``programs`` and ``containers`` below it, all of them without SGLang.
 
 Imports ``launcher``, ``handover``, ``no_gpu`` and what is above; imported by commands only.
 """

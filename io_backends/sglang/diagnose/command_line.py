@@ -14,18 +14,8 @@ from dataclasses import replace
 from . import containers
 from .containers import options
 from .programs import ALONE, CommandLine, Process, in_container, names_a_server, runs_another, started
-from .shell_words import (
-    AndOrList,
-    Command,
-    CommandLineError,
-    Kind,
-    Value,
-    Word,
-    assignment,
-    expand,
-    parse,
-    value,
-)
+from .shell_expansion import assignment, expand, value
+from .shell_words import AndOrList, Command, CommandLineError, Kind, Value, Word, parse
 
 __all__ = ["CommandLine", "CommandLineError", "read"]
 

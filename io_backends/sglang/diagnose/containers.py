@@ -17,7 +17,8 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from .shell_words import CommandLineError, Unknown, Value, check_known
+from .shell_expansion import check_known
+from .shell_words import CommandLineError, Unknown, Value
 
 PROGRAMS = ("docker", "podman", "nerdctl", "nvidia-docker")
 

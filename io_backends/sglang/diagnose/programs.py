@@ -11,7 +11,8 @@ from typing import NamedTuple
 from ....policy.load import POLICY_VARIABLE
 from . import containers
 from .containers import Container, options
-from .shell_words import CommandLineError, Unknown, Value, check_known, unknown_in
+from .shell_expansion import check_known, unknown_in
+from .shell_words import CommandLineError, Unknown, Value
 
 VARIABLES_OF_SGLANG = ("SGLANG", "SGL_")
 """How the variables begin that SGLang and this plug-in decide by (``sglang/srt/environ.py``)."""
