@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -301,6 +302,38 @@ def test_the_command(tmp_path: Path) -> None:
     points = next(each for each in sections["SGLang and this plug-in"] if each["about"] == "hook points")
     assert points["status"] == OK
     assert "#20611" in sections["The server"][-1]["text"]
+
+
+OPEN = """\
+version: 1
+rules: []
+default: {use: {backend: fenced_kernel, fence_forward: []}, because: a test that leaves fa3 open}
+"""
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "SGLANG_HICACHE_IO_POLICY={policy} {server}",
+        "export SGLANG_HICACHE_IO_POLICY={policy} && {server}",
+        "docker run --gpus all -v ~/m:/m -e SGLANG_HICACHE_IO_POLICY={policy} lmsysorg/sglang {server}",
+    ],
+)
+def test_a_policy_that_leaves_fa3_open_is_bad_in_every_form(tmp_path: Path, form: str) -> None:
+    """Other forms are read alike (`tests/diagnose/test_command_line.py`); these take the real way."""
+    policy = tmp_path / "p q.yaml"
+    policy.write_text(OPEN)
+    model = tiny_model.write(tmp_path / "model")
+    server = (
+        f"sglang serve {model} --skip-tokenizer-init --enable-hierarchical-cache --hicache-io-backend auto"
+    )
+    line = form.format(policy=shlex.quote(str(policy)), server=server)
+    result = CliRunner().invoke(app, ["doctor", "--server-args", line, "--gpu-arch", "sm90", "--json"])
+    assert result.exit_code == 1, result.output
+    report = json.loads(result.stdout)
+    assert report["status"] == BAD
+    (bad,) = (each for each in report["sections"]["The server"] if each["status"] == BAD)
+    assert "#20611" in bad["text"]
 
 
 def test_a_command_line_that_sglang_refuses() -> None:

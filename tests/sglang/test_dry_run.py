@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from sglang_hicache.bench import tiny_model
 from sglang_hicache.bench.cli import app
-from sglang_hicache.io_backends.sglang.diagnose.dry_run import CommandLineError, server_facts_of, split
+from sglang_hicache.io_backends.sglang.diagnose import command_line, dry_run
+from sglang_hicache.io_backends.sglang.diagnose.command_line import CommandLineError
+from sglang_hicache.io_backends.sglang.diagnose.dry_run import server_facts_of
 
-
-@pytest.mark.parametrize(
-    "before",
-    ["", "sglang serve ", "python -m sglang.launch_server ", "/usr/bin/python3.11 -m sglang.launch_server "],
+# What follows `sglang serve`.
+WORDS = st.lists(
+    st.sampled_from(["/m", "--tp", "2", "--model-type", "--model-type=llm", "--model-path=/n", "llm"])
 )
-def test_only_the_options_count(before: str) -> None:
-    assert split(before + "--model-path 'a b' --tp 2") == ({}, ["--model-path", "a b", "--tp", "2"])
 
 
-def test_variables_before_the_command() -> None:
-    assert split("A=1 B='2 3' sglang serve --x C=4") == ({"A": "1", "B": "2 3"}, ["--x", "C=4"])
+@settings(deadline=None)  # the first example imports SGLang
+@given(words=WORDS)
+def test_the_options_of_sglang_serve_are_as_sglang_takes_them(libcuda: None, words: list[str]) -> None:
+    from sglang.cli import serve
 
-
-def test_open_quotes() -> None:
-    with pytest.raises(CommandLineError, match="No closing quotation"):
-        split("--model-path 'x")
+    try:
+        kind, expected = serve._extract_model_type_override(words)
+        expected, _ = serve._normalize_positional_model_path(expected)
+    except ValueError:
+        kind = ""
+    if kind in ("auto", "llm"):
+        assert command_line.read(shlex.join(["sglang", "serve", *words])).argv == expected
+    else:
+        with pytest.raises(CommandLineError, match="--model-type"):
+            command_line.read(shlex.join(["sglang", "serve", *words]))
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +109,34 @@ def test_a_machine_without_a_gpu_asks_for_the_architecture(
 
 
 def test_nothing_is_downloaded() -> None:
-    result = explain("--model-path nobody/nothing --enable-hierarchical-cache", "--gpu-arch", "sm90")
+    result = explain("sglang serve nobody/nothing --enable-hierarchical-cache", "--gpu-arch", "sm90")
     assert result.exit_code == 2
-    assert "config.json of the model nobody/nothing is not on this machine" in result.stderr
+    assert "the model nobody/nothing (--model-path) is not on this machine" in result.stderr
+
+
+def test_a_draft_is_not_downloaded_either(model: Path) -> None:
+    draft = "--speculative-algorithm EAGLE --speculative-draft-model=nobody/draft --trust-remote-code"
+    line = f"--model-path {model} --skip-tokenizer-init {draft}"
+    result = explain(line, "--gpu-arch", "sm90")
+    assert result.exit_code == 2
+    assert "the model nobody/draft (--speculative-draft-model-path) is not on this machine" in result.stderr
+
+
+def test_models_by_every_option_that_can_name_one(libcuda: None, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("model-path: a/a\n")
+    options = (
+        f"--config {config} --tokenizer-path=b/b --speculative-draft-model c/c --uno-lora-path d/d "
+        "--lora-paths e/e name=f/f"
+    )
+    assert dry_run._models(shlex.split(options)) == [
+        ("--model-path", "a/a"),
+        ("--tokenizer-path", "b/b"),
+        ("--speculative-draft-model-path", "c/c"),
+        ("--uno-lora-path", "d/d"),
+        ("--lora-paths", "e/e"),
+        ("--lora-paths", "f/f"),
+    ]
 
 
 DECODE = "--disaggregation-mode decode"

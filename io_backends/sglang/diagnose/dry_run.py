@@ -9,11 +9,8 @@ from its standard input, and writes its answer to the file that the request name
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,8 +23,9 @@ from typing import Any
 from ....policy.fact_spec import FactValue
 from ....policy.facts import Fact, Facts
 from ....policy.format.load import POLICY_VARIABLE
-from ....policy.names import NameProblem
 from ..handover.machine_facts import detect
+from .command_line import CommandLine, CommandLineError, read
+from .programs import VARIABLES_OF_SGLANG
 
 _MODULE = "sglang_hicache.io_backends.sglang.diagnose.dry_run"  # as a child it is __main__
 
@@ -37,12 +35,14 @@ TIMEOUT_S = 300
 _STAND_IN_BYTES = 80 * 2**30
 """Memory of the stand-in GPU. It sizes batches and pools, on which no fact rests."""
 
+_MODELS = ("model_path", "tokenizer_path", "speculative_draft_model_path", "uno_lora_path", "lora_paths")
+"""Arguments of SGLang that name a folder or a model of the hub (0.5.18 to 0.5.23)."""
+
+_OF_A_MACHINE = ("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHOME", "HOME")
+"""Variables by which a process finds what is installed: the server's say nothing of this machine."""
+
 _NO_GPU = "No accelerator"
 """How SGLang's ``get_device`` says that it finds no GPU (0.5.18 to 0.5.23)."""
-
-
-class CommandLineError(NameProblem):
-    """A command line that cannot be resolved here; the message says why in one line."""
 
 
 @dataclass(frozen=True)
@@ -70,52 +70,31 @@ def server_facts_of(command_line: str, given: Mapping[str, FactValue] | None = N
     """Resolve ``command_line`` as the server would.
 
     Args:
-        command_line: SGLang's options, with or without ``sglang serve`` or ``python -m sglang.launch_server``
-            and variables (``NAME=value``) before them.
+        command_line: a text that `command_line.read` understands.
         given: facts that count instead of resolved and detected ones; of ``gpu_arch`` SGLang is told.
 
     Raises:
-        CommandLineError: SGLang or this plug-in refuses it, its model's config.json is not here, or no GPU is
-            here and no architecture was given.
+        CommandLineError: the text is not read, SGLang or this plug-in refuses it, a model's config.json is
+            not here, or no GPU is here and no architecture was given.
         NameProblem: ``given`` holds a name that is no fact.
     """
     known: dict[str, Any] = {name: value for name, value in (given or {}).items() if value is not None}
-    variables, argv = split(command_line)
-    answer = _ask(argv, variables, known.get("gpu_arch"))
+    answer = _ask(read(command_line, os.environ), known.get("gpu_arch"))
     facts = {**Facts.from_dict(answer["facts"])}
     facts.update({name: fact for name, fact in Facts.given(**known).items() if fact.value is not None})
     return Server(Facts(facts), answer["backend"], answer["policy"], answer["hicache"], **answer["decode"])
 
 
-def split(command_line: str) -> tuple[dict[str, str], list[str]]:
-    """Variables before the command, and the options after it. Raises CommandLineError for open quotes."""
-    try:
-        words = shlex.split(command_line)
-    except ValueError as error:
-        raise CommandLineError(f"the command line cannot be read: {error}") from None
-    variables = {}
-    while words and (found := re.fullmatch(r"([A-Za-z_]\w*)=(.*)", words[0], re.DOTALL)):
-        variables[found[1]] = found[2]
-        words.pop(0)
-    for command in (["-m", "sglang.launch_server"], ["sglang", "serve"]):
-        for start in range(len(words) - 1):
-            if [Path(words[start]).name, words[start + 1]] == command:
-                return variables, words[start + 2 :]
-    return variables, words
-
-
-def _ask(argv: Sequence[str], variables: Mapping[str, str], gpu_arch: FactValue) -> dict[str, Any]:
+def _ask(command: CommandLine, gpu_arch: FactValue) -> dict[str, Any]:
     """The child's answer. Raises CommandLineError."""
     from ..no_gpu import fake_libcuda
 
     with tempfile.TemporaryDirectory(prefix="hicache-io-") as scratch:
         answer = Path(scratch, "answer.json")
-        request = {"argv": list(argv), "gpu_arch": gpu_arch, "answer": str(answer)}
+        request = {"argv": command.argv, "gpu_arch": gpu_arch, "answer": str(answer)}
         try:
             environment = {
-                **os.environ,
-                **fake_libcuda.environment(Path(scratch, "libcuda")),
-                **variables,
+                **_variables(command, fake_libcuda.environment(Path(scratch, "libcuda"))),
                 # The model's configuration is read where it is; nothing is fetched to answer a question.
                 **{"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
                 **({"CUDA_VISIBLE_DEVICES": ""} if gpu_arch is not None else {}),
@@ -138,6 +117,23 @@ def _ask(argv: Sequence[str], variables: Mapping[str, str], gpu_arch: FactValue)
         return found
     said = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
     raise CommandLineError(found.get("error") or said[-1])
+
+
+def _variables(command: CommandLine, of_child: Mapping[str, str]) -> dict[str, str]:
+    """The child's: this machine's, without SGLang's own where the server has only what its text says."""
+    found = {
+        name: value
+        for name, value in {**os.environ, **of_child}.items()
+        if command.inherits or not name.startswith(VARIABLES_OF_SGLANG)
+    }
+    for name, value in command.variables.items():
+        if name in _OF_A_MACHINE:
+            continue
+        if value is None:
+            found.pop(name, None)
+        else:
+            found[name] = value
+    return found
 
 
 def _child() -> None:
@@ -226,11 +222,44 @@ def _reason(argv: Sequence[str], error: Exception) -> str:
     text = (str(error).splitlines() or [""])[0] or type(error).__name__
     if _NO_GPU in text:
         return "SGLang asks the GPU while it resolves, and there is none here: add --gpu-arch, such as sm90"
-    options = (pair for pair in itertools.pairwise(argv) if pair[0] in ("--model-path", "--model"))
-    _, model = next(options, ("", ""))
-    if model and isinstance(error, OSError) and not Path(model).is_dir():
-        return f"config.json of the model {model} is not on this machine, and nothing is downloaded: {text}"
+    missing = [each for each in _models(argv) if not _is_here(each[1])]
+    named = [each for each in missing if each[1] in str(error)]
+    if missing and (named or isinstance(error, OSError)):
+        models = ", ".join(f"{model} ({option})" for option, model in named or missing)
+        return f"config.json of the model {models} is not on this machine, and nothing is downloaded: {text}"
     return f"SGLang cannot resolve this: {text}"
+
+
+def _models(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """Every model that `argv` names, with its option, by SGLang's own parser."""
+    import argparse
+
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    merged = ConfigArgumentMerger(parser).merge_config_with_args(list(argv)) if "--config" in argv else argv
+    given = vars(parser.parse_known_args(merged)[0])
+    found = []
+    for name in _MODELS:
+        values = given.get(name) or []
+        for value in [values] if isinstance(values, str) else values:
+            # --lora-paths takes PATH, NAME=PATH and JSON.
+            path = value["lora_path"] if isinstance(value, dict) else value
+            path = path.rpartition("=")[2] if name == "lora_paths" else path
+            found.append((f"--{name.replace('_', '-')}", path))
+    return found
+
+
+def _is_here(model: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(model).exists() or isinstance(try_to_load_from_cache(model, "config.json"), str)
+    except HFValidationError:  # a folder that is not here
+        return False
 
 
 def stand_in_gpu(gpu_arch: str) -> None:
