@@ -24,10 +24,12 @@ TABLES = {
         "gpu_table",
         "gpu_fence",
         "gpu_table",
+        "submission",
         "gpu_targets",
         "gpu_targets",
     ],
     "docs/policy.md": ["policy_matrix"],
+    "docs/stress-and-the-fa3-crash.md": ["experiments"],
 }
 
 

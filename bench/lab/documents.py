@@ -9,6 +9,7 @@ to what this prints, so that no figure is edited by hand.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from ...io_backends.policy_files import default_policy
 from ..explain.matrix import markdown, matrix
 from ..measure import results
 from ..serve import result
-from . import targets
+from . import experiments, submission_thread, targets
 from .gpu_table import fence_table, of_file
 from .serve_table import speed_table, summary_table, together, verified_table
 
@@ -39,6 +40,10 @@ MAKERS: dict[str, Callable[[Sequence[Path]], str]] = {
     "serve_summary": _servers(summary_table),
     "serve_chat": _servers(speed_table),
     "serve_prefill": _servers(lambda runs: speed_table(runs, "prefill")),
+    "submission": lambda paths: "\n".join(
+        submission_thread.table(json.loads(path.read_text(encoding="utf-8"))["rows"]) for path in paths
+    ),
+    "experiments": lambda paths: experiments.markdown(experiments.add_up(map(result.load, paths))) + "\n",
     "serve_verified": lambda paths: verified_table([result.load(path) for path in paths]),
 }
 """What makes the table of each name, from the paths after it."""

@@ -4,7 +4,7 @@
 
 Of the plans ``experiments`` and ``experiments-bytes`` of the GPU plans: `fenced_kernel` with none of its
 fences, with the producer's alone, and with all. One row for each GPU, SGLang kernel package, attention
-backend, page size and arm: hours of load, bytes written, requests, errors, servers that died, and answers
+backend, page size and arm: time under load, bytes written, requests, errors, servers that died, and answers
 that were not those of a server without HiCache, where that can be compared.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from ..serve import result
 from ..serve.arms import EXPERIMENTS
 
-COLUMNS = ("hours", "written", "requests", "errors", "died", "answers not as without HiCache")
+COLUMNS = ("load", "written", "requests", "errors", "died", "answers not as without HiCache")
 
 
 @dataclass
@@ -106,7 +106,7 @@ def markdown(sums: Iterable[Sum]) -> str:
         attention = f"{each.attention}, deterministic" if each.deterministic else each.attention
         lines.append(
             f"| {each.gpu}, {each.kernel} | {attention} "
-            f"| {each.layout} | {each.page_size} | {each.fences} | {each.seconds / 3600:.2f} "
+            f"| {each.layout} | {each.page_size} | {each.fences} | {each.seconds / 60:,.1f} min "
             f"| {each.written_bytes / 1e9:,.0f} GB | {each.requests:,} | {each.errors} | {each.died} "
             f"| {compared} |"
         )

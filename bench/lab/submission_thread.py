@@ -26,7 +26,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -377,6 +377,32 @@ def arms() -> Iterator[tuple[str, int, float]]:
         for entries in CALL_ENTRIES:
             yield way, entries, usual
     yield COPIES, CALL_ENTRIES[1], 0.5
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: each case's ways, of rows as they are saved."""
+    lines = [
+        "| write | Python a step | way, entries a call | thread, a write | step | 99 % | done p50 | p99 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    usual = max(row["switch_ms"] for row in found)
+    for row in found:
+        if row["switch_ms"] < usual:
+            continue
+        way = row["way"] if row["way"] == ALONE else f"{row['way']}, {row['call_entries']:,}"
+        thread, done = row["thread_ms"], row["done_ms"]
+        cells = (
+            f"{row['backend']}, {row['case'].removesuffix(' triton')}",
+            f"{row['load']['python_ms']:.0f} ms",
+            way,
+            "" if thread is None else f"{thread[0]:.2f} ms",
+            f"{row['step_mean_ms']:.2f} ms",
+            f"{row['step_ms'][1]:.1f} ms",
+            "" if done is None else f"{done[0]:.1f} ms",
+            "" if done is None else f"{done[1]:.0f} ms",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:

@@ -233,6 +233,10 @@ def _load_group(
     took: dict[tuple[str, str], float] = {}
     spent: dict[tuple[str, str], float] = {}
     for number in range(given.rounds):
+        if clock.left_s() <= 0:
+            result.skipped.append(f"all arms, from round {number} on: no time left")
+            say(f"{cell.name}: {result.skipped[-1]}")
+            break
         for name in given.workloads:
             for arm in order(list(by_arm), number, exact):
                 if spent.get((name, arm), 0.0) > given.enough_s:

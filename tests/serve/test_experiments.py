@@ -43,7 +43,7 @@ def test_runs_of_the_same_setting_are_one_row(tmp_path: Path) -> None:
         assert (each.seconds, each.written_bytes, each.requests, each.errors) == (72.0, 2e9, 20, 2)
         assert (each.died, each.compared, each.differing) == (1, 10, 2)
     assert (
-        "| H100, 0.4.10 | fa3 | layer_first | 64 | none | 0.02 | 2 GB | 20 | 2 | 1 | 2 of 10 |"
+        "| H100, 0.4.10 | fa3 | layer_first | 64 | none | 1.2 min | 2 GB | 20 | 2 | 1 | 2 of 10 |"
         in markdown(sums)
     )
 
