@@ -124,7 +124,7 @@ def test_the_race_command_finds_nothing_either(tmp_path: Path) -> None:
         "Metadata-Version: 2.1\nName: small-batches\nVersion: 1\n", encoding="utf-8"
     )
     (info / "entry_points.txt").write_text(f"[{group[1]}]\n{line.replace(chr(34), '')}\n", encoding="utf-8")
-    (command,) = re.findall(r"`(hicache-io race [^`]*)`", GUIDE.read_text(encoding="utf-8"))
+    (command,) = re.findall(r"`(hicache-io race\s[^`]*)`", GUIDE.read_text(encoding="utf-8"))
     arguments = command.replace("--seeds 20", "--seeds 2").split()[1:]
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from sglang_hicache.bench.cli import app; app()"

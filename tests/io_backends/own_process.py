@@ -16,6 +16,9 @@ import pytest
 
 HERE = Path(__file__).parent
 
+SHARD = "CASES_SHARD"
+"""Variable that leaves a process one of several shares of a module's cases: ``0/3`` is the first of three."""
+
 
 def run_cases(module: str | Path, environment: Mapping[str, str], *options: str) -> None:
     """Run the cases of ``module`` (a file beside this one, or a path; not collected by itself).

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import pytest
 from launching import Machine
+from own_process import SHARD
 
 from sglang_hicache.io_backends.sglang.no_gpu import fake_libcuda
 
@@ -17,6 +19,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("sglang")
+    if SHARD in os.environ:
+        nth, of = map(int, os.environ[SHARD].split("/"))
+        items[:] = items[nth::of]
 
 
 @pytest.fixture(scope="session")

@@ -12,21 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from own_process import run_cases
+from own_process import SHARD, run_cases
 
 HERE = Path(__file__).parent
 VERSIONS = HERE.parents[1] / ".sglang-versions"
 
 
-# Minutes of one core; more where others run beside it.
+# Minutes of one core each; more where others run beside it.
 @pytest.mark.timeout(1800)
-def test_fences_and_races() -> None:
-    run_cases(HERE / "race_cases.py", {})
+@pytest.mark.parametrize("share", ["0/4", "1/4", "2/4", "3/4"])
+def test_fences_and_races(share: str) -> None:
+    run_cases(HERE / "race_cases.py", {SHARD: share})
 
 
 @pytest.mark.timeout(1800)
-def test_every_mode() -> None:
-    run_cases(HERE / "race_mode_cases.py", {})
+@pytest.mark.parametrize("share", ["0/3", "1/3", "2/3"])
+def test_every_mode(share: str) -> None:
+    run_cases(HERE / "race_mode_cases.py", {SHARD: share})
 
 
 @pytest.mark.timeout(1800)
