@@ -156,8 +156,8 @@ def _fa3(facts: Facts, path: Path, forwards: str) -> Evidence:
         Level.PLAUSIBLE,
         f"{what}, with {which}. FA3, most likely of sgl-kernel before {GDC_SINCE}, crashed so within 20 "
         f"minutes (#20611, 8xH100, March 2026); nobody has reported it since {GDC_SINCE}, whose FA3 has a "
-        "dependency wait (ACQBULK): 240 s without any fence did not crash (sglang-kernel 0.4.10, "
-        "layer_first, page size 64, 953 GB written, H200), and nobody has shown that it cannot",
+        "dependency wait (ACQBULK): half a minute of load without any fence did not crash (sglang-kernel "
+        "0.4.10, layer_first, page size 64, 118 GB written, H100), and nobody has shown that it cannot",
     )
 
 

@@ -34,7 +34,7 @@ from sglang_hicache.policy.facts import Facts
 
 pytestmark = pytest.mark.usefixtures("libcuda")
 
-SEEDS = range(200)
+SEEDS = range(60)
 FEW_SEEDS = range(25)
 """As many as it takes to find a mutant; most are found in the first."""
 
