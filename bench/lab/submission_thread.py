@@ -33,6 +33,8 @@ from typing import Any
 
 from ...io_backends.device.driver import MAX_ENTRIES
 from ...io_backends.policy_files import default_policy
+from ...io_backends.registry import BACKENDS
+from ...policy.backend_spec import spec_of
 from ..measure.cases import Case
 from ..measure.contenders import Task, ours
 from ..measure.devices import gpu_missing, open_bench
@@ -263,7 +265,7 @@ class Writer:
             device = CopiesElsewhere(task.device, self._fifo)
             device.move(task.stream)
         options: dict[str, Any] = {"max_copies_per_batch": entries}
-        if backend == "hybrid":
+        if any(option.name == "staging_mb" for option in spec_of(BACKENDS, backend).options or ()):
             options["staging_mb"] = STAGING_MB
         if self._fifo is not None and task.device.where == "cuda":
             # Makes the GPU's context the thread's, which the driver's calls go to.
