@@ -150,3 +150,19 @@ def test_a_circle_and_an_import_upwards_would_be_seen() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
     assert level("policy.format.load") < level("io_backends.plan.copies") < level("io_backends.device.base")
     assert level("io_backends.hybrid") < level("io_backends.sglang.scheduler.fences") < level("bench.cli")
+
+
+def test_nobody_compares_with_a_backends_name() -> None:
+    """What a backend is like stands in its spec; the lab's scripts are about named ones."""
+    names = {"hybrid", "copy_engine", "fenced_kernel"}
+    found = []
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            if path.relative_to(ROOT).parts[:2] == ("bench", "lab"):
+                continue
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Compare):
+                    parts = [each for side in (node.left, *node.comparators) for each in ast.walk(side)]
+                    if names & {each.value for each in parts if isinstance(each, ast.Constant)}:
+                        found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found
