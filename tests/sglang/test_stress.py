@@ -33,12 +33,13 @@ def server(machine: Machine, folder: Path, backend: str, *more: str, **env: str)
         machine.hicache_args(backend, *more),
         log=folder / "server.log",
         env={**machine.env(), **tiny_model.environment(), **env},
+        launch=machine.launcher,
     )
 
 
 @pytest.fixture(scope="module")
-def good_server(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.Server]:
-    with server(machine, tmp_path_factory.mktemp("good"), "auto") as running:
+def good_server(fresh_machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.Server]:
+    with server(fresh_machine, tmp_path_factory.mktemp("good"), "auto") as running:
         yield running
 
 
