@@ -34,8 +34,9 @@ def open_device(name):
 """
 
 
-def test_writes_through_sglangs_pools_on_virtual_streams(tmp_path: Path) -> None:
-    run_cases(HERE / "emulated_cases.py", {**fake_driver(tmp_path), "TRITON_INTERPRET": "1"})
+def test_writes_through_sglangs_pools_on_virtual_streams(subtests: pytest.Subtests, tmp_path: Path) -> None:
+    environment = {**fake_driver(tmp_path), "TRITON_INTERPRET": "1"}
+    run_cases(subtests, HERE / "emulated_cases.py", environment)
 
 
 # The device pool holds 4,096 tokens.

@@ -127,8 +127,8 @@ def test_damage_is_told_from_rounding(machine: Machine, tmp_path: Path) -> None:
     assert "by the server's own recomputation" in side["first_problem"]["what"]
 
 
-def test_what_an_experiment_leaves_out() -> None:
-    run_cases(HERE / "unsafe_cases.py", {})
+def test_what_an_experiment_leaves_out(subtests: pytest.Subtests) -> None:
+    run_cases(subtests, HERE / "unsafe_cases.py", {})
 
 
 # Every way to ask for it, in one process: most of its time is SGLang's import.
