@@ -73,7 +73,7 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class ForwardBatch:
     """What a forward works on: slots and contents of the rows that it writes, and of those that it reads.
 
     Attributes:
@@ -103,7 +103,7 @@ class Forward:
         self._waits = waits
         self.wrong_reads = 0
 
-    def launch_layers(self, batch: Batch, layers: Iterable[int] | None = None) -> None:
+    def launch_layers(self, batch: ForwardBatch, layers: Iterable[int] | None = None) -> None:
         """``layers``: without it all of them, the draft's behind the target's."""
         for layer in range(len(self._layers)) if layers is None else layers:
             memories = self._layers[layer]
@@ -124,7 +124,7 @@ class Forward:
                 )
             )
 
-    def _read(self, memory: Memory, batch: Batch) -> None:
+    def _read(self, memory: Memory, batch: ForwardBatch) -> None:
         self.wrong_reads += memory.wrong(batch.read, batch.read_tags)
 
 
