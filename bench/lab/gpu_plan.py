@@ -98,7 +98,7 @@ def run_plan(name: str, steps: Sequence[Step], out: Path, work: Path, budget_s: 
                 found.put(part)
                 result.save(found, out, name)
 
-            given = run.Ask(
+            given = run.ServeOptions(
                 step.arms, step.workloads, step.rounds, step.at_once, logs, enough_s=step.enough_s
             )
             save(run.run_cell(cell, given, clock, say, save))

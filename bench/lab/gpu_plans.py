@@ -29,7 +29,7 @@ class Step:
 
     Attributes:
         name: of the cell.
-        arms, workloads, rounds, at_once, enough_s: see `run.Ask`.
+        arms, workloads, rounds, at_once, enough_s: see `run.ServeOptions`.
         model: a name of `models.NAMES`.
         page_size, layout, pool_tokens, ratio, tp, deterministic: see `Cell`.
         options: of every server.

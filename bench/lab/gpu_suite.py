@@ -119,7 +119,7 @@ def run_sanitizer(args: argparse.Namespace) -> Part:
 
 def run_bench(args: argparse.Namespace) -> Part:
     """The measurements; figures are saved after each case."""
-    ask = suite.Ask(
+    ask = suite.MeasureOptions(
         measurements=tuple(args.measure or suite.GRIDS),
         cpu=args.cpu,
         only={

@@ -103,7 +103,7 @@ def _measurement(name: str, text: str) -> None:
             _check(what, given, known)
         _positive("--page-size", page_size)
         _positive("--tokens", tokens)
-        ask = suite.Ask(
+        ask = suite.MeasureOptions(
             measurements=tuple(suite.GRIDS) if name == ALL else (name,),
             cpu=gpu_missing() is not None,
             only={key: values for key, values in only.items() if values},
@@ -191,7 +191,7 @@ def make_report(
     _say_written(report.write_all(run, out))
 
 
-def _run(ask: suite.Ask, out: Path | None, as_json: bool) -> None:
+def _run(ask: suite.MeasureOptions, out: Path | None, as_json: bool) -> None:
     console = stderr_console()
     if ask.cpu:
         console.print(f"No GPU: {gpu_missing()}. {results.CPU_WATERMARK}.", style="bold red")

@@ -143,7 +143,7 @@ def _run(
         if out is not None:
             result.save(found, out)
 
-    given = run.Ask(chosen, asked, rounds, at_once, logs)
+    given = run.ServeOptions(chosen, asked, rounds, at_once, logs)
     found.put(run.run_cell(cell, given, run.Clock(budget), say, save))
     if out is not None:
         written = report.write_all(found, out)

@@ -35,7 +35,7 @@ Answers = dict[tuple[str, int, int], str]
 
 
 @dataclass(frozen=True)
-class Ask:
+class ServeOptions:
     """What is run in every cell.
 
     Attributes:
@@ -98,7 +98,7 @@ def order(arms: Sequence[str], number: int, first: str | None = None) -> list[st
 
 
 def run_cell(
-    cell: Cell, given: Ask, clock: Clock, say: Say, save: Callable[[CellResult], None]
+    cell: Cell, given: ServeOptions, clock: Clock, say: Say, save: Callable[[CellResult], None]
 ) -> CellResult:
     """Run a cell as far as the time allows; what went wrong stands in the result.
 
@@ -149,7 +149,7 @@ def run_cell(
 def _start(
     cell: Cell,
     arms: Sequence[str],
-    given: Ask,
+    given: ServeOptions,
     clock: Clock,
     say: Say,
     result: CellResult,
@@ -210,7 +210,7 @@ def _load_group(
     cell: Cell,
     up: Sequence[_Up],
     made: Mapping[tuple[str, int], Workload],
-    given: Ask,
+    given: ServeOptions,
     clock: Clock,
     say: Say,
     save: Callable[[CellResult], None],
@@ -264,7 +264,7 @@ def _load_group(
                 save(result)
 
 
-async def _warm_up(cell: Cell, up: Sequence[_Up], given: Ask, clock: Clock) -> list[str | None]:
+async def _warm_up(cell: Cell, up: Sequence[_Up], given: ServeOptions, clock: Clock) -> list[str | None]:
     """Of each server, what went wrong."""
     # Where only answers count, or code is exercised, a few requests are enough.
     tokens = 0 if cell.cpu_engine or cell.deterministic else int(cell.pool_tokens * cell.ratio)

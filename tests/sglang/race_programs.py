@@ -15,7 +15,15 @@ from hypothesis.errors import NoSuchExample
 from race_cases import experiment, keep_all
 
 from sglang_hicache.bench.race.simulation.experiment import Experiment, Fences, LeaveOut, Run, left_out
-from sglang_hicache.bench.race.simulation.workload import Abort, Action, Ask, Flush, Step, from_text, to_text
+from sglang_hicache.bench.race.simulation.workload import (
+    Abort,
+    Action,
+    Flush,
+    NewRequest,
+    Step,
+    from_text,
+    to_text,
+)
 from sglang_hicache.io_backends.registry import AUTO
 
 pytestmark = pytest.mark.usefixtures("libcuda")
@@ -23,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("libcuda")
 UNIT = 4
 
 ASKS = st.builds(
-    Ask,
+    NewRequest,
     conversation=st.integers(0, 2),
     keep=st.integers(0, 8),
     fresh=st.integers(1, 6 * UNIT),
@@ -98,6 +106,6 @@ def test_a_missing_fence_is_shrunk_to_one_that_replays(fences: Fences, capsys: A
         print(f"\n  {command('fenced_kernel', fences, seed, program)}")
     # One request that is written while a forward runs is enough.
     assert len(program) <= 2
-    assert [action for action in program if isinstance(action, Ask)]
+    assert [action for action in program if isinstance(action, NewRequest)]
     again = made.run(seed, left_out(fences), from_text(to_text(program)))
     assert is_bad(again)
