@@ -26,7 +26,7 @@ from pathlib import Path
 from ..measure.devices import gpu_missing
 from ..measure.environment import describe
 from ..serve import report, result, run, tables
-from .gpu_plans import GIB, PLANS, Step, host_bytes, kv_bytes_per_token
+from .gpu_plans import GIB, PLANS, PlannedCell, host_bytes, kv_bytes_per_token
 
 _MOST_TOUCHED = 100 * GIB
 """A machine with one GPU has 128 GiB; touching more than it has would end this process."""
@@ -65,7 +65,9 @@ def make_room(wanted: int, say: run.Say) -> None:
     say(f"{have / GIB:.0f} GiB are available after {time.monotonic() - began:.0f} s")
 
 
-def run_plan(name: str, steps: Sequence[Step], out: Path, work: Path, budget_s: float, *, cpu: bool) -> bool:
+def run_plan(
+    name: str, steps: Sequence[PlannedCell], out: Path, work: Path, budget_s: float, *, cpu: bool
+) -> bool:
     """Run the steps as far as the time allows; returns whether all is well.
 
     Args:

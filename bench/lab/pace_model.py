@@ -31,7 +31,7 @@ from ...io_backends.virtual.timeline import NOTE, ModelOrder
 from ...policy.names import FORWARDS
 from ..measure.cases import MODELS, Case, pool_of, slots_of
 from ..measure.contenders import Task
-from ..measure.overlap import Flight, Step, Trace, Writer, figures, run
+from ..measure.overlap import Flight, ForwardStep, Trace, Writer, figures, run
 from ..measure.patterns import LEAST_CYCLES, PATTERNS, whole_pages
 from ..measure.writers import OwnWriter
 
@@ -116,7 +116,7 @@ class _NoIds:
 
 def simulate(
     case: Case,
-    pattern: Sequence[Step],
+    pattern: Sequence[ForwardStep],
     options: Mapping[str, Any] | None,
     *,
     cycles: int = LEAST_CYCLES,
@@ -144,7 +144,7 @@ def simulate(
         writer = OwnWriter(tasks, one_route(backend, FORWARDS))
     streams = device.new_stream(), device.new_stream(), device.new_stream()
 
-    def launch(step: Step) -> None:
+    def launch(step: ForwardStep) -> None:
         gpu.host_work("schedule", SCHEDULE_MS)
         cuda.current_stream().launch(Operation("forward", exclusive_sms=True, ms=step.ms))
 

@@ -14,7 +14,7 @@ from .simulation import setups
 from .simulation.batches import Options
 from .simulation.cache import Cache
 from .simulation.experiment import Experiment, left_out
-from .simulation.workload import Action, NewRequest, Step
+from .simulation.workload import Action, NewRequest, RunRounds
 
 TOKEN_BYTES = 147_456
 """KV of one token: Qwen3-8B, bf16, 36 layers, 8 KV heads of 128 (the model of bench/results/2026-11-23-h200).
@@ -54,7 +54,7 @@ def timelines(facts: Facts) -> dict[str, Timeline]:
 
     exclusive = setups.exclusive_forwards(facts)
     options = Options(0, False, frozenset(exclusive), forward_ms)
-    program: list[Action] = [NewRequest(0, 0, prompt, 4), Step(2)]
+    program: list[Action] = [NewRequest(0, 0, prompt, 4), RunRounds(2)]
     runs = {}
     for name in OWN_NAMES:
         if BACKENDS[name].cannot_serve(cache.setup.mem_layout) is None:

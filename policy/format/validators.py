@@ -36,12 +36,12 @@ PROBLEM = "policy"  # the error type of `problem`, by which `load` knows it
 MOST_ENTRIES = 64
 MOST_CHARACTERS = 256
 
-Step = str | int
+PathStep = str | int
 _Entry = TypeVar("_Entry")
 
 
 def problem(
-    message: str, hint: str | None = None, *, at: tuple[Step, ...] = (), key: bool = False
+    message: str, hint: str | None = None, *, at: tuple[PathStep, ...] = (), key: bool = False
 ) -> PydanticCustomError:
     """A validation error whose text is `message`, with the nearest valid name in `hint`.
 
@@ -226,7 +226,7 @@ def _words(value: object, what: str, example: str, check: Callable[[str], object
     return tuple(found)
 
 
-def _entries(value: object, what: str) -> Iterator[tuple[object, tuple[Step, ...]]]:
+def _entries(value: object, what: str) -> Iterator[tuple[object, tuple[PathStep, ...]]]:
     """The entries of a list, or one value as if it were a list, each with its path from `value`."""
     if value is None:
         raise problem(f"{what} is empty; leave it out, or give it a value")
@@ -241,21 +241,21 @@ def _entries(value: object, what: str) -> Iterator[tuple[object, tuple[Step, ...
         yield _short(entry, what, (index,)), (index,)
 
 
-def _short(entry: object, what: str, at: tuple[Step, ...]) -> object:
+def _short(entry: object, what: str, at: tuple[PathStep, ...]) -> object:
     """`entry`, unless it is a text that no name, comparison or specifier is as long as, or has lines."""
     if isinstance(entry, str):
         _check_short(entry, what, at)
     return entry
 
 
-def _check_short(word: str, what: str, at: tuple[Step, ...] = ()) -> None:
+def _check_short(word: str, what: str, at: tuple[PathStep, ...] = ()) -> None:
     if len(word) > MOST_CHARACTERS:
         raise problem(f"{what} has {len(word):,} characters; at most {MOST_CHARACTERS} are read", at=at)
     if (found := unsafe_character(word)) is not None:  # a line end or a tab: others are in no policy at all
         raise problem(f"{what} has the character {code_point(found)}; it takes one line", at=at)
 
 
-def _checked(check: Callable[[_Entry], object], entry: _Entry, at: tuple[Step, ...]) -> None:
+def _checked(check: Callable[[_Entry], object], entry: _Entry, at: tuple[PathStep, ...]) -> None:
     """Run `check` on `entry`, with its NameProblem turned into a `problem` at `at`."""
     try:
         check(entry)

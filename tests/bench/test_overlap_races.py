@@ -12,7 +12,7 @@ from pools import MemoryPool, make_pool
 
 from sglang_hicache.bench.measure.cases import Case
 from sglang_hicache.bench.measure.contenders import Task
-from sglang_hicache.bench.measure.overlap import Step, run
+from sglang_hicache.bench.measure.overlap import ForwardStep, run
 from sglang_hicache.bench.measure.writers import OwnWriter
 from sglang_hicache.io_backends import get_backend
 from sglang_hicache.io_backends.plan.ring import Ring
@@ -120,10 +120,10 @@ def loop(
     writer = OwnWriter(tasks, one_route(backend, ("extend",)))
     forwards = {nth: forward(pool, rows[part]) for nth, part in parts.items()}
 
-    def launch(step: Step) -> None:
+    def launch(step: ForwardStep) -> None:
         cuda.current_stream().launch(forwards[step.tokens])
 
-    steps = [Step(1, nth) for nth in parts]
+    steps = [ForwardStep(1, nth) for nth in parts]
     run(device, steps, launch, NoIds(), streams[:3], writer, pool.geometry.bytes_per_token)  # type: ignore[arg-type]
     right = all((got == want).all() for got, want in zip(pool.host, expected, strict=True))
     return right, gpu.races(), waits

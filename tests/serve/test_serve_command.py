@@ -165,10 +165,10 @@ def test_host_memory_of_a_step_is_that_of_the_servers_that_are_up_together() -> 
     # 36 layers, K and V of 8 heads of 128, two bytes each; 27 layers of 512 + 64.
     assert gpu_plans.kv_bytes_per_token(models.KVHEAVY) == 36 * 2 * 8 * 128 * 2
     assert gpu_plans.kv_bytes_per_token(models.MLAHEAVY) == 27 * 576 * 2
-    step = gpu_plans.Step("x", ("none", "auto", "kernel"), pool_tokens=1000, ratio=2)
+    step = gpu_plans.PlannedCell("x", ("none", "auto", "kernel"), pool_tokens=1000, ratio=2)
     all_at_once, alone = (
         gpu_plans.host_bytes(step, 10),
-        gpu_plans.host_bytes(gpu_plans.Step("x", step.arms, pool_tokens=1000, ratio=2, at_once=1), 10),
+        gpu_plans.host_bytes(gpu_plans.PlannedCell("x", step.arms, pool_tokens=1000, ratio=2, at_once=1), 10),
     )
     assert all_at_once - alone == 20_000 + 2 * gpu_plans.SERVER_BYTES
     for steps in gpu_plans.PLANS.values():

@@ -20,7 +20,7 @@ from sglang_hicache.bench.race.simulation.workload import (
     Action,
     Flush,
     NewRequest,
-    Step,
+    RunRounds,
     from_text,
     to_text,
 )
@@ -37,7 +37,9 @@ ASKS = st.builds(
     fresh=st.integers(1, 6 * UNIT),
     output=st.integers(1, UNIT + 2),
 )
-ACTIONS = ASKS | st.builds(Step, st.integers(1, 8)) | st.builds(Abort, st.integers(0, 7)) | st.just(Flush())
+ACTIONS = (
+    ASKS | st.builds(RunRounds, st.integers(1, 8)) | st.builds(Abort, st.integers(0, 7)) | st.just(Flush())
+)
 PROGRAMS = st.lists(ACTIONS, min_size=1, max_size=14)
 SEEDS = st.integers(0, 10_000)
 

@@ -31,7 +31,7 @@ class NewRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class RunRounds:
     """Rounds of the scheduler's loop."""
 
     rounds: int
@@ -49,9 +49,9 @@ class Flush:
     """Run until nothing is left to do, then reset the cache."""
 
 
-Action = NewRequest | Step | Abort | Flush
+Action = NewRequest | RunRounds | Abort | Flush
 
-_NAMES: dict[str, type[Any]] = {"ask": NewRequest, "step": Step, "abort": Abort, "flush": Flush}
+_NAMES: dict[str, type[Any]] = {"ask": NewRequest, "step": RunRounds, "abort": Abort, "flush": Flush}
 
 
 def to_text(actions: Iterable[Action]) -> str:
@@ -101,7 +101,7 @@ def program(seed: int, unit: int, actions: int = 12) -> list[Action]:
             keep = rng.choice((0, 4, 7, 8, 8))
             made.append(NewRequest(rng.randrange(CONVERSATIONS), keep, fresh, rng.randint(1, unit + 2)))
         elif kind == "step":
-            made.append(Step(rng.choice((1, 1, 2, 8))))
+            made.append(RunRounds(rng.choice((1, 1, 2, 8))))
         elif kind == "abort":
             made.append(Abort(rng.randrange(8)))
         else:
@@ -127,7 +127,7 @@ class Player:
         for action in actions:
             if isinstance(action, NewRequest):
                 self._ask(action)
-            elif isinstance(action, Step):
+            elif isinstance(action, RunRounds):
                 for _ in range(action.rounds):
                     self._scheduler.step()
             elif isinstance(action, Abort):
