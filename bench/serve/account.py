@@ -49,7 +49,7 @@ class Distribution:
 
 
 @dataclass(frozen=True)
-class Turn:
+class ArmRound:
     """One arm's turn at a workload, and what was counted meanwhile.
 
     Attributes:
@@ -89,7 +89,7 @@ class Turn:
     compared: int | None = None
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Turn:
+    def from_dict(cls, data: Mapping[str, Any]) -> ArmRound:
         """From ``dataclasses.asdict``, through JSON."""
         kept = {
             "first_token_s": _distribution(data["first_token_s"]),
@@ -103,14 +103,14 @@ def _distribution(data: Mapping[str, Any]) -> Distribution:
     return Distribution(data["count"], tuple(data["at"]))
 
 
-def turn_of(
+def arm_round(
     workload: str,
     arm: str,
     number: int,
     loaded: Loaded,
     written: Written,
     reference: Mapping[tuple[str, int, int], str] | None = None,
-) -> Turn:
+) -> ArmRound:
     """Counts one turn.
 
     Args:
@@ -123,7 +123,7 @@ def turn_of(
     good = [one for one in loaded.asked if one.error is None]
     bad = [one for one in loaded.asked if one.error is not None]
     compared = [one for one in good if one.place in reference] if reference is not None else None
-    return Turn(
+    return ArmRound(
         workload=workload,
         arm=arm,
         round=number,
@@ -183,7 +183,7 @@ class Sum:
     client_share: float
 
 
-def sum_of(turns: Sequence[Turn]) -> Sum:
+def sum_of(turns: Sequence[ArmRound]) -> Sum:
     """Of at least one turn of one arm at one workload."""
     whole = [turn for turn in turns if not turn.cut and turn.requests]
     host = sum(turn.host_tokens for turn in whole)
@@ -220,9 +220,9 @@ def sum_of(turns: Sequence[Turn]) -> Sum:
     )
 
 
-def sums(turns: Iterable[Turn]) -> list[Sum]:
+def sums(turns: Iterable[ArmRound]) -> list[Sum]:
     """One for each workload and arm, in the order in which they came."""
-    found: dict[tuple[str, str], list[Turn]] = {}
+    found: dict[tuple[str, str], list[ArmRound]] = {}
     for turn in turns:
         found.setdefault((turn.workload, turn.arm), []).append(turn)
     return [sum_of(each) for each in found.values()]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..measure.plots import FORMATS, canvas, colour, legend
-from .account import SHARES, Distribution, Turn
+from .account import SHARES, ArmRound, Distribution
 from .result import CellResult, Result
 from .tables import about
 
@@ -36,7 +36,7 @@ def save(result: Result, folder: Path) -> list[Path]:
     return paths
 
 
-def _figure(result: Result, cell: CellResult, workload: str, turns: Sequence[Turn]) -> Any:
+def _figure(result: Result, cell: CellResult, workload: str, turns: Sequence[ArmRound]) -> Any:
     shown = [each for each in _SHOWN if any(_of(turn, each[0]).count for turn in turns)]
     title = f"{about(cell)}: {workload}; one line a round"
     figure, axes = canvas(result, title, 1, len(shown), (5.2 * len(shown) + 1.2, 4.4))
@@ -60,6 +60,6 @@ def _figure(result: Result, cell: CellResult, workload: str, turns: Sequence[Tur
     return figure
 
 
-def _of(turn: Turn, name: str) -> Distribution:
+def _of(turn: ArmRound, name: str) -> Distribution:
     found: Distribution = getattr(turn, name)
     return found

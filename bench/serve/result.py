@@ -15,7 +15,7 @@ from ...io_backends.sglang.unsafe import NULL
 from .. import damaged
 from ..measure.results import Spread
 from ..stress.server import ServerFacts
-from .account import Sum, Turn, sums
+from .account import ArmRound, Sum, sums
 from .arms import NONE, Cell
 
 SCHEMA = 1
@@ -64,7 +64,7 @@ class CellResult:
     cell: dict[str, Any]
     workloads: dict[str, Any] = field(default_factory=dict)
     arms: dict[str, ArmFacts] = field(default_factory=dict)
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[ArmRound] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
     @classmethod
@@ -79,7 +79,7 @@ class CellResult:
             dict(data["cell"]),
             dict(data["workloads"]),
             {name: ArmFacts(**arm) for name, arm in data["arms"].items()},
-            [Turn.from_dict(turn) for turn in data["turns"]],
+            [ArmRound.from_dict(turn) for turn in data["turns"]],
             list(data["skipped"]),
         )
 

@@ -17,7 +17,7 @@ from typing import Any
 from .. import serving, tiny_model
 from ..demo.identity import plugin_state
 from . import models, public, scrape, workloads
-from .account import Turn, turn_of
+from .account import ArmRound, arm_round
 from .arms import NONE, Cell, server_args, server_env
 from .load import Loaded, ask
 from .result import ArmFacts, CellResult
@@ -75,7 +75,7 @@ class _Up:
 
     arm: str
     server: serving.Server
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[ArmRound] = field(default_factory=list)
 
 
 def groups(arms: Sequence[str], at_once: int) -> Iterator[list[str]]:
@@ -306,13 +306,13 @@ def _turn(
     server: serving.Server,
     asking: Callable[[], Loaded],
     reference: Answers | None,
-) -> tuple[Turn, Answers]:
+) -> tuple[ArmRound, Answers]:
     flush(server)
     before = scrape.look(server.url)
     loaded = asking()
     time.sleep(_SETTLE_S)
     after = scrape.look(server.url)
-    turn = turn_of(name, arm, number, loaded, scrape.between(before, after), reference)
+    turn = arm_round(name, arm, number, loaded, scrape.between(before, after), reference)
     return turn, {one.place: one.answer for one in loaded.asked if one.error is None}
 
 
@@ -360,7 +360,7 @@ def _last_words(each: _Up, result: CellResult) -> None:
     facts.about(info, plugin_state(info))
 
 
-def _line(turn: Turn) -> str:
+def _line(turn: ArmRound) -> str:
     ttft, itl = turn.first_token_s.percent(50), turn.between_tokens_s.percent(99)
     words = [
         f"{turn.workload}, round {turn.round}, {turn.arm}: {turn.requests} requests in {turn.seconds:.1f} s",

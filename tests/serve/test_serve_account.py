@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 pytest.importorskip("aiohttp")
 
-from sglang_hicache.bench.serve.account import SHARES, Distribution, Turn, percentile, sum_of, sums, turn_of
+from sglang_hicache.bench.serve.account import (
+    SHARES,
+    ArmRound,
+    Distribution,
+    arm_round,
+    percentile,
+    sum_of,
+    sums,
+)
 from sglang_hicache.bench.serve.load import Asked, Loaded
 from sglang_hicache.bench.serve.scrape import Written, between, parse
 
@@ -30,9 +38,9 @@ def asked(number: int, **more: Any) -> Asked:
     return Asked("chat", number, 0, **{**about, "first_token_s": 0.5, "gaps_s": (0.1, 0.2), **more})
 
 
-def turn(arm: str = "auto", number: int = 0, **more: Any) -> Turn:
+def turn(arm: str = "auto", number: int = 0, **more: Any) -> ArmRound:
     loaded = Loaded((asked(0, host_tokens=40, device_tokens=10), asked(1)), 2.0, 0.25)
-    return replace(turn_of("chat", arm, number, loaded, Written()), **more)
+    return replace(arm_round("chat", arm, number, loaded, Written()), **more)
 
 
 @given(st.lists(SECONDS, min_size=1), st.floats(0, 100))
@@ -57,18 +65,18 @@ def test_a_distribution_keeps_percentiles(values: list[float]) -> None:
 def test_a_turn_counts_answers_errors_and_outputs() -> None:
     right = {("chat", 0, 0): "a0", ("chat", 1, 0): "other"}
     requests = (asked(0, host_tokens=40), asked(1), asked(2, error="HTTP 500", output_tokens=0), asked(3))
-    found = turn_of("chat", "auto", 1, Loaded(requests, 2.0, 0.25), Written(), right)
+    found = arm_round("chat", "auto", 1, Loaded(requests, 2.0, 0.25), Written(), right)
     assert (found.requests, found.errors, found.first_error) == (3, 1, "HTTP 500")
     assert (found.prompt_tokens, found.host_tokens, found.seen_tokens) == (300, 40, 180)
     # The fourth has no reference.
     assert (found.same, found.compared) == (1, 2)
     assert found.between_tokens_s.count == 6
-    assert turn_of("chat", "auto", 1, Loaded(requests, 2.0, 0.25), Written()).compared is None
+    assert arm_round("chat", "auto", 1, Loaded(requests, 2.0, 0.25), Written()).compared is None
 
 
 def test_a_turn_survives_json() -> None:
     given_ = turn(written=Written(writes=3, write_mean_s=0.01), cut=True)
-    assert Turn.from_dict(json.loads(json.dumps(asdict(given_)))) == given_
+    assert ArmRound.from_dict(json.loads(json.dumps(asdict(given_)))) == given_
 
 
 def test_rounds_are_summed_with_their_spread() -> None:
