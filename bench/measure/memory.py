@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ...io_backends import Component, PoolGeometry, host_strides
-from .cases import Model
+from .cases import KvShape
 from .devices import Bench
 
 POISON = 0xA5
@@ -28,7 +28,7 @@ class Memory:
         host: the part of ``pinned`` of each component.
     """
 
-    def __init__(self, model: Model, slots: int, device: Bench) -> None:
+    def __init__(self, model: KvShape, slots: int, device: Bench) -> None:
         import torch
 
         self.model, self.slots, self.device = model, slots, device

@@ -16,13 +16,13 @@ from sglang_hicache.bench.cli import app
 from sglang_hicache.bench.lab import gpu_plan, gpu_plans
 from sglang_hicache.bench.serve import arms, models, null_backend, public, result, run, workloads
 from sglang_hicache.bench.serve.arms import Cell
-from sglang_hicache.bench.serve.models import Model
+from sglang_hicache.bench.serve.models import ServedModel
 from sglang_hicache.bench.serve.result import CellResult
 from sglang_hicache.io_backends.interface import Backend
 from sglang_hicache.io_backends.registry import available_backends
 from sglang_hicache.io_backends.sglang import unsafe
 
-MODEL = Model("kvheavy", "/models/kvheavy", 512)
+MODEL = ServedModel("kvheavy", "/models/kvheavy", 512)
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def test_each_arm_is_a_server_with_its_own_write_back() -> None:
 def test_a_cell_says_when_outputs_can_be_compared() -> None:
     assert not Cell("x", MODEL).exact()
     assert Cell("x", MODEL, deterministic=True).exact()
-    dummy = Model("qwen3-8b", "/models/q", 512, ("--load-format", "dummy"), real_weights=False)
+    dummy = ServedModel("qwen3-8b", "/models/q", 512, ("--load-format", "dummy"), real_weights=False)
     assert not Cell("x", dummy, deterministic=True).exact()
     assert "--load-format" in arms.server_args(Cell("x", dummy), "auto")
     assert "--skip-tokenizer-init" in arms.server_args(Cell("x", MODEL), "auto")

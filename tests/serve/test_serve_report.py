@@ -20,12 +20,12 @@ from sglang_hicache.bench.measure.plots import why_not
 from sglang_hicache.bench.serve import arms, plots, report, result, tables
 from sglang_hicache.bench.serve.account import Distribution
 from sglang_hicache.bench.serve.arms import Cell
-from sglang_hicache.bench.serve.models import Model
+from sglang_hicache.bench.serve.models import ServedModel
 from sglang_hicache.bench.serve.result import CPU_WATERMARK, ArmFacts, CellResult, Result
 from sglang_hicache.bench.serve.scrape import Written
 from sglang_hicache.bench.serving import ServerError
 
-MODEL = Model("deepseek-v2-lite", "/somewhere/of/this/machine/deepseek-v2-lite", 512)
+MODEL = ServedModel("deepseek-v2-lite", "/somewhere/of/this/machine/deepseek-v2-lite", 512)
 
 
 def a_result(ran_on: str = "GPU", **more: Any) -> Result:
