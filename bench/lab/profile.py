@@ -44,7 +44,7 @@ from ..measure.contenders import contenders
 from ..measure.devices import Bench, gpu_missing, no_collection, open_bench
 from ..measure.environment import describe
 from ..measure.interference import interference
-from ..measure.memory import Memory
+from ..measure.memory import KvBuffers
 from ..measure.one_write import Setting
 from ..measure.results import CPU_WATERMARK, Spread
 from ..measure.timing import link_ceiling, one_write
@@ -125,7 +125,7 @@ class Part:
 
 def measure(device: Bench, size: Size) -> Iterator[Part]:
     """Every part."""
-    memory = Memory(MODELS[MODEL], size.slots, device)
+    memory = KvBuffers(MODELS[MODEL], size.slots, device)
     memory.refill()
     yield from _gathers(device, memory, size)
     yield from _drains(device, memory, size)
@@ -158,7 +158,7 @@ def measure(device: Bench, size: Size) -> Iterator[Part]:
             yield Part("beside", f"{row.forward}, {ctas} blocks", metrics)
 
 
-def _gathers(device: Bench, memory: Memory, size: Size) -> Iterator[Part]:
+def _gathers(device: Bench, memory: KvBuffers, size: Size) -> Iterator[Part]:
     geometry = memory.geometry("page_first", 1)
     device.prepare_gather(geometry)
     stream = device.new_stream()
@@ -178,7 +178,7 @@ def _gathers(device: Bench, memory: Memory, size: Size) -> Iterator[Part]:
                 yield Part(name, f"{tokens * geometry.bytes_per_token / 1e6:.1f} MB, {ctas} blocks", done)
 
 
-def _drains(device: Bench, memory: Memory, size: Size) -> Iterator[Part]:
+def _drains(device: Bench, memory: KvBuffers, size: Size) -> Iterator[Part]:
     stream, second = device.new_stream(), device.new_stream()
     rng = np.random.default_rng(1)
     shapes = [("layer_first", 16), ("layer_first", 64), *(("page_first", page) for page in (1, 4, 16, 64))]
@@ -217,7 +217,7 @@ def _orders(setting: Setting, size: Size) -> Iterator[Part]:
     rng = np.random.default_rng(2)
     for name, group in itertools.groupby(size.ordered, lambda each: each[0]):
         cases = list(group)
-        memory = Memory(MODELS[name], max(slots for _, _, _, slots in cases), device)
+        memory = KvBuffers(MODELS[name], max(slots for _, _, _, slots in cases), device)
         for _, page, tokens, slots in cases:
             case = Case(name, "layer_first", page, tokens, True)
             task = setting.task(case, memory.part(slots), forwards_wait=False)

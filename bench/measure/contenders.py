@@ -15,7 +15,7 @@ from ...policy.routes import WriteFacts
 from . import sglang_pools
 from .cases import Case, Slots
 from .devices import Bench
-from .memory import Memory
+from .memory import KvBuffers
 
 Fence = Callable[[Any], None]
 """Called with each event that a forward which must not share the SMs would wait for."""
@@ -83,7 +83,7 @@ class Task:
     """
 
     case: Case
-    memory: Memory | None
+    memory: KvBuffers | None
     geometry: PoolGeometry
     host: Slots
     rows: Slots

@@ -16,7 +16,7 @@ from ....io_backends.sglang.scheduler.pool_geometry import host_buffers
 from ....io_backends.virtual import gpu
 from ....io_backends.virtual.ranges import ByteRanges
 from . import machine
-from .forward import Ints, Memory, Words
+from .forward import Ints, LayerBuffer, Words
 from .kernels import PagedRows, Rows
 from .offload import offload_manager, restart_offload
 from .published import published
@@ -234,12 +234,12 @@ def _device_pool(setup: Setup, kind: str, layers: int) -> Any:
     return MLATokenToKVPool(setup.tokens, setup.page_size, dtype, 48, 16, layers, "cpu", False)
 
 
-def _layers(device_pools: list[Any]) -> list[list[Memory]]:
+def _layers(device_pools: list[Any]) -> list[list[LayerBuffer]]:
     numbers = iter(range(1 << 8))
     layers = []
     for pool in device_pools:
         parts = [pool.k_buffer, pool.v_buffer] if hasattr(pool, "k_buffer") else [pool.kv_buffer]
         layers += [
-            [Memory(next(numbers), tensor) for tensor in tensors] for tensors in zip(*parts, strict=True)
+            [LayerBuffer(next(numbers), tensor) for tensor in tensors] for tensors in zip(*parts, strict=True)
         ]
     return layers

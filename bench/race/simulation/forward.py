@@ -48,7 +48,7 @@ def contents(tokens: npt.ArrayLike, positions: npt.ArrayLike) -> Words:
     return np.asarray(tokens, dtype=np.uint64) << np.uint64(24) | np.asarray(positions, dtype=np.uint64)
 
 
-class Memory:
+class LayerBuffer:
     """One component (K, V or the latent) of one layer, on the device: uint64 [slots, words]."""
 
     def __init__(self, number: int, tensor: Any) -> None:
@@ -98,7 +98,7 @@ class Forward:
             makes the current stream wait for loads of that layer.
     """
 
-    def __init__(self, layers: Sequence[Sequence[Memory]], waits: Sequence[Any]) -> None:
+    def __init__(self, layers: Sequence[Sequence[LayerBuffer]], waits: Sequence[Any]) -> None:
         self._layers = layers
         self._waits = waits
         self.wrong_reads = 0
@@ -124,9 +124,9 @@ class Forward:
                 )
             )
 
-    def _read(self, memory: Memory, batch: ForwardBatch) -> None:
+    def _read(self, memory: LayerBuffer, batch: ForwardBatch) -> None:
         self.wrong_reads += memory.wrong(batch.read, batch.read_tags)
 
 
-def _bytes_of(memories: Sequence[Memory], slots: Ints) -> ByteRanges:
+def _bytes_of(memories: Sequence[LayerBuffer], slots: Ints) -> ByteRanges:
     return ByteRanges.of(np.concatenate([memory.rows.spans(slots) for memory in memories]))
