@@ -104,7 +104,7 @@ def on_cpu() -> Size:
 
 
 @dataclass(frozen=True)
-class Part:
+class ProfiledPart:
     """One part.
 
     Attributes:
@@ -123,7 +123,7 @@ class Part:
     metrics: dict[str, Spread]
 
 
-def measure(device: Bench, size: Size) -> Iterator[Part]:
+def measure(device: Bench, size: Size) -> Iterator[ProfiledPart]:
     """Every part."""
     memory = KvBuffers(MODELS[MODEL], size.slots, device)
     memory.refill()
@@ -150,15 +150,17 @@ def measure(device: Bench, size: Size) -> Iterator[Part]:
                 metrics = {
                     name: each for name, each in row.metrics.items() if name in ("slow_down", "gb_per_s")
                 }
-                yield Part("turns", f"{_turns(turn_bytes)}, {row.contender}, {case}, {row.forward}", metrics)
+                yield ProfiledPart(
+                    "turns", f"{_turns(turn_bytes)}, {row.contender}, {case}, {row.forward}", metrics
+                )
     for ctas in CTAS_BESIDE:
         setting.options = {"hybrid": {"gather_ctas": ctas}}
         for row in interference(setting, size.beside):
             metrics = {name: each for name, each in row.metrics.items() if name in ("slow_down", "gb_per_s")}
-            yield Part("beside", f"{row.forward}, {ctas} blocks", metrics)
+            yield ProfiledPart("beside", f"{row.forward}, {ctas} blocks", metrics)
 
 
-def _gathers(device: Bench, memory: KvBuffers, size: Size) -> Iterator[Part]:
+def _gathers(device: Bench, memory: KvBuffers, size: Size) -> Iterator[ProfiledPart]:
     geometry = memory.geometry("page_first", 1)
     device.prepare_gather(geometry)
     stream = device.new_stream()
@@ -175,10 +177,12 @@ def _gathers(device: Bench, memory: KvBuffers, size: Size) -> Iterator[Part]:
                     device.gather(place, base, rows, chunk, stream, ctas)
 
                 done = _timed(device, stream, run, tokens * geometry.bytes_per_token, size.repeats)
-                yield Part(name, f"{tokens * geometry.bytes_per_token / 1e6:.1f} MB, {ctas} blocks", done)
+                yield ProfiledPart(
+                    name, f"{tokens * geometry.bytes_per_token / 1e6:.1f} MB, {ctas} blocks", done
+                )
 
 
-def _drains(device: Bench, memory: KvBuffers, size: Size) -> Iterator[Part]:
+def _drains(device: Bench, memory: KvBuffers, size: Size) -> Iterator[ProfiledPart]:
     stream, second = device.new_stream(), device.new_stream()
     rng = np.random.default_rng(1)
     shapes = [("layer_first", 16), ("layer_first", 64), *(("page_first", page) for page in (1, 4, 16, 64))]
@@ -208,10 +212,10 @@ def _drains(device: Bench, memory: KvBuffers, size: Size) -> Iterator[Part]:
         for way, run in ways.items():
             done = _timed(device, stream, run, nbytes, size.repeats)
             what = f"{len(batch):,} copies of {nbytes // len(batch):,} bytes on average, {layout}, {way}"
-            yield Part("drain", what, done)
+            yield ProfiledPart("drain", what, done)
 
 
-def _orders(setting: Setting, size: Size) -> Iterator[Part]:
+def _orders(setting: Setting, size: Size) -> Iterator[ProfiledPart]:
     """Nothing where SGLang's kernel cannot run."""
     device = setting.device
     rng = np.random.default_rng(2)
@@ -238,7 +242,7 @@ def _orders(setting: Setting, size: Size) -> Iterator[Part]:
                 done = _timed(device, task.stream, run, case.nbytes, size.repeats)
                 run_bytes, pool = page * MODELS[name].components[0], slots * MODELS[name].bytes_per_token
                 what = f"{name}, {tokens:,} tokens in runs of {run_bytes:,} bytes over {pool / 2**30:.1f} GiB"
-                yield Part("order", f"{what}, {way}", done)
+                yield ProfiledPart("order", f"{what}, {way}", done)
 
 
 def _in_order(batch: CopyBatch, order: Any) -> CopyBatch:
@@ -293,7 +297,7 @@ class Traced:
         self.pieces.append((kind, asked, begin, self._device.record(stream), nbytes))
 
 
-def _write(setting: Setting, case: Case, repeats: int) -> Part:
+def _write(setting: Setting, case: Case, repeats: int) -> ProfiledPart:
     memory = setting.memory(case)
     memory.refill()
     task = setting.task(case, memory, forwards_wait=False)
@@ -307,12 +311,12 @@ def _write(setting: Setting, case: Case, repeats: int) -> Part:
             for name, value in numbers.items():
                 if turn:
                     found.setdefault(name, []).append(value)
-    return Part("write", str(case), {name: Spread.of(values) for name, values in found.items()})
+    return ProfiledPart("write", str(case), {name: Spread.of(values) for name, values in found.items()})
 
 
 def _small_copies(
     setting: Setting, case: Case, repeats: int, turn_bytes: int | None = None
-) -> Iterator[Part]:
+) -> Iterator[ProfiledPart]:
     import torch
 
     device = setting.device
@@ -356,9 +360,9 @@ def _small_copies(
                         found.setdefault(name, []).append(value)
         spread = {name: Spread.of(values) for name, values in found.items()}
         if turn_bytes is None:
-            yield Part("small_copy", f"{contender.name}, {case}", spread)
+            yield ProfiledPart("small_copy", f"{contender.name}, {case}", spread)
         else:
-            yield Part("turns", f"{_turns(turn_bytes)}, {contender.name}, {case}", spread)
+            yield ProfiledPart("turns", f"{_turns(turn_bytes)}, {contender.name}, {case}", spread)
 
 
 def _turns(turn_bytes: int) -> str:
@@ -404,7 +408,7 @@ def _trace(task: Any, traced: Traced, submit: Any) -> Mapping[str, float]:
     }
 
 
-def text(parts: list[Part]) -> str:
+def text(parts: list[ProfiledPart]) -> str:
     """One line a part."""
     lines = []
     for each in parts:
@@ -413,7 +417,7 @@ def text(parts: list[Part]) -> str:
     return "\n".join(lines)
 
 
-def profile(out: Path | None, *, cpu: bool) -> list[Part]:
+def profile(out: Path | None, *, cpu: bool) -> list[ProfiledPart]:
     """Measure, print, and save in ``out``.
 
     Raises:

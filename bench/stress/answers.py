@@ -62,7 +62,7 @@ class Meta(_Model):
         return self.cached_tokens_details or Cached(device=self.cached_tokens)
 
 
-class Part(_Model):
+class StreamEvent(_Model):
     """One event of a stream, or a whole answer."""
 
     output_ids: list[_TokenId]

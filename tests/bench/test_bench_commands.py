@@ -306,7 +306,7 @@ def test_the_gpu_suite_without_a_gpu_says_so(tmp_path: Path, capsys: pytest.Capt
 def test_a_part_that_breaks_is_bad_and_the_next_one_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(args: Any) -> gpu_suite.Part:
+    def broken(args: Any) -> gpu_suite.PartOutcome:
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(gpu_suite, "gpu_missing", lambda: None)
