@@ -22,7 +22,7 @@ from . import machine_policy
 from .calibration import (
     LEAST_SM_WORK_FIRST,
     Choice,
-    RefusedError,
+    InconclusiveError,
     Segment,
     best_value,
     segments,
@@ -145,7 +145,7 @@ def conclude(found: Calibration) -> None:
                 found.options[name] = best_value(times["hybrid"])
             elif name not in found.refused:
                 found.segments[name] = segments(times)
-        except RefusedError as error:
+        except InconclusiveError as error:
             found.refused[name] = str(error)
 
 
