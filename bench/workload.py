@@ -35,7 +35,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Workload:
+class EvictingWorkload:
     """What is sent.
 
     Attributes:
@@ -96,7 +96,9 @@ def generate(server: Server, input_ids: Sequence[int], output_tokens: int) -> An
     return Answer(output_ids, len(input_ids), int(cached.get("device", 0)), int(cached.get("host", 0)))
 
 
-def run(server: Server, workload: Workload, progress: Callable[[int], None] | None = None) -> list[Answer]:
+def run(
+    server: Server, workload: EvictingWorkload, progress: Callable[[int], None] | None = None
+) -> list[Answer]:
     """Send the whole workload, turn by turn, and return the answers in a fixed order.
 
     Args:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import damaged, serving, workload
-from ..workload import Answer, Workload
+from ..workload import Answer, EvictingWorkload
 
 # Told what a run is doing: a few words, answers so far, and seconds since the server was started.
 Status = Callable[[str, int, float], None]
@@ -41,7 +41,7 @@ class DemoSetup:
     mem_layout: str | None
     env: Mapping[str, str]
     logs: Path
-    workload: Workload
+    workload: EvictingWorkload
     device_pool_tokens: int = 4096
     reference_pool_tokens: int = 4096
 
