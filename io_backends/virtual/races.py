@@ -23,9 +23,11 @@ from typing import Any, Literal
 from .ranges import NOTHING, ByteRanges
 from .shadow import HOST_THREAD, Access, Mode, Shadow
 
-Kind = Literal["read_before_write", "write_after_read", "write_after_write", "sm_overlap", "use_after_free"]
+RaceKind = Literal[
+    "read_before_write", "write_after_read", "write_after_write", "sm_overlap", "use_after_free"
+]
 
-KINDS: tuple[Kind, ...] = (
+KINDS: tuple[RaceKind, ...] = (
     "read_before_write",
     "write_after_read",
     "write_after_write",
@@ -39,7 +41,7 @@ Clock = tuple[int, ...]
 SmWork = Literal["d2h", "exclusive"]
 """Work on the SMs that moves rows to the host, and forwards that must not share the SMs with it."""
 
-_KIND_OF: Mapping[tuple[Mode, Mode], Kind] = {
+_KIND_OF: Mapping[tuple[Mode, Mode], RaceKind] = {
     ("write", "read"): "read_before_write",
     ("read", "write"): "write_after_read",
     ("write", "write"): "write_after_write",
@@ -76,7 +78,7 @@ class Race:
         count: how many pairs of operations from these two places raced like this.
     """
 
-    kind: Kind
+    kind: RaceKind
     first: Side
     second: Side
     bytes: tuple[int, int] | None
@@ -231,7 +233,7 @@ class Checker:
 
     def found(
         self,
-        kind: Kind,
+        kind: RaceKind,
         first: Access,
         first_mode: str,
         second: Access,
@@ -249,7 +251,7 @@ class Checker:
         self._races[key] = Race(kind, one, other, where, _fence(kind, one, other))
 
     def _check_bytes(self, access: Access, clock: list[int], reads: ByteRanges, writes: ByteRanges) -> None:
-        met: dict[tuple[int, Kind], tuple[Access, Mode, Mode, int, int]] = {}
+        met: dict[tuple[int, RaceKind], tuple[Access, Mode, Mode, int, int]] = {}
         modes: tuple[tuple[Mode, ByteRanges], ...] = (("read", reads), ("write", writes))
         for mode, ranges in modes:
             for start, stop in ranges.spans.tolist():
@@ -278,7 +280,7 @@ def _side_dict(side: Side) -> dict[str, str]:
     }
 
 
-def _fence(kind: Kind, first: Side, second: Side) -> str:
+def _fence(kind: RaceKind, first: Side, second: Side) -> str:
     event = f"an event recorded on stream '{first.stream}' after '{first.operation}'"
     if kind == "use_after_free":
         return f"keep it until {event} is complete, or call record_stream on it with stream '{first.stream}'"

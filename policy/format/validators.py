@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from ..backend_spec import Backends
 from ..conditions import Numbers
-from ..fact_spec import FactSpec, Kind
+from ..fact_spec import FactKind, FactSpec
 from ..names import (
     AUTO,
     FORWARDS,
@@ -55,15 +55,15 @@ def problem(
 def condition_on(spec: FactSpec) -> BeforeValidator:
     """What a rule may ask of that fact: one value, or a list of values."""
     match spec.kind:
-        case Kind.FLAG:
+        case FactKind.FLAG:
             return flags(spec.name)
-        case Kind.NUMBER:
+        case FactKind.NUMBER:
             return numbers(spec.name)
-        case Kind.VERSION:
+        case FactKind.VERSION:
             return _condition(spec.name, '">=0.3" in quotes', lambda word: Versions.of([word]))
-        case Kind.NAME:
+        case FactKind.NAME:
             return _condition(spec.called, spec.values[0], spec.check_word)
-        case Kind.ARCHITECTURE | Kind.TEXT:
+        case FactKind.ARCHITECTURE | FactKind.TEXT:
             return _condition(spec.name, spec.example, spec.check_word)
 
 
