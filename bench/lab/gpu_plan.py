@@ -78,7 +78,7 @@ def run_plan(
         budget_s: for all of it.
         cpu: on SGLang's CPU engine.
     """
-    clock = run.Clock(budget_s)
+    clock = run.Budget(budget_s)
     out.mkdir(parents=True, exist_ok=True)
     found = result.Result(describe(cpu=cpu))
     result.save(found, out, name)

@@ -144,7 +144,7 @@ def _run(
             result.save(found, out)
 
     given = run.ServeOptions(chosen, asked, rounds, at_once, logs)
-    found.put(run.run_cell(cell, given, run.Clock(budget), say, save))
+    found.put(run.run_cell(cell, given, run.Budget(budget), say, save))
     if out is not None:
         written = report.write_all(found, out)
         say(f"written: {', '.join(str(path) for path in written)}")

@@ -59,7 +59,7 @@ class ServeOptions:
     enough_s: float = float("inf")
 
 
-class Clock:
+class Budget:
     """Seconds that are left of a budget."""
 
     def __init__(self, budget_s: float | None) -> None:
@@ -98,7 +98,7 @@ def order(arms: Sequence[str], number: int, first: str | None = None) -> list[st
 
 
 def run_cell(
-    cell: Cell, given: ServeOptions, clock: Clock, say: Say, save: Callable[[CellResult], None]
+    cell: Cell, given: ServeOptions, clock: Budget, say: Say, save: Callable[[CellResult], None]
 ) -> CellResult:
     """Run a cell as far as the time allows; what went wrong stands in the result.
 
@@ -150,7 +150,7 @@ def _start(
     cell: Cell,
     arms: Sequence[str],
     given: ServeOptions,
-    clock: Clock,
+    clock: Budget,
     say: Say,
     result: CellResult,
     stack: ExitStack,
@@ -211,7 +211,7 @@ def _load_group(
     up: Sequence[_Up],
     made: Mapping[tuple[str, int], Workload],
     given: ServeOptions,
-    clock: Clock,
+    clock: Budget,
     say: Say,
     save: Callable[[CellResult], None],
     result: CellResult,
@@ -264,7 +264,7 @@ def _load_group(
                 save(result)
 
 
-async def _warm_up(cell: Cell, up: Sequence[_Up], given: ServeOptions, clock: Clock) -> list[str | None]:
+async def _warm_up(cell: Cell, up: Sequence[_Up], given: ServeOptions, clock: Budget) -> list[str | None]:
     """Of each server, what went wrong."""
     # Where only answers count, or code is exercised, a few requests are enough.
     tokens = 0 if cell.cpu_engine or cell.deterministic else int(cell.pool_tokens * cell.ratio)

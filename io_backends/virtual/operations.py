@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .ranges import NOTHING, ByteRanges
 
 if TYPE_CHECKING:
-    from .races import Clock, SmWork
+    from .races import SmWork, VectorClock
 
 Engine = Literal["sm", "copy_d2h", "copy_h2d", "none"]
 """What does the work: the SMs, the copy engine of one direction, or nothing that takes time."""
@@ -86,7 +86,7 @@ class Queued:
         *,
         after: tuple[Queued, ...] = (),
         work: Sequence[Callable[[], object]] = (),
-        clock: Clock = (),
+        clock: VectorClock = (),
         operation: Operation | None = None,
     ) -> None:
         self.stream = stream

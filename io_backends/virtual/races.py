@@ -35,7 +35,7 @@ KINDS: tuple[RaceKind, ...] = (
     "use_after_free",
 )
 
-Clock = tuple[int, ...]
+VectorClock = tuple[int, ...]
 """For each stream, by number: how many of its operations are ordered before. Streams beyond its end: none."""
 
 SmWork = Literal["d2h", "exclusive"]
@@ -176,15 +176,15 @@ class Checker:
             self._on_sms[sm_work][stream] = access
         return access
 
-    def record(self, stream: int) -> Clock:
+    def record(self, stream: int) -> VectorClock:
         """An event is recorded: what its waiters wait for."""
         return tuple(self._clocks[stream])
 
-    def wait(self, stream: int, recorded: Clock) -> None:
+    def wait(self, stream: int, recorded: VectorClock) -> None:
         """``stream`` goes on only behind what was recorded."""
         _join(self._clocks[stream], recorded)
 
-    def host_waits(self, recorded: Clock) -> None:
+    def host_waits(self, recorded: VectorClock) -> None:
         """The host has waited for, or has seen complete, what was recorded."""
         _join(self._host, recorded)
 
