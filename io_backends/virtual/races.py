@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .ranges import NOTHING, ByteRanges
-from .shadow import HOST_THREAD, Access, Mode, Shadow
+from .shadow import HOST_THREAD, Access, AccessMode, Shadow
 
 RaceKind = Literal[
     "read_before_write", "write_after_read", "write_after_write", "sm_overlap", "use_after_free"
@@ -41,7 +41,7 @@ VectorClock = tuple[int, ...]
 SmWork = Literal["d2h", "exclusive"]
 """Work on the SMs that moves rows to the host, and forwards that must not share the SMs with it."""
 
-_KIND_OF: Mapping[tuple[Mode, Mode], RaceKind] = {
+_KIND_OF: Mapping[tuple[AccessMode, AccessMode], RaceKind] = {
     ("write", "read"): "read_before_write",
     ("read", "write"): "write_after_read",
     ("write", "write"): "write_after_write",
@@ -251,8 +251,8 @@ class Checker:
         self._races[key] = Race(kind, one, other, where, _fence(kind, one, other))
 
     def _check_bytes(self, access: Access, clock: list[int], reads: ByteRanges, writes: ByteRanges) -> None:
-        met: dict[tuple[int, RaceKind], tuple[Access, Mode, Mode, int, int]] = {}
-        modes: tuple[tuple[Mode, ByteRanges], ...] = (("read", reads), ("write", writes))
+        met: dict[tuple[int, RaceKind], tuple[Access, AccessMode, AccessMode, int, int]] = {}
+        modes: tuple[tuple[AccessMode, ByteRanges], ...] = (("read", reads), ("write", writes))
         for mode, ranges in modes:
             for start, stop in ranges.spans.tolist():
                 for earlier, before, low, high in self._shadow.access(access, mode, start, stop, clock):
