@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .ranges import NOTHING, ByteRanges
 
 if TYPE_CHECKING:
-    from .races import SmWork, VectorClock
+    from .races import SmUse, VectorClock
 
 Engine = Literal["sm", "copy_d2h", "copy_h2d", "none"]
 """What does the work: the SMs, the copy engine of one direction, or nothing that takes time."""
@@ -51,7 +51,7 @@ class Operation:
     ms: float | None = None
 
     @property
-    def sm_work(self) -> SmWork | None:
+    def sm_work(self) -> SmUse | None:
         """The class of SM work that the race checker knows."""
         if self.d2h_on_sms:
             return "d2h"

@@ -38,7 +38,7 @@ KINDS: tuple[RaceKind, ...] = (
 VectorClock = tuple[int, ...]
 """For each stream, by number: how many of its operations are ordered before. Streams beyond its end: none."""
 
-SmWork = Literal["d2h", "exclusive"]
+SmUse = Literal["d2h", "exclusive"]
 """Work on the SMs that moves rows to the host, and forwards that must not share the SMs with it."""
 
 _KIND_OF: Mapping[tuple[AccessMode, AccessMode], RaceKind] = {
@@ -119,7 +119,7 @@ class Checker:
         self._host: list[int] = []
         self._shadow = Shadow(self._host)
         # The last operation of each stream that runs on the SMs, by what must not run beside it.
-        self._on_sms: dict[SmWork, dict[int, Access]] = {"d2h": {}, "exclusive": {}}
+        self._on_sms: dict[SmUse, dict[int, Access]] = {"d2h": {}, "exclusive": {}}
         self._races: dict[tuple[Any, ...], Race] = {}
 
     @property
@@ -158,7 +158,7 @@ class Checker:
         *,
         reads: ByteRanges = NOTHING,
         writes: ByteRanges = NOTHING,
-        sm_work: SmWork | None = None,
+        sm_work: SmUse | None = None,
     ) -> Access:
         """The host enqueues an operation. Returns what :meth:`free` wants to know of it."""
         clock = self._clocks[stream]
@@ -169,7 +169,7 @@ class Checker:
         access = Access(stream, self._counts[stream], operation, issued)
         self._check_bytes(access, clock, reads, writes)
         if sm_work is not None:
-            other: SmWork = "exclusive" if sm_work == "d2h" else "d2h"
+            other: SmUse = "exclusive" if sm_work == "d2h" else "d2h"
             for earlier in self._on_sms[other].values():
                 if earlier.number > clock[earlier.stream]:
                     self.found("sm_overlap", earlier, "runs", access, "runs", None)
