@@ -52,7 +52,7 @@ class Sum:
     differing: int = 0
 
 
-def add_up(runs: Iterable[result.Result]) -> list[Sum]:
+def add_up(runs: Iterable[result.ServeResult]) -> list[Sum]:
     """One sum for each setting and arm, in the order met."""
     sums: dict[tuple[object, ...], Sum] = {}
     for run in runs:

@@ -80,7 +80,7 @@ def run_plan(
     """
     clock = run.Budget(budget_s)
     out.mkdir(parents=True, exist_ok=True)
-    found = result.Result(describe(cpu=cpu))
+    found = result.ServeResult(describe(cpu=cpu))
     result.save(found, out, name)
     ok = True
     for step in steps:

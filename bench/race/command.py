@@ -147,7 +147,7 @@ def race(
         _refuse(str(error))
     own = decision.backend in UPSTREAM_NAMES
     console.print(f"{published()}. Virtual device; no GPU is used.")
-    result = race_result.Result()
+    result = race_result.RaceResult()
     chosen = range(seeds) if seed is None else [seed]
     for name in modes:
         experiment = setups.experiment(

@@ -134,7 +134,7 @@ def _run(
     from ..measure.environment import describe
     from . import report, result, run
 
-    found = result.Result(describe(cpu=cell.cpu_engine))
+    found = result.ServeResult(describe(cpu=cell.cpu_engine))
     if found.watermark:
         say(f"No GPU: {gpu_missing()}. {found.watermark}.")
 

@@ -135,7 +135,7 @@ def _differing(each: Sum) -> list[str]:
 
 
 @dataclass
-class Result:
+class ServeResult:
     """All cells of one command.
 
     Attributes:
@@ -174,7 +174,7 @@ class Result:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Result:
+    def from_dict(cls, data: Mapping[str, Any]) -> ServeResult:
         """The inverse of `to_dict`.
 
         Raises:
@@ -194,14 +194,14 @@ def is_one(path: Path) -> bool:
     return isinstance(data, dict) and data.get("kind") == KIND
 
 
-def load(path: Path) -> Result:
+def load(path: Path) -> ServeResult:
     """A saved result.
 
     Raises:
         ValueError: the file is not there, or holds something else; the message says which.
     """
     try:
-        return Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return ServeResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -221,7 +221,7 @@ CSV_COLUMNS = (
 )
 
 
-def to_csv(result: Result) -> str:
+def to_csv(result: ServeResult) -> str:
     """One line for each cell, workload and arm, below lines with ``#`` that say what was measured on."""
     out = io.StringIO()
     if result.watermark:
@@ -248,7 +248,7 @@ def to_csv(result: Result) -> str:
     return out.getvalue()
 
 
-def save(result: Result, folder: Path, stem: str = "serve") -> Path:
+def save(result: ServeResult, folder: Path, stem: str = "serve") -> Path:
     """``stem.json`` in ``folder``; replaced as a whole, so that a reader never finds half of one."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}.json"
@@ -258,7 +258,7 @@ def save(result: Result, folder: Path, stem: str = "serve") -> Path:
     return path
 
 
-def merged(results: Sequence[Result]) -> Result:
+def merged(results: Sequence[ServeResult]) -> ServeResult:
     """Results of one machine as one; a cell run again replaces the earlier one.
 
     Raises:
@@ -269,7 +269,7 @@ def merged(results: Sequence[Result]) -> Result:
         for name in ("ran_on", "gpu", "driver", "torch", "sglang"):
             if other.environment.get(name) != first.environment.get(name):
                 raise ValueError(f"results of different machines cannot be one: {name} differs")
-    whole = Result(dict(first.environment))
+    whole = ServeResult(dict(first.environment))
     for result in results:
         for cell in result.cells:
             whole.put(cell)

@@ -9,7 +9,7 @@ from ..measure.results import Spread
 from ..measure.tables import Table
 from .account import Sum
 from .arms import NONE
-from .result import CellResult, Result
+from .result import CellResult, ServeResult
 
 WIDTH = 80
 SPEED, AGAINST = "speed", "against"
@@ -27,7 +27,7 @@ _CACHE_NOTE = (
 _AGAINST_NOTE = "One arm by the other: req/s, the higher the better; times, the lower the better."
 
 
-def tables(result: Result) -> list[Table]:
+def tables(result: ServeResult) -> list[Table]:
     """Three for each workload of each cell: speed, cache, and against SGLang's default and the limit."""
     made = []
     for cell in result.cells:

@@ -85,7 +85,7 @@ class DeviceAttribute(IntEnum):
     CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM = 91
 
 
-class Result(IntEnum):
+class ResultCode(IntEnum):
     """CUresult, as far as it is looked at."""
 
     INVALID_VALUE = 1
@@ -328,7 +328,7 @@ class Driver:
         """Whether ``address`` is host memory that CUDA allocated or registered."""
         kind = ctypes.c_uint(0)
         code = self._pointer_attribute(ctypes.byref(kind), PointerAttribute.MEMORY_TYPE, address)
-        if code == Result.INVALID_VALUE:  # how the driver says that it never heard of this memory
+        if code == ResultCode.INVALID_VALUE:  # how the driver says that it never heard of this memory
             return False
         self._check("cuPointerGetAttribute", code)
         return kind.value == MemoryType.HOST

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sglang_hicache.bench.race.result import Result
+from sglang_hicache.bench.race.result import RaceResult
 from sglang_hicache.bench.race.simulation import setups
 from sglang_hicache.bench.race.simulation.cache import Cache, Setup
 from sglang_hicache.bench.race.simulation.experiment import (
@@ -77,8 +77,8 @@ def experiment(
     )
 
 
-def result_of(made: Experiment, seeds: range, leave_out: LeaveOut) -> Result:
-    result = Result()
+def result_of(made: Experiment, seeds: range, leave_out: LeaveOut) -> RaceResult:
+    result = RaceResult()
     for seed in seeds:
         result.add(made.run(seed, leave_out))
     return result
