@@ -19,7 +19,7 @@ from ....io_backends.virtual import gpu
 from ....io_backends.virtual.operations import Operation
 from ....io_backends.virtual.ranges import ByteRanges
 from ....io_backends.virtual.sites import hide
-from .kernels import Rows
+from .kernels import StridedRows
 
 # Reports name the scheduler.
 hide(__name__)
@@ -52,7 +52,7 @@ class LayerBuffer:
     """One component (K, V or the latent) of one layer, on the device: uint64 [slots, words]."""
 
     def __init__(self, number: int, tensor: Any) -> None:
-        self.rows = Rows.of(tensor)
+        self.rows = StridedRows.of(tensor)
         self._salt = np.uint64(number + 1) << np.uint64(56)
         self._words = np.arange(self.rows.nbytes // 8, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         self._view = tensor.view(torch.uint8).numpy().reshape(len(tensor), -1).view(np.uint64)

@@ -23,7 +23,7 @@ from . import forward as model
 from .batches import Options, ScheduleBatch
 from .cache import REQUESTS, Cache
 from .ledger import Ledger
-from .rows import Rows
+from .rows import RowAllocator
 
 VOCABULARY = 1 << 20
 MAX_RUNNING = REQUESTS - 2
@@ -62,7 +62,7 @@ class Scheduler:
         gpu.set_stream(self.schedule_stream)
         self._restart()
         self.ledger = Ledger(cache)
-        self._rows = Rows(cache)
+        self._rows = RowAllocator(cache)
         self.before_forward: Callable[[ScheduleBatch], None] = lambda batch: None
         self.waiting: list[Any] = []
         self._running: list[Any] = []
