@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..measure.results import Spread
-from .load import Asked, Loaded
+from .load import Loaded, RequestResult
 from .scrape import Written
 
 SHARES = (*range(0, 100, 2), 99, 99.5, 99.9, 100)
@@ -146,7 +146,7 @@ def arm_round(
     )
 
 
-def _same(one: Asked, reference: Mapping[tuple[str, int, int], str] | None) -> bool:
+def _same(one: RequestResult, reference: Mapping[tuple[str, int, int], str] | None) -> bool:
     return reference is not None and reference[one.place] == one.answer
 
 

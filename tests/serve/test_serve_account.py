@@ -22,20 +22,20 @@ from sglang_hicache.bench.serve.account import (
     sum_of,
     sums,
 )
-from sglang_hicache.bench.serve.load import Asked, Loaded
+from sglang_hicache.bench.serve.load import Loaded, RequestResult
 from sglang_hicache.bench.serve.scrape import Written, between, parse
 
 SECONDS = st.floats(1e-6, 1e3, allow_nan=False)
 
 
-def asked(number: int, **more: Any) -> Asked:
+def asked(number: int, **more: Any) -> RequestResult:
     about: dict[str, Any] = {
         "prompt_tokens": 100,
         "seen_tokens": 60,
         "output_tokens": 3,
         "answer": f"a{number}",
     }
-    return Asked("chat", number, 0, **{**about, "first_token_s": 0.5, "gaps_s": (0.1, 0.2), **more})
+    return RequestResult("chat", number, 0, **{**about, "first_token_s": 0.5, "gaps_s": (0.1, 0.2), **more})
 
 
 def turn(arm: str = "auto", number: int = 0, **more: Any) -> ArmRound:
