@@ -58,10 +58,10 @@ def about(cell: CellResult) -> str:
     return f"{cell.name} ({', '.join(words)})"
 
 
-Cell = Callable[[Sum], str]
+CellText = Callable[[Sum], str]
 
 
-def _ms(name: str, shape: str = "{:,.0f}") -> Cell:
+def _ms(name: str, shape: str = "{:,.0f}") -> CellText:
     def cell(each: Sum) -> str:
         spread: Spread | None = getattr(each, name)
         return "-" if spread is None else shape.format(spread.median * 1e3)
@@ -93,7 +93,7 @@ def _short(value: float | None) -> str:
     return f"{value:,.0f}"
 
 
-_SPEED: dict[str, Cell] = {
+_SPEED: dict[str, CellText] = {
     "req/s": _rate,
     "TTFT p50": _ms("ttft_p50_s"),
     "p99 ms": _ms("ttft_p99_s"),
@@ -102,7 +102,7 @@ _SPEED: dict[str, Cell] = {
     "max ms": _ms("itl_max_s"),
     "errors": lambda each: str(each.errors),
 }
-_CACHE: dict[str, Cell] = {
+_CACHE: dict[str, CellText] = {
     "host": lambda each: _short(each.host_tokens),
     "device": lambda each: _short(each.device_tokens),
     "hit": lambda each: _count(each.hit_share, "{:.0%}"),
@@ -111,7 +111,7 @@ _CACHE: dict[str, Cell] = {
     "locked": lambda each: _short(each.rows_locked),
     "GB": lambda each: _count(each.written_bytes and each.written_bytes / 1e9, "{:,.1f}"),
 }
-_OUTPUTS: dict[str, Cell] = {
+_OUTPUTS: dict[str, CellText] = {
     "compared": lambda each: _count(each.compared),
     "as without HiCache": lambda each: _count(each.same),
     "tokens from host": lambda each: _count(each.host_tokens),
@@ -119,7 +119,7 @@ _OUTPUTS: dict[str, Cell] = {
 _OUTPUTS_NOTE = "Answers of the same prompts; a damaged write-back and one that copies nothing must differ."
 
 
-def _table(title: str, first: str, columns: dict[str, Cell], found: Sequence[Sum], note: str) -> Table:
+def _table(title: str, first: str, columns: dict[str, CellText], found: Sequence[Sum], note: str) -> Table:
     lines = tuple((each.arm, *(cell(each) for cell in columns.values())) for each in found)
     return Table(title, (first, *columns), lines, (note,))
 
