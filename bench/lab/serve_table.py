@@ -20,7 +20,7 @@ from typing import Any
 from ...io_backends.registry import AUTO
 from ...io_backends.sglang.unsafe import NULL
 from ..measure.tables import markdown_row
-from ..serve.account import Sum
+from ..serve.account import ArmSummary
 from ..serve.arms import NONE
 from ..serve.result import CellResult, ServeResult, load
 
@@ -142,7 +142,7 @@ def _attention(server: Mapping[str, Any]) -> str:
     return ", ".join(dict.fromkeys(map(str, both)))
 
 
-def _short(each: Sum | None) -> str:
+def _short(each: ArmSummary | None) -> str:
     if each is None or each.requests_per_s is None or each.ttft_p50_s is None:
         return ""
     return f"{each.requests_per_s.median:.1f}, {each.ttft_p50_s.median * 1e3:,.0f} ms"
@@ -162,7 +162,7 @@ def _row(arm: str, cells: Iterable[CellResult], workload: str) -> list[str]:
     return texts
 
 
-def _figures(each: Sum) -> list[str]:
+def _figures(each: ArmSummary) -> list[str]:
     rate = each.requests_per_s
     texts = ["" if rate is None else f"{rate.median:.1f} ({rate.low:.1f} to {rate.high:.1f})"]
     for spread in (each.ttft_p50_s, each.ttft_p99_s, each.itl_p99_s):

@@ -151,7 +151,7 @@ def _same(one: RequestResult, reference: Mapping[tuple[str, int, int], str] | No
 
 
 @dataclass(frozen=True)
-class Sum:
+class ArmSummary:
     """All rounds of one arm at a workload: what tables show.
 
     Times are the median over rounds, with least and greatest; counts are of all rounds together. A cut round
@@ -183,7 +183,7 @@ class Sum:
     client_share: float
 
 
-def sum_of(turns: Sequence[ArmRound]) -> Sum:
+def arm_summary(turns: Sequence[ArmRound]) -> ArmSummary:
     """Of at least one turn of one arm at one workload."""
     whole = [turn for turn in turns if not turn.cut and turn.requests]
     host = sum(turn.host_tokens for turn in whole)
@@ -193,7 +193,7 @@ def sum_of(turns: Sequence[ArmRound]) -> Sum:
     means = [(each.write_mean_s or 0.0) * (each.writes or 0) for each in times]
     locked = [turn.written.rows_locked(turn.seconds) for turn in whole]
     compared = [turn for turn in turns if turn.compared is not None]
-    return Sum(
+    return ArmSummary(
         workload=turns[0].workload,
         arm=turns[0].arm,
         rounds=len(whole),
@@ -220,12 +220,12 @@ def sum_of(turns: Sequence[ArmRound]) -> Sum:
     )
 
 
-def sums(turns: Iterable[ArmRound]) -> list[Sum]:
+def arm_summaries(turns: Iterable[ArmRound]) -> list[ArmSummary]:
     """One for each workload and arm, in the order in which they came."""
     found: dict[tuple[str, str], list[ArmRound]] = {}
     for turn in turns:
         found.setdefault((turn.workload, turn.arm), []).append(turn)
-    return [sum_of(each) for each in found.values()]
+    return [arm_summary(each) for each in found.values()]
 
 
 def _spread(values: Iterable[float | None]) -> Spread | None:

@@ -15,7 +15,7 @@ from ...io_backends.sglang.unsafe import NULL
 from .. import damaged
 from ..measure.results import Spread
 from ..stress.server import ServerFacts
-from .account import ArmRound, Sum, sums
+from .account import ArmRound, ArmSummary, arm_summaries
 from .arms import NONE, Cell
 
 SCHEMA = 1
@@ -87,8 +87,8 @@ class CellResult:
     def name(self) -> str:
         return str(self.cell["name"])
 
-    def sums(self) -> list[Sum]:
-        return sums(self.turns)
+    def arm_summaries(self) -> list[ArmSummary]:
+        return arm_summaries(self.turns)
 
     def problems(self) -> list[str]:
         """What must not be: servers that did not start, errors, and outputs that differ or do not differ."""
@@ -116,7 +116,7 @@ def _in_one_line(problem: str) -> str:
     return what if why is None else f"{what}: {why}"
 
 
-def _wrong_outputs(each: Sum) -> list[str]:
+def _wrong_outputs(each: ArmSummary) -> list[str]:
     """Where outputs are compared with those of a server without HiCache."""
     if each.compared is None or each.arm == NONE:
         return []
@@ -130,7 +130,7 @@ def _wrong_outputs(each: Sum) -> list[str]:
     return [] if same else _differing(each)
 
 
-def _differing(each: Sum) -> list[str]:
+def _differing(each: ArmSummary) -> list[str]:
     return [f"{(each.compared or 0) - (each.same or 0)} of {each.compared} outputs differ"]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from ...io_backends.sglang.unsafe import NULL
 from ..measure.results import Spread
 from ..measure.tables import Table
-from .account import Sum
+from .account import ArmSummary
 from .arms import NONE
 from .result import CellResult, ServeResult
 
@@ -31,7 +31,7 @@ def tables(result: ServeResult) -> list[Table]:
     """Three for each workload of each cell: speed, cache, and against SGLang's default and the limit."""
     made = []
     for cell in result.cells:
-        by_workload: dict[str, list[Sum]] = {}
+        by_workload: dict[str, list[ArmSummary]] = {}
         for each in cell.sums():
             by_workload.setdefault(each.workload, []).append(each)
         for workload, found in by_workload.items():
@@ -58,18 +58,18 @@ def about(cell: CellResult) -> str:
     return f"{cell.name} ({', '.join(words)})"
 
 
-CellText = Callable[[Sum], str]
+CellText = Callable[[ArmSummary], str]
 
 
 def _ms(name: str, shape: str = "{:,.0f}") -> CellText:
-    def cell(each: Sum) -> str:
+    def cell(each: ArmSummary) -> str:
         spread: Spread | None = getattr(each, name)
         return "-" if spread is None else shape.format(spread.median * 1e3)
 
     return cell
 
 
-def _rate(each: Sum) -> str:
+def _rate(each: ArmSummary) -> str:
     spread = each.requests_per_s
     if spread is None:
         return "-"
@@ -119,12 +119,14 @@ _OUTPUTS: dict[str, CellText] = {
 _OUTPUTS_NOTE = "Answers of the same prompts; a damaged write-back and one that copies nothing must differ."
 
 
-def _table(title: str, first: str, columns: dict[str, CellText], found: Sequence[Sum], note: str) -> Table:
+def _table(
+    title: str, first: str, columns: dict[str, CellText], found: Sequence[ArmSummary], note: str
+) -> Table:
     lines = tuple((each.arm, *(cell(each) for cell in columns.values())) for each in found)
     return Table(title, (first, *columns), lines, (note,))
 
 
-def _against(found: Sequence[Sum]) -> list[tuple[str, ...]]:
+def _against(found: Sequence[ArmSummary]) -> list[tuple[str, ...]]:
     by_arm = {each.arm: each for each in found}
     lines = []
     for other in (DEFAULT, NULL, NONE):

@@ -18,9 +18,9 @@ from sglang_hicache.bench.serve.account import (
     ArmRound,
     Distribution,
     arm_round,
+    arm_summaries,
+    arm_summary,
     percentile,
-    sum_of,
-    sums,
 )
 from sglang_hicache.bench.serve.load import Loaded, RequestResult
 from sglang_hicache.bench.serve.scrape import Written, between, parse
@@ -82,7 +82,7 @@ def test_a_turn_survives_json() -> None:
 def test_rounds_are_summed_with_their_spread() -> None:
     written = Written(writes=10, write_mean_s=0.02, write_p99_s=0.05, written_tokens=1000, written_bytes=5.0)
     faster = turn(number=1, seconds=1.0, written=replace(written, writes=30, write_mean_s=0.04))
-    found = sum_of([turn(written=written), faster])
+    found = arm_summary([turn(written=written), faster])
     assert found.rounds == 2
     assert found.requests_per_s is not None
     assert (found.requests_per_s.low, found.requests_per_s.median, found.requests_per_s.high) == (
@@ -100,16 +100,16 @@ def test_rounds_are_summed_with_their_spread() -> None:
 
 
 def test_a_cut_round_counts_for_its_errors_only() -> None:
-    found = sum_of([turn(), turn(number=1, cut=True, errors=2, requests=1, seconds=0.1)])
+    found = arm_summary([turn(), turn(number=1, cut=True, errors=2, requests=1, seconds=0.1)])
     assert (found.rounds, found.errors, found.requests) == (1, 2, 2)
     assert found.requests_per_s is not None
     assert found.requests_per_s.n == 1
-    empty = sum_of([turn(cut=True)])
+    empty = arm_summary([turn(cut=True)])
     assert (empty.rounds, empty.requests_per_s, empty.hit_share, empty.rows_locked) == (0, None, None, None)
 
 
 def test_sums_keep_workloads_and_arms_apart() -> None:
-    found = sums([turn("auto"), turn("kernel"), turn("auto", 1), turn("auto", workload="prefill")])
+    found = arm_summaries([turn("auto"), turn("kernel"), turn("auto", 1), turn("auto", workload="prefill")])
     assert [(each.workload, each.arm, each.rounds) for each in found] == [
         ("chat", "auto", 2),
         ("chat", "kernel", 1),
