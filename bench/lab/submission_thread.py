@@ -117,7 +117,7 @@ class CopiesElsewhere:
 
 
 @dataclass(frozen=True)
-class Load:
+class DecodeLoad:
     """Decode steps and the writes beside them.
 
     Attributes:
@@ -139,7 +139,7 @@ class Figures:
     backend: str
     way: str
     call_entries: int
-    load: Load
+    load: DecodeLoad
     thread_ms: tuple[float, float, float] | None
     step_ms: tuple[float, float, float]
     step_mean_ms: float
@@ -153,7 +153,7 @@ class Figures:
 class Steps:
     """Decode steps of a load."""
 
-    def __init__(self, device: Any, load: Load) -> None:
+    def __init__(self, device: Any, load: DecodeLoad) -> None:
         import torch
 
         self._torch, self._device, self._load = torch, device, load
@@ -219,7 +219,7 @@ class Steps:
 
 
 def loop(
-    steps: Steps, load: Load, write: Callable[[], object] | None, seconds: float
+    steps: Steps, load: DecodeLoad, write: Callable[[], object] | None, seconds: float
 ) -> dict[str, list[float]]:
     """Steps for that long; lists of milliseconds."""
     found: dict[str, list[float]] = {"step": [], "launch": [], "thread": []}
@@ -254,7 +254,7 @@ def three(values: list[float]) -> tuple[float, float, float] | None:
     return statistics.median(ordered), ordered[at], ordered[-1]
 
 
-class Writer:
+class TaskWriter:
     """Submits a task's write one way, and notes when its bytes were there."""
 
     def __init__(self, task: Task, backend: str, way: str, entries: int) -> None:
@@ -316,7 +316,7 @@ class Writer:
 def measure(
     task: Task,
     steps: Steps,
-    load: Load,
+    load: DecodeLoad,
     backend: str,
     way: str,
     entries: int,
@@ -324,7 +324,7 @@ def measure(
     switch_ms: float,
 ) -> Figures:
     """One way of one case."""
-    writer = None if way == ALONE else Writer(task, backend, way, entries)
+    writer = None if way == ALONE else TaskWriter(task, backend, way, entries)
     before = sys.getswitchinterval()
     done: list[float] = []
     try:
@@ -360,15 +360,15 @@ def measure(
     )
 
 
-def trials(cpu: bool) -> Iterator[tuple[Case, str, Load]]:
+def trials(cpu: bool) -> Iterator[tuple[Case, str, DecodeLoad]]:
     """The writes and the steps beside them."""
     small = 1024 if cpu else 1
     for python_ms in (1.0, 3.0):
         for tokens, every in ((4096, 8), (64, 4), (32768, 40)):
             page_first = Case("Qwen3-8B", "page_first", 1, max(16, tokens // small), True)
-            yield page_first, "hybrid", Load(python_ms, 4.0, every)
+            yield page_first, "hybrid", DecodeLoad(python_ms, 4.0, every)
         paged = Case("Qwen3-8B", "layer_first", 16, max(16, 4096 // small), True)
-        yield paged, "copy_engine", Load(python_ms, 4.0, 8)
+        yield paged, "copy_engine", DecodeLoad(python_ms, 4.0, 8)
 
 
 def arms() -> Iterator[tuple[str, int, float]]:
