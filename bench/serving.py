@@ -31,9 +31,9 @@ from .server_options import HiCache, base_args, cpu_engine_env
 
 __all__ = [
     "HiCache",
-    "Progress",
     "Server",
     "ServerError",
+    "StartProgress",
     "base_args",
     "cpu_engine_env",
     "free_port",
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 # Reports what a server is doing: a few words, and the seconds since its process was started.
-Progress = Callable[[str, float], None]
+StartProgress = Callable[[str, float], None]
 
 # What SGLang logs at the end of each step of its start, and what it does from then on. 0.5.18 to 0.5.23.
 _MILESTONES = (
@@ -150,7 +150,7 @@ class Server:
         log: Path,
         env: Mapping[str, str] | None = None,
         start_timeout_s: float = 300,
-        progress: Progress | None = None,
+        progress: StartProgress | None = None,
         launch: Sequence[str] = (sys.executable, "-m", "sglang.launch_server"),
     ) -> None:
         port = free_port()

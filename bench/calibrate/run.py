@@ -16,7 +16,7 @@ from ..measure.devices import open_bench
 from ..measure.environment import describe
 from ..measure.one_write import Setting, bandwidth, check
 from ..measure.results import CPU_WATERMARK, Row
-from ..measure.suite import Say
+from ..measure.suite import SuiteProgress
 from ..measure.timing import interleaved, one_write
 from . import machine_policy
 from .calibration import (
@@ -110,7 +110,7 @@ class Calibration:
         }
 
 
-def calibrate(plan: Plan, *, cpu: bool, say: Say) -> Calibration:
+def calibrate(plan: Plan, *, cpu: bool, say: SuiteProgress) -> Calibration:
     """Measure, and conclude what can be concluded.
 
     Raises:

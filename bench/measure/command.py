@@ -237,7 +237,7 @@ class Live:
             disable=not console.is_terminal,
         )
 
-    def __enter__(self) -> suite.Say:
+    def __enter__(self) -> suite.SuiteProgress:
         self._bars.start()
         task = self._bars.add_task("measuring", total=1)
 

@@ -21,7 +21,7 @@ from .submit import submit
 from .sustained import SECONDS, chosen, sustained
 from .timing import link_ceiling, memory_ceiling
 
-Say = Callable[[str, float, float], None]
+SuiteProgress = Callable[[str, float, float], None]
 """Told what was found: a line, how much is done, and of how much."""
 
 
@@ -124,7 +124,9 @@ class MeasureOptions:
         return replace(wanted, **{name: tuple(values) for name, values in self.only.items()}).cases()
 
 
-def measure(ask: MeasureOptions, say: Say, save: Callable[[Results], None] = lambda run: None) -> Results:
+def measure(
+    ask: MeasureOptions, say: SuiteProgress, save: Callable[[Results], None] = lambda run: None
+) -> Results:
     """Everything that was asked for; ``save`` is called after each part of it (a case, of ``sustained`` a
     pattern of it), so that who is killed loses no more than the part that ran.
 
@@ -163,7 +165,7 @@ def measure(ask: MeasureOptions, say: Say, save: Callable[[Results], None] = lam
 
 
 def _measurement(
-    ask: MeasureOptions, setting: Setting, name: str, until: float, say: Say
+    ask: MeasureOptions, setting: Setting, name: str, until: float, say: SuiteProgress
 ) -> Iterator[list[Row]]:
     """The rows of each part, as soon as it is measured."""
     cases = ask.cases(name)
@@ -201,7 +203,7 @@ def _part(ask: MeasureOptions, setting: Setting, name: str, case: Case, forward:
     return MEASURED[name](setting, case)
 
 
-def _submit_idle(ask: MeasureOptions, cases: list[Case], say: Say) -> list[Row]:
+def _submit_idle(ask: MeasureOptions, cases: list[Case], say: SuiteProgress) -> list[Row]:
     try:
         rows = submit_idle.measure(
             cases, repeats=ask.repeats, policy=ask.policy, wanted=ask.wanted, options=ask.options
