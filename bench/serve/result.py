@@ -87,7 +87,7 @@ class CellResult:
     def name(self) -> str:
         return str(self.cell["name"])
 
-    def arm_summaries(self) -> list[ArmSummary]:
+    def sums(self) -> list[ArmSummary]:
         return arm_summaries(self.turns)
 
     def problems(self) -> list[str]:
