@@ -19,7 +19,9 @@ _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 LogProb = tuple[_Number, _TokenId, Any]
 """Nats, token, and its text, which is null without a tokenizer."""
 
-Setting = StrictBool | Annotated[int, Field(strict=True, ge=-(2**53), le=2**53)] | _Number | StrictStr | None
+JsonScalar = (
+    StrictBool | Annotated[int, Field(strict=True, ge=-(2**53), le=2**53)] | _Number | StrictStr | None
+)
 
 
 class NotUnderstoodError(ValueError):
