@@ -31,8 +31,8 @@ from .server_options import HiCache, base_args, cpu_engine_env
 
 __all__ = [
     "HiCache",
-    "Server",
     "ServerError",
+    "ServerProcess",
     "StartProgress",
     "base_args",
     "cpu_engine_env",
@@ -125,7 +125,7 @@ def server_info(url: str) -> dict[str, Any]:
     return info
 
 
-class Server:
+class ServerProcess:
     """A running SGLang server, as a context manager.
 
     Entering starts the process and returns when it answers; leaving kills its whole process group.
@@ -175,7 +175,7 @@ class Server:
         self._scratch: str | None = None
         self._closing = threading.Lock()
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> ServerProcess:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._began = time.monotonic()
         atexit.register(self.close)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .serving import Server
+from .serving import ServerProcess
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class EvictingWorkload:
         ]
 
 
-def generate(server: Server, input_ids: Sequence[int], output_tokens: int) -> Answer:
+def generate(server: ServerProcess, input_ids: Sequence[int], output_tokens: int) -> Answer:
     """Generate exactly `output_tokens` tokens greedily.
 
     Raises:
@@ -97,7 +97,7 @@ def generate(server: Server, input_ids: Sequence[int], output_tokens: int) -> An
 
 
 def run(
-    server: Server, workload: EvictingWorkload, progress: Callable[[int], None] | None = None
+    server: ServerProcess, workload: EvictingWorkload, progress: Callable[[int], None] | None = None
 ) -> list[Answer]:
     """Send the whole workload, turn by turn, and return the answers in a fixed order.
 

@@ -128,7 +128,7 @@ def run(setup: DemoSetup, name: str, backend: str | None, *, status: Status) -> 
         max_total_tokens=setup.reference_pool_tokens if backend is None else setup.device_pool_tokens,
         hicache=None if backend is None else serving.HiCache(backend, setup.mem_layout),
     )
-    server = serving.Server(
+    server = serving.ServerProcess(
         options,
         log=setup.logs / f"{name}.log",
         env=setup.env,

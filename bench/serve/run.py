@@ -74,7 +74,7 @@ class _Up:
     """A server that is up."""
 
     arm: str
-    server: serving.Server
+    server: serving.ServerProcess
     turns: list[ArmRound] = field(default_factory=list)
 
 
@@ -159,7 +159,7 @@ def _start(
     where: dict[str, tuple[str, float]] = {}
     lock = threading.Lock()
 
-    def start(arm: str) -> serving.Server:
+    def start(arm: str) -> serving.ServerProcess:
         args = server_args(cell, arm)
         result.arms[arm] = ArmFacts(args=args)
         env = {**_engine_env(cell, given.logs), **server_env(arm, given.logs / "third-party" / arm)}
@@ -173,7 +173,7 @@ def _start(
             if news:
                 say(f"{cell.name}: {arm}: {what}, {seconds:.0f} s")
 
-        return serving.Server(
+        return serving.ServerProcess(
             args,
             log=given.logs / f"{cell.name}-{arm}.log",
             env=env,
@@ -288,7 +288,7 @@ def _asking(
     cell: Cell,
     name: str,
     number: int,
-    server: serving.Server,
+    server: serving.ServerProcess,
     made: Mapping[tuple[str, int], Workload],
     limit_s: float,
 ) -> Callable[[], Loaded]:
@@ -303,7 +303,7 @@ def _turn(
     name: str,
     arm: str,
     number: int,
-    server: serving.Server,
+    server: serving.ServerProcess,
     asking: Callable[[], Loaded],
     reference: Answers | None,
 ) -> tuple[ArmRound, Answers]:
@@ -316,7 +316,7 @@ def _turn(
     return turn, {one.place: one.answer for one in loaded.asked if one.error is None}
 
 
-def flush(server: serving.Server) -> None:
+def flush(server: serving.ServerProcess) -> None:
     """Empty both tiers: every turn begins alike.
 
     Raises:
@@ -326,7 +326,7 @@ def flush(server: serving.Server) -> None:
     _post(server, "/flush_cache?timeout=20")
 
 
-def freeze_gc(server: serving.Server) -> None:
+def freeze_gc(server: serving.ServerProcess) -> None:
     """Have Python's collector leave alone all that is there after the warm-up.
 
     SGLang 0.5.23 asks this of itself when it is up, before its own port is sure to be open: on some starts
@@ -341,7 +341,7 @@ def freeze_gc(server: serving.Server) -> None:
         raise server.error("POST /freeze_gc", str(error)) from error
 
 
-def _post(server: serving.Server, path: str) -> None:
+def _post(server: serving.ServerProcess, path: str) -> None:
     try:
         with serving.open_url(server.url + path, method="POST", timeout_s=60) as answer:
             answer.read()
