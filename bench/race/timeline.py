@@ -10,6 +10,7 @@ from ...io_backends.virtual.model import CostModel
 from ...io_backends.virtual.timeline import ModelOrder, Timeline
 from ...policy.decide import decide
 from ...policy.facts import Facts
+from .kept_fences import KeptFences
 from .simulation import setups
 from .simulation.batches import Options
 from .simulation.cache import Cache
@@ -63,7 +64,7 @@ def timelines(facts: Facts) -> dict[str, Timeline]:
             # As a server starts: a ring for its step's rows, not the simulation's small one.
             Experiment(cache, decision, exclusive).run(
                 0,
-                left_out("auto"),
+                left_out(KeptFences.auto),
                 program,
                 order=order,
                 options=options,

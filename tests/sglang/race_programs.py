@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 from race_cases import experiment, keep_all
 
-from sglang_hicache.bench.race.simulation.experiment import Experiment, Fences, LeaveOut, Run, left_out
+from sglang_hicache.bench.race.kept_fences import KeptFences
+from sglang_hicache.bench.race.simulation.experiment import Experiment, LeaveOut, Run, left_out
 from sglang_hicache.bench.race.simulation.workload import (
     Abort,
     Action,
@@ -52,7 +53,7 @@ EXAMPLES = settings(
 )
 
 
-def command(backend: str, fences: Fences, seed: int, program: list[Action]) -> str:
+def command(backend: str, fences: KeptFences, seed: int, program: list[Action]) -> str:
     """What replays it."""
     options = ["--backend", backend, "--fences", fences, "--page-size", "4", "--seed", str(seed)]
     return shlex.join(["hicache-io", "race", *options, "--program", to_text(program)])
@@ -97,8 +98,8 @@ def smallest(made: Experiment, leave_out: LeaveOut) -> tuple[int, list[Action]]:
     return find(st.tuples(SEEDS, PROGRAMS), wrong, settings=limits)
 
 
-@pytest.mark.parametrize("fences", ["none", "producer"])
-def test_a_missing_fence_is_shrunk_to_one_that_replays(fences: Fences, capsys: Any) -> None:
+@pytest.mark.parametrize("fences", [KeptFences.none, KeptFences.producer])
+def test_a_missing_fence_is_shrunk_to_one_that_replays(fences: KeptFences, capsys: Any) -> None:
     made = experiment("fenced_kernel", fences)
     try:
         seed, program = smallest(made, left_out(fences))
