@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-import numpy.typing as npt
 
+from ...io_backends.plan.copies import Slots
 from ...io_backends.plan.geometry import Component, PoolGeometry, host_strides
 from ...io_backends.plan.staged_write import copies_to_drain
-
-Slots = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

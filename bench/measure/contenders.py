@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...io_backends import PoolGeometry, Transfer, available_backends, direct_copies
+from ...io_backends.plan.copies import Slots
 from ...io_backends.registry import AUTO, BACKENDS, make_backend
 from ...io_backends.routes import write_facts
 from ...policy.backend_spec import SmWork, spec_of
 from ...policy.decide import Decision
 from ...policy.routes import WriteFacts
 from . import sglang_pools
-from .cases import Case, Slots
+from .cases import Case
 from .devices import Bench
 from .memory import KvBuffers
 
