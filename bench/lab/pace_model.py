@@ -3,7 +3,7 @@ moves nothing and whose work takes as long as a cost model says. A model, not a 
 
     python -m sglang_hicache.bench.lab.pace_model [--staging-mb 256 512 auto] [--json]
 
-Bytes, entries and ring are those of the real model's rows. What the model leaves out: contention for SMs, HBM
+Bytes, copies and ring are those of the real model's rows. What the model leaves out: contention for SMs, HBM
 and the host's CPUs (see :class:`~sglang_hicache.io_backends.virtual.model.CostModel`).
 """
 
@@ -76,7 +76,7 @@ class ModelDevice(VirtualDevice):
 
     def copy(self, batch: CopyBatch, stream: Stream) -> None:
         if len(batch):
-            stream.launch(Operation("drain", engine="copy_d2h", entries=len(batch), nbytes=batch.total_bytes))
+            stream.launch(Operation("drain", engine="copy_d2h", copies=len(batch), nbytes=batch.total_bytes))
 
 
 @dataclass(frozen=True)

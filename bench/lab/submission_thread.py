@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...io_backends.device.driver import MAX_ENTRIES
+from ...io_backends.device.driver import MAX_COPIES_PER_CALL
 from ...io_backends.policy_files import default_policy
 from ...io_backends.registry import BACKENDS
 from ...policy.backend_spec import spec_of
@@ -43,7 +43,7 @@ from ..measure.one_write import Setting
 from ..measure.results import CPU_WATERMARK
 
 ALONE, INLINE, COPIES, ALL = "alone", "inline", "copies", "all"
-CALL_ENTRIES = (MAX_ENTRIES, 4096, 16384)
+CALL_ENTRIES = (MAX_COPIES_PER_CALL, 4096, 16384)
 """Entries of a driver call at most."""
 
 STAGING_MB = 2048
@@ -422,7 +422,7 @@ def main() -> int:
     environment = describe(cpu=args.cpu)
     for name, value in environment.items():
         print(f"{name}: {value}", flush=True)
-    most = {} if args.cpu else {"max_batch_entries": max(CALL_ENTRIES)}
+    most = {} if args.cpu else {"max_copies_per_call": max(CALL_ENTRIES)}
     setting = Setting(open_bench(args.cpu, **most), default_policy(), 1)
     found: list[dict[str, Any]] = []
     end = time.monotonic() + args.budget

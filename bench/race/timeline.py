@@ -47,7 +47,7 @@ def timelines(facts: Facts) -> dict[str, Timeline]:
         link_h2d_gb_per_s=real.link_h2d_gb_per_s / scale,
         sm_link_gb_per_s=real.sm_link_gb_per_s / scale,
         hbm_gb_per_s=real.hbm_gb_per_s / scale,
-        entry_us=real.entry_us * _entries(cache, tokens),
+        copy_us=real.copy_us * _copies_of_one(cache, tokens),
     )
 
     def forward_ms(kind: str, computed: int) -> float:
@@ -74,7 +74,7 @@ def timelines(facts: Facts) -> dict[str, Timeline]:
     return runs
 
 
-def _entries(cache: Cache, tokens: float) -> float:
+def _copies_of_one(cache: Cache, tokens: float) -> float:
     """Copies of the model for one of the simulation."""
     layers = LAYERS / cache.setup.layers
     return {"layer_first": layers, "page_first": tokens, "page_first_direct": layers}[cache.setup.mem_layout]

@@ -20,7 +20,7 @@ from ..plan.copies import CopyBatch
 from ..plan.geometry import PoolGeometry
 from .base import DeviceUnavailableError, Event, Stream
 from .copy_interleaving import TURN_BYTES, InterleavedCopies, turn_of
-from .driver import MAX_ENTRIES, Driver
+from .driver import MAX_COPIES_PER_CALL, Driver
 from .gather import Gather
 from .gather_plan import UNITS_PER_THREAD, WARPS
 from .host_memory import HostRange, HostRanges, host_extents
@@ -97,7 +97,7 @@ class CudaDevice:
     :meth:`prepare_copies` for host memory that copies may write, :meth:`prepare_gather` for device rows.
 
     Args:
-        max_batch_entries: entries in one driver call at most.
+        max_copies_per_call: copies in one driver call at most.
         turn_bytes: copied before others get the copy engine, see :mod:`~.copy_interleaving`; without it the
             link is measured with the first pool.
         prefer_overlap: of copies with forwards, see :class:`~.driver.Driver`; for measurements.
@@ -112,7 +112,7 @@ class CudaDevice:
     def __init__(
         self,
         *,
-        max_batch_entries: int = MAX_ENTRIES,
+        max_copies_per_call: int = MAX_COPIES_PER_CALL,
         turn_bytes: int | None = None,
         prefer_overlap: bool = True,
         gather_warps: int = WARPS,
@@ -128,7 +128,7 @@ class CudaDevice:
             raise DeviceUnavailableError(
                 "PyTorch finds no CUDA device: check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES"
             )
-        self._driver = Driver(max_batch_entries, prefer_overlap=prefer_overlap)
+        self._driver = Driver(max_copies_per_call, prefer_overlap=prefer_overlap)
         self._turns = InterleavedCopies(
             self._torch.cuda.Event, self._driver, self.new_stream, turn_bytes or TURN_BYTES
         )
@@ -276,7 +276,7 @@ class CudaDevice:
         """Copy-engine work, as the seam says; what is behind it on ``stream`` waits for it.
 
         Raises:
-            UnknownHostMemoryError: an entry writes memory that :meth:`prepare_copies` has not seen.
+            UnknownHostMemoryError: a copy writes memory that :meth:`prepare_copies` has not seen.
             CopyRefusedError: the legacy NULL stream, or a graph is being captured.
             DriverError: the driver refused.
         """

@@ -323,7 +323,7 @@ def _without_references(operation: Operation) -> Operation:
         engine=operation.engine,
         d2h_on_sms=operation.d2h_on_sms,
         exclusive_sms=operation.exclusive_sms,
-        entries=operation.entries,
+        copies=operation.copies,
         nbytes=operation.nbytes,
         crosses_link=operation.crosses_link,
         ms=operation.ms,

@@ -31,7 +31,7 @@ class Operation:
         uses: objects (torch tensors, numpy arrays) that it touches and that somebody else owns, such as index
             tensors and staging. The last owner must not let go before it is done. A stream does not own
             them, so ``work`` must not hold them either: see :meth:`~.memory.Memory.borrow`.
-        entries: copies in a batch (cost model).
+        copies: in a batch (cost model).
         nbytes: bytes that it moves (cost model).
         crosses_link: SM work that reads or writes host memory (cost model).
         ms: how long it takes, in milliseconds, if not what the cost model says of the above.
@@ -45,7 +45,7 @@ class Operation:
     d2h_on_sms: bool = False
     exclusive_sms: bool = False
     uses: Sequence[object] = ()
-    entries: int = 1
+    copies: int = 1
     nbytes: int = 0
     crosses_link: bool = False
     ms: float | None = None

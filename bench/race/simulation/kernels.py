@@ -104,7 +104,7 @@ def launch(
     *,
     on_sms: bool,
     d2h: bool,
-    entries: int = 1,
+    engine_copies: int = 1,
 ) -> None:
     """Enqueue ``copies`` as one operation on the current stream.
 
@@ -113,7 +113,7 @@ def launch(
         gone.
         on_sms: by a kernel, or else by a copy engine.
         d2h: a part of a transfer to the host.
-        entries: copies that the copy engine gets.
+        engine_copies: that the copy engine gets.
     """
     on_device = [_OnDevice(each) for each in indices if each.is_cuda]
     pieces = [copies[nth::_PIECES] for nth in range(min(_PIECES, len(copies)))]
@@ -133,7 +133,7 @@ def launch(
             engine="sm" if on_sms else "copy_d2h" if d2h else "copy_h2d",
             d2h_on_sms=on_sms and d2h,
             uses=[each.where for each in on_device],
-            entries=entries,
+            copies=engine_copies,
             nbytes=sum(len(copy.targets) * copy.target.nbytes for copy in copies),
             crosses_link=on_sms
             and (copies[0].target.base in host_memory or copies[0].source.base in host_memory),
@@ -285,7 +285,7 @@ class StagedKernels:
                 relayout.append(Copy(to, staged, StridedRows(address, row, row), rows))
             drain.append(Copy(StridedRows.of(target), _values(dst), token, staged))
         launch("staged relayout", relayout, (pages,), on_sms=True, d2h=True)
-        launch("staged copies", drain, on_sms=False, d2h=True, entries=len(parts) * len(pages))
+        launch("staged copies", drain, on_sms=False, d2h=True, engine_copies=len(parts) * len(pages))
 
 
 def load_jit(name: str, *arguments: Any, **_: Any) -> Any:
@@ -363,8 +363,14 @@ class PagedRows(NamedTuple):
 
 
 def _direct(copies: Sequence[Copy], page_size: int) -> None:
-    entries = len(copies) * -(-len(copies[0].targets) // page_size)
-    launch("direct copies", copies, on_sms=False, d2h=copies[0].target.base in host_memory, entries=entries)
+    engine_copies = len(copies) * -(-len(copies[0].targets) // page_size)
+    launch(
+        "direct copies",
+        copies,
+        on_sms=False,
+        d2h=copies[0].target.base in host_memory,
+        engine_copies=engine_copies,
+    )
 
 
 DIRECT: dict[str, Callable[..., None]] = {
