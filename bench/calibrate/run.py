@@ -13,7 +13,7 @@ from ..measure import sglang_pools
 from ..measure.cases import MODELS, Case, entry_bytes
 from ..measure.contenders import Submit, Task, ours
 from ..measure.devices import open_bench
-from ..measure.environment import describe
+from ..measure.environment import describe_environment
 from ..measure.one_write import Setting, bandwidth, check
 from ..measure.results import CPU_WATERMARK, Row
 from ..measure.suite import SuiteProgress
@@ -117,7 +117,7 @@ def calibrate(plan: Plan, *, cpu: bool, say: SuiteProgress) -> Calibration:
         DeviceUnavailableError: there is no GPU and ``cpu`` is not set.
     """
     device = open_bench(cpu)
-    found = Calibration(describe(cpu=cpu), plan)
+    found = Calibration(describe_environment(cpu=cpu), plan)
     if not cpu:
         found.environment |= sglang_pools.prepare(MODELS[plan.model].components)
     setting = Setting(device, default_policy(), plan.repeats, LEAST_SM_WORK_FIRST)

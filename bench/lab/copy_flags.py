@@ -18,7 +18,7 @@ from typing import Any
 from ...io_backends.policy_files import default_policy
 from ..measure.cases import Case
 from ..measure.devices import gpu_missing, open_bench
-from ..measure.environment import describe
+from ..measure.environment import describe_environment
 from ..measure.interference import interference
 from ..measure.one_write import Setting, bandwidth
 from ..measure.results import CPU_WATERMARK
@@ -44,7 +44,7 @@ def main() -> int:
     args = parser.parse_args()
     if (missing := gpu_missing()) is not None and not args.cpu:
         parser.error(f"no GPU: {missing} (--cpu exercises the code without one)")
-    environment = describe(cpu=args.cpu)
+    environment = describe_environment(cpu=args.cpu)
     for name, value in environment.items():
         print(f"{name}: {value}", flush=True)
     found: list[dict[str, Any]] = []

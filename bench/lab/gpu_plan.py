@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..measure.devices import gpu_missing
-from ..measure.environment import describe
+from ..measure.environment import describe_environment
 from ..serve import report, result, run, tables
 from .gpu_plans import GIB, PLANS, PlannedCell, host_bytes, kv_bytes_per_token
 
@@ -80,7 +80,7 @@ def run_plan(
     """
     clock = run.Budget(budget_s)
     out.mkdir(parents=True, exist_ok=True)
-    found = result.ServeResult(describe(cpu=cpu))
+    found = result.ServeResult(describe_environment(cpu=cpu))
     result.save(found, out, name)
     ok = True
     for step in steps:

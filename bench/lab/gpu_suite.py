@@ -37,7 +37,7 @@ from ..measure import report, results, suite, tables
 from ..measure.cases import MODELS
 from ..measure.contenders import names
 from ..measure.devices import gpu_missing
-from ..measure.environment import describe
+from ..measure.environment import describe_environment
 from . import profile
 
 PARTS = ("tests", "sanitize", "bench", "profile", "calibrate")
@@ -219,7 +219,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if missing is not None and not args.cpu:
         parser.error(f"no GPU: {missing} (--cpu tries bench, profile and calibrate without one)")
     args.out.mkdir(parents=True, exist_ok=True)
-    environment = describe(cpu=args.cpu)
+    environment = describe_environment(cpu=args.cpu)
     for name, value in environment.items():
         print(f"{name}: {value}", flush=True)
     done: dict[str, PartOutcome] = {}

@@ -42,7 +42,7 @@ from ..measure import sglang_pools
 from ..measure.cases import MODELS, Case
 from ..measure.contenders import contenders
 from ..measure.devices import Bench, gpu_missing, no_collection, open_bench
-from ..measure.environment import describe
+from ..measure.environment import describe_environment
 from ..measure.interference import interference
 from ..measure.memory import KvBuffers
 from ..measure.one_write import Setting
@@ -423,7 +423,7 @@ def profile(out: Path | None, *, cpu: bool) -> list[ProfiledPart]:
     Raises:
         DeviceUnavailableError: there is no GPU and ``cpu`` is not set.
     """
-    environment = describe(cpu=cpu)
+    environment = describe_environment(cpu=cpu)
     device = open_bench(cpu)
     link = link_ceiling(device, 2**24 if cpu else 2**30)
     if not cpu:

@@ -38,7 +38,7 @@ from ...policy.backend_spec import spec_of
 from ..measure.cases import Case
 from ..measure.contenders import Task, ours
 from ..measure.devices import gpu_missing, open_bench
-from ..measure.environment import describe
+from ..measure.environment import describe_environment
 from ..measure.one_write import Setting
 from ..measure.results import CPU_WATERMARK
 
@@ -419,7 +419,7 @@ def main() -> int:
     args = parser.parse_args()
     if (missing := gpu_missing()) is not None and not args.cpu:
         parser.error(f"no GPU: {missing} (--cpu tries it without one)")
-    environment = describe(cpu=args.cpu)
+    environment = describe_environment(cpu=args.cpu)
     for name, value in environment.items():
         print(f"{name}: {value}", flush=True)
     most = {} if args.cpu else {"max_copies_per_call": max(CALL_ENTRIES)}

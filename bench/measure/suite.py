@@ -12,7 +12,7 @@ from . import sglang_pools, submit_idle
 from .cases import LAYOUTS, MODELS, Case, grid
 from .contenders import reason_of
 from .devices import open_bench
-from .environment import describe
+from .environment import describe_environment
 from .interference import interference
 from .judge import judge
 from .one_write import MEASURED, Setting
@@ -138,7 +138,7 @@ def measure(
         PolicyError: the policy cannot be used.
     """
     device = open_bench(ask.cpu)
-    run = Results(describe(cpu=ask.cpu))
+    run = Results(describe_environment(cpu=ask.cpu))
     setting = Setting(device, policy_in_force(ask.policy), ask.repeats, ask.wanted, ask.options)
     run.environment["policy"] = setting.policy.source
     link_bytes, memory_bytes = (2**24, 2**24) if ask.cpu else (2**30, 2**31)

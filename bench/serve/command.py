@@ -131,10 +131,10 @@ def _run(
     out: Path | None,
     as_json: bool,
 ) -> bool:
-    from ..measure.environment import describe
+    from ..measure.environment import describe_environment
     from . import report, result, run
 
-    found = result.ServeResult(describe(cpu=cell.cpu_engine))
+    found = result.ServeResult(describe_environment(cpu=cell.cpu_engine))
     if found.watermark:
         say(f"No GPU: {gpu_missing()}. {found.watermark}.")
 
