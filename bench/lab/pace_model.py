@@ -31,7 +31,7 @@ from ...io_backends.virtual.timeline import NOTE, ModelOrder
 from ...policy.names import FORWARDS
 from ..measure.cases import MODELS, Case, pool_of, slots_of
 from ..measure.contenders import Task
-from ..measure.overlap import Flight, ForwardStep, Trace, Writer, figures, run
+from ..measure.overlap import Flight, ForwardStep, Trace, Writer, loop_metrics, run
 from ..measure.patterns import LEAST_CYCLES, PATTERNS, whole_pages
 from ..measure.writers import OwnWriter
 
@@ -189,10 +189,10 @@ def main(given: Sequence[str] | None = None) -> int:
                 case = Case(model, "page_first", page, max(step.tokens for step in steps), True, "fa3")
                 ways: dict[str, Any] = {"kernel": None}
                 ways |= {f"hybrid {size}": _options(size) for size in args.staging_mb}
-                alone = figures(simulate(case, steps, None, cycles=args.cycles, write=False), len(steps))
+                alone = loop_metrics(simulate(case, steps, None, cycles=args.cycles, write=False), len(steps))
                 asked = sum(step.tokens for step in steps) * MODELS[model].bytes_per_token
                 for way, options in ways.items():
-                    row = figures(simulate(case, steps, options, cycles=args.cycles), len(steps))
+                    row = loop_metrics(simulate(case, steps, options, cycles=args.cycles), len(steps))
                     row["slow_down"] = row["cycle_ms"] / alone["cycle_ms"]
                     row["asked_gb_per_s"] = asked / alone["cycle_ms"] / 1e6
                     found.append({"model": model, "page_size": page, "forwards": name, "way": way, **row})

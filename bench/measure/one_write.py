@@ -50,7 +50,7 @@ class Setting:
 
     def decision(self, case: Case) -> Decision:
         """What the policy decides for a server with this case's facts, on this machine."""
-        facts = facts_of(case, self.device)
+        facts = case_facts(case, self.device)
         key = tuple(facts.values())
         if key not in self._decisions:  # detecting the rest of the facts may start programs
             self._decisions[key] = decide(self.policy, detect(facts))
@@ -76,7 +76,7 @@ class Setting:
         )
 
 
-def facts_of(case: Case, device: Bench) -> dict[str, Any]:
+def case_facts(case: Case, device: Bench) -> dict[str, Any]:
     """The facts that a case fixes; what else there is to know is detected."""
     model = MODELS[case.model]
     return {

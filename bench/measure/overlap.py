@@ -188,7 +188,7 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
 
 
-def figures(trace: Trace, cycle: int) -> dict[str, float]:
+def loop_metrics(trace: Trace, cycle: int) -> dict[str, float]:
     """Metrics of a loop over a pattern of ``cycle`` steps; those of writes only where there were some."""
     begin = trace.begin
     ends = [begin.elapsed_time(end) for end in trace.ends]

@@ -19,7 +19,7 @@ from .cases import Case
 from .contenders import Task, reason_of
 from .devices import Bench
 from .one_write import Setting
-from .overlap import WARM_CYCLES, ForwardStep, figures, run, series
+from .overlap import WARM_CYCLES, ForwardStep, loop_metrics, run, series
 from .patterns import LEAST_CYCLES, PATTERNS, whole_pages
 from .results import WRONG, Row, Spread
 from .timing import interleaved, spreads
@@ -107,7 +107,7 @@ def _pattern(
         )
         if row is not None:
             row.series = [list(point) for point in series(trace)]
-        return figures(trace, len(pattern))
+        return loop_metrics(trace, len(pattern))
 
     runs[ALONE] = functools.partial(loop, None, None, cycles)
     for contender in setting.wanted or CONTENDERS:

@@ -9,7 +9,7 @@ import pytest
 from sglang_hicache.bench.lab import pace_model
 from sglang_hicache.bench.lab.pace_model import H100, simulate
 from sglang_hicache.bench.measure.cases import MODELS, Case
-from sglang_hicache.bench.measure.overlap import ForwardStep, figures, quantile
+from sglang_hicache.bench.measure.overlap import ForwardStep, loop_metrics, quantile
 from sglang_hicache.bench.measure.patterns import PATTERNS, whole_pages
 from sglang_hicache.bench.measure.writers import OwnWriter
 from sglang_hicache.io_backends.hybrid import HybridBackend
@@ -28,8 +28,8 @@ def measured(
 ) -> dict[str, float]:
     steps = whole_pages(pattern, page)
     case = Case(model, "page_first", page, max(step.tokens for step in steps), True, "fa3")
-    alone = figures(simulate(case, steps, None, cycles=cycles, write=False), len(steps))
-    found = figures(simulate(case, steps, options, cycles=cycles), len(steps))
+    alone = loop_metrics(simulate(case, steps, None, cycles=cycles, write=False), len(steps))
+    found = loop_metrics(simulate(case, steps, options, cycles=cycles), len(steps))
     asked = sum(step.tokens for step in steps) * MODELS[model].bytes_per_token / alone["cycle_ms"] / 1e6
     return {
         **found,
