@@ -139,7 +139,7 @@ class ServeResult:
     """All cells of one command.
 
     Attributes:
-        environment: see `measure.environment.describe`; ``ran_on`` is ``GPU`` or ``CPU``.
+        environment: see `measure.environment.describe_environment`; ``ran_on`` is ``GPU`` or ``CPU``.
     """
 
     environment: dict[str, Any]

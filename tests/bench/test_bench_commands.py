@@ -310,7 +310,7 @@ def test_a_part_that_breaks_is_bad_and_the_next_one_runs(
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(gpu_suite, "gpu_missing", lambda: None)
-    monkeypatch.setattr(gpu_suite, "describe", lambda cpu: {"ran_on": "GPU"})
+    monkeypatch.setattr(gpu_suite, "describe_environment", lambda cpu: {"ran_on": "GPU"})
     monkeypatch.setitem(gpu_suite.RUNS, "tests", broken)
     monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: None)
     assert gpu_suite.main(["--parts", "tests", "sanitize", "--out", str(tmp_path)]) == 1
