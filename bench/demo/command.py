@@ -22,6 +22,7 @@ from ...io_backends.sglang.no_gpu.fake_libcuda import NoCompilerError
 from ...policy.names import MEM_LAYOUTS, NameProblem, check_name
 from ...policy.terminal import styled
 from .. import damaged, serving, tiny_model
+from ..json_option import Json
 from ..workload import EvictingWorkload
 from . import identity
 from .identity import DemoRun, DemoSetup
@@ -48,7 +49,7 @@ def demo(
     keep_logs: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the servers' logs in this folder.")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json_: Json = False,
 ) -> None:
     """Serve a model with each backend and compare every output with a server without HiCache.
 

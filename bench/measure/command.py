@@ -19,6 +19,7 @@ from ...io_backends.registry import BACKENDS
 from ...policy.format.errors import PolicyError
 from ...policy.names import ATTENTION_BACKENDS, NameProblem, check_name
 from ...policy.terminal import console as console_of
+from ..json_option import Json
 from ..serve import report as serve_report
 from ..serve import result as serve_result
 from ..serve.command import serve
@@ -37,7 +38,6 @@ bench = typer.Typer(
     add_completion=False,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Saved = Annotated[Path, typer.Argument(help="A saved run (bench.json).")]
 
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from ...policy.names import MEM_LAYOUTS, NameProblem, check_name
+from ..json_option import Json
 from ..measure.devices import gpu_missing
 from . import arms, models, public, tables, workloads
 from .arms import Cell
@@ -85,7 +86,7 @@ def serve(
         Path | None,
         typer.Option(metavar="DIR", help="Write JSON, CSV, tables, plots, a report and logs there."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Serve a model with each backend, load the servers in turns, and compare what users would see."""
     cpu = gpu_missing() is not None
