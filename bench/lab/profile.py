@@ -21,10 +21,8 @@ Constants of the backends cite what this prints; the file has the spread of the 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,13 +39,15 @@ from ...io_backends.policy_files import default_policy
 from ..measure import sglang_pools
 from ..measure.cases import MODELS, Case
 from ..measure.contenders import contenders
-from ..measure.devices import Bench, gpu_missing, no_collection, open_bench
+from ..measure.devices import Bench, no_collection, open_bench
 from ..measure.environment import describe_environment
 from ..measure.interference import interference
 from ..measure.memory import KvBuffers
 from ..measure.one_write import Setting
 from ..measure.results import CPU_WATERMARK, Spread
 from ..measure.timing import link_ceiling, one_write
+from ..saved import write_json
+from .trial import parsed, parser_of
 
 MODEL = "Qwen3-8B"
 CTAS = (8, 16, 32, 64, 132, 264)
@@ -444,21 +444,13 @@ def profile(out: Path | None, *, cpu: bool) -> list[ProfiledPart]:
             "link_gb_per_s": asdict(link),
             "parts": [asdict(part) for part in found],
         }
-        out.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+        write_json(out, saved)
     return found
 
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--cpu", action="store_true", help="exercise the code without a GPU")
-    args = parser.parse_args()
-    missing = None if args.cpu else gpu_missing()
-    if missing is not None:
-        parser.error(f"no GPU: {missing} (--cpu exercises the code without one)")
+    args = parsed(parser_of(__doc__, out_required=False))
     profile(args.out, cpu=args.cpu)
     return 0
 

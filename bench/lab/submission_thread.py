@@ -18,9 +18,7 @@ Reuse of staging is not ordered with the thread here: this is for timing, and no
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import queue
 import statistics
 import sys
@@ -28,7 +26,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ...io_backends.device.driver import MAX_COPIES_PER_CALL
@@ -37,10 +34,9 @@ from ...io_backends.registry import BACKENDS
 from ...policy.backend_spec import spec_of
 from ..measure.cases import Case
 from ..measure.contenders import Task, ours
-from ..measure.devices import gpu_missing, open_bench
-from ..measure.environment import describe_environment
+from ..measure.devices import open_bench
 from ..measure.one_write import Setting
-from ..measure.results import CPU_WATERMARK
+from .trial import SavedRows, parsed, parser_of
 
 ALONE, INLINE, COPIES, ALL = "alone", "inline", "copies", "all"
 CALL_ENTRIES = (MAX_COPIES_PER_CALL, 4096, 16384)
@@ -409,22 +405,13 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> int:
     """Measure, print a line each, save."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cpu", action="store_true", help="try it without a GPU")
+    parser = parser_of(__doc__)
     parser.add_argument("--budget", type=float, default=200, help="seconds")
     parser.add_argument("--seconds", type=float, default=1.5, help="of a loop")
-    args = parser.parse_args()
-    if (missing := gpu_missing()) is not None and not args.cpu:
-        parser.error(f"no GPU: {missing} (--cpu tries it without one)")
-    environment = describe_environment(cpu=args.cpu)
-    for name, value in environment.items():
-        print(f"{name}: {value}", flush=True)
+    args = parsed(parser)
+    rows = SavedRows(args.out, cpu=args.cpu)
     most = {} if args.cpu else {"max_copies_per_call": max(CALL_ENTRIES)}
     setting = Setting(open_bench(args.cpu, **most), default_policy(), 1)
-    found: list[dict[str, Any]] = []
     end = time.monotonic() + args.budget
     print("ms of thread: p50 p99 max; step: mean p99 max; launch: p99; done: p50 p99", flush=True)
     for case, backend, load in trials(args.cpu):
@@ -437,13 +424,7 @@ def main() -> int:
         steps = Steps(task.device, load)
         for way, entries, switch_ms in arms():
             figures = measure(task, steps, load, backend, way, entries, args.seconds, switch_ms)
-            found.append(asdict(figures))
-            saved = {
-                "environment": environment,
-                "watermark": CPU_WATERMARK if args.cpu else None,
-                "rows": found,
-            }
-            args.out.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+            rows.add(asdict(figures))
             print(line(figures), flush=True)
     return 0
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...io_backends.sglang.unsafe import NULL
-from .. import damaged
+from .. import damaged, saved
 from ..measure.results import Spread
 from ..stress.server import ServerFacts
 from .account import ArmRound, ArmSummary, arm_summaries
@@ -200,12 +198,7 @@ def load(path: Path) -> ServeResult:
     Raises:
         ValueError: the file is not there, or holds something else; the message says which.
     """
-    try:
-        return ServeResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: not a saved result of {KIND} ({error})") from error
+    return saved.read_json(path, ServeResult.from_dict, f"a saved result of {KIND}")
 
 
 _SPREADS = ("requests_per_s", "ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s", "itl_max_s")
@@ -223,13 +216,10 @@ CSV_COLUMNS = (
 
 def to_csv(result: ServeResult) -> str:
     """One line for each cell, workload and arm, below lines with ``#`` that say what was measured on."""
-    out = io.StringIO()
-    if result.watermark:
-        out.write(f"# {result.watermark}\n")
-    for name, value in result.environment.items():
-        out.write(f"# {name}: {str(value).splitlines()[0] if str(value) else ''}\n")
-    writer = csv.DictWriter(out, CSV_COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    return saved.csv_text(CSV_COLUMNS, _csv_lines(result), result.environment, result.watermark, {})
+
+
+def _csv_lines(result: ServeResult) -> Iterator[dict[str, Any]]:
     for cell in result.cells:
         about = {name: cell.cell[name] for name in ("page_size", "mem_layout", "pool_tokens", "tp")}
         about |= {
@@ -244,18 +234,12 @@ def to_csv(result: ServeResult) -> str:
                 if spread is not None:
                     line |= {name: spread.median, f"{name}_low": spread.low, f"{name}_high": spread.high}
             line |= {name: getattr(each, name) for name in _COUNTS}
-            writer.writerow(line)
-    return out.getvalue()
+            yield line
 
 
 def save(result: ServeResult, folder: Path, stem: str = "serve") -> Path:
     """``stem.json`` in ``folder``; replaced as a whole, so that a reader never finds half of one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{stem}.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
-    return path
+    return saved.write_json(folder / f"{stem}.json", result.to_dict())
 
 
 def merged(results: Sequence[ServeResult]) -> ServeResult:
@@ -264,12 +248,10 @@ def merged(results: Sequence[ServeResult]) -> ServeResult:
     Raises:
         ValueError: they ran on different hardware or versions.
     """
-    first = results[0]
-    for other in results[1:]:
-        for name in ("ran_on", "gpu", "driver", "torch", "sglang"):
-            if other.environment.get(name) != first.environment.get(name):
-                raise ValueError(f"results of different machines cannot be one: {name} differs")
-    whole = ServeResult(dict(first.environment))
+    saved.check_one_machine(
+        [each.environment for each in results], ("ran_on", "gpu", "driver", "torch", "sglang")
+    )
+    whole = ServeResult(dict(results[0].environment))
     for result in results:
         for cell in result.cells:
             whole.put(cell)
