@@ -136,22 +136,22 @@ def measure(device: Bench, size: Size) -> Iterator[ProfiledPart]:
         yield _write(setting, case, size.repeats)
     for case in size.long:
         yield from _small_copies(replace(setting, wanted=None), case, size.repeats)
-    for turn_bytes in size.turns:
+    for quantum_bytes in size.turns:
         other = Setting(
-            open_bench(device.where == "cpu", turn_bytes=turn_bytes),
+            open_bench(device.where == "cpu", quantum_bytes=quantum_bytes),
             setting.policy,
             size.repeats,
         )
         for case in size.long:
             # Who moves long copies there.
             other.wanted = ("copy_engine",) if case.layout == "layer_first" else ("hybrid",)
-            yield from _small_copies(other, case, size.repeats, turn_bytes)
+            yield from _small_copies(other, case, size.repeats, quantum_bytes)
             for row in interference(other, case, ("decode",)):
                 metrics = {
                     name: each for name, each in row.metrics.items() if name in ("slow_down", "gb_per_s")
                 }
                 yield ProfiledPart(
-                    "turns", f"{_turns(turn_bytes)}, {row.contender}, {case}, {row.forward}", metrics
+                    "turns", f"{_turns(quantum_bytes)}, {row.contender}, {case}, {row.forward}", metrics
                 )
     for ctas in CTAS_BESIDE:
         setting.options = {"hybrid": {"gather_ctas": ctas}}
@@ -315,7 +315,7 @@ def _write(setting: Setting, case: Case, repeats: int) -> ProfiledPart:
 
 
 def _small_copies(
-    setting: Setting, case: Case, repeats: int, turn_bytes: int | None = None
+    setting: Setting, case: Case, repeats: int, quantum_bytes: int | None = None
 ) -> Iterator[ProfiledPart]:
     import torch
 
@@ -359,14 +359,14 @@ def _small_copies(
                     for name, value in numbers.items():
                         found.setdefault(name, []).append(value)
         spread = {name: Spread.of(values) for name, values in found.items()}
-        if turn_bytes is None:
+        if quantum_bytes is None:
             yield ProfiledPart("small_copy", f"{contender.name}, {case}", spread)
         else:
-            yield ProfiledPart("turns", f"{_turns(turn_bytes)}, {contender.name}, {case}", spread)
+            yield ProfiledPart("turns", f"{_turns(quantum_bytes)}, {contender.name}, {case}", spread)
 
 
-def _turns(turn_bytes: int) -> str:
-    return "no turns" if turn_bytes == NO_TURNS else f"turns of {turn_bytes >> 20} MiB"
+def _turns(quantum_bytes: int) -> str:
+    return "no turns" if quantum_bytes == NO_TURNS else f"turns of {quantum_bytes >> 20} MiB"
 
 
 def _trace(task: Any, traced: Traced, submit: Any) -> Mapping[str, float]:

@@ -366,10 +366,10 @@ def open_cuda() -> Any:
     return open_device("cuda")
 
 
-def turns_of(torch: FakeTorch, turn_bytes: int, **options: int) -> InterleavedCopies:
+def turns_of(torch: FakeTorch, quantum_bytes: int, **options: int) -> InterleavedCopies:
     numbers = itertools.count(STREAM + 1)
     new_stream = lambda: torch.cuda.ExternalStream(next(numbers))  # noqa: E731
-    return InterleavedCopies(torch.cuda.Event, Driver(**options), new_stream, turn_bytes)
+    return InterleavedCopies(torch.cuda.Event, Driver(**options), new_stream, quantum_bytes)
 
 
 class TestTurns:
@@ -499,7 +499,7 @@ class TestTurns:
         assert (fake.calls, torch.waits) == ([], [])
 
     def test_a_turn_below_one_byte(self, torch: FakeTorch) -> None:
-        with pytest.raises(ValueError, match="turn_bytes must be at least 1, not 0"):
+        with pytest.raises(ValueError, match="quantum_bytes must be at least 1, not 0"):
             turns_of(torch, 0)
 
 
@@ -591,10 +591,10 @@ class TestDevice:
             fake.register(start, nbytes)
         device = open_cuda()
         device.prepare_copies(pool.geometry)
-        assert device.turn_bytes == turn
+        assert device.quantum_bytes == turn
         # Once: copies of the first pool may be under way by now.
         device.prepare_copies(pool.geometry)
-        assert device.turn_bytes == turn
+        assert device.quantum_bytes == turn
 
     def test_pageable_memory_is_refused_before_serving(self, fake: Fake, torch: FakeTorch) -> None:
         pool = make_pool("page_first", layers=2, page_size=4, row_bytes=(16, 16))
