@@ -98,8 +98,8 @@ class CudaDevice:
 
     Args:
         max_copies_per_call: copies in one driver call at most.
-        quantum_bytes: copied before others get the copy engine, see :mod:`~.copy_interleaving`; without it the
-            link is measured with the first pool.
+        quantum_bytes: copied before others get the copy engine, see :mod:`~.copy_interleaving`; without it
+            the link is measured with the first pool.
         prefer_overlap: of copies with forwards, see :class:`~.driver.Driver`; for measurements.
         gather_warps, gather_units_per_thread: shape of the gather's thread blocks, for measurements.
 
