@@ -78,14 +78,14 @@ def run_plan(
         budget_s: for all of it.
         cpu: on SGLang's CPU engine.
     """
-    clock = run.Budget(budget_s)
+    budget = run.Budget(budget_s)
     out.mkdir(parents=True, exist_ok=True)
     found = result.ServeResult(describe_environment(cpu=cpu))
     result.save(found, out, name)
     ok = True
     for step in steps:
-        say(f"== {step.name}: {', '.join(step.arms)}; {clock.left_s():.0f} s left")
-        if clock.left_s() < 20:
+        say(f"== {step.name}: {', '.join(step.arms)}; {budget.left_s():.0f} s left")
+        if budget.left_s() < 20:
             say(f"== {step.name}: not run, no time left")
             ok = False
             continue
@@ -103,7 +103,7 @@ def run_plan(
             given = run.ServeOptions(
                 step.arms, step.workloads, step.rounds, step.at_once, logs, enough_s=step.enough_s
             )
-            save(run.run_cell(cell, given, clock, say, save))
+            save(run.run_cell(cell, given, budget, say, save))
         except Exception:  # the steps after it still run
             traceback.print_exc()
             ok = False

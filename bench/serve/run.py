@@ -98,14 +98,14 @@ def order(arms: Sequence[str], number: int, first: str | None = None) -> list[st
 
 
 def run_cell(
-    cell: Cell, given: ServeOptions, clock: Budget, say: Say, save: Callable[[CellResult], None]
+    cell: Cell, given: ServeOptions, budget: Budget, say: Say, save: Callable[[CellResult], None]
 ) -> CellResult:
     """Run a cell as far as the time allows; what went wrong stands in the result.
 
     Args:
         cell: what all its servers have in common.
         given: what to run.
-        clock: of the time that is left.
+        budget: the time that is left.
         say: told what happens.
         save: called after each turn, with what there is so far.
     """
@@ -135,10 +135,10 @@ def run_cell(
     references: dict[tuple[str, int], Answers] = {}
     for together in groups(given.arms, given.at_once):
         with ExitStack() as stack:
-            up = _start(cell, together, given, clock, say, result, stack)
+            up = _start(cell, together, given, budget, say, result, stack)
             save(result)
             if up:
-                _load_group(cell, up, made, given, clock, say, save, result, references)
+                _load_group(cell, up, made, given, budget, say, save, result, references)
             for each in up:
                 _last_words(each, result)
             say(f"{cell.name}: stopping {', '.join(each.arm for each in up) or 'nothing'}")
@@ -150,7 +150,7 @@ def _start(
     cell: Cell,
     arms: Sequence[str],
     given: ServeOptions,
-    clock: Budget,
+    budget: Budget,
     say: Say,
     result: CellResult,
     stack: ExitStack,
@@ -177,7 +177,7 @@ def _start(
             args,
             log=given.logs / f"{cell.name}-{arm}.log",
             env=env,
-            start_timeout_s=max(1.0, min(given.start_timeout_s, clock.left_s())),
+            start_timeout_s=max(1.0, min(given.start_timeout_s, budget.left_s())),
             progress=progress,
         ).__enter__()
 
@@ -211,7 +211,7 @@ def _load_group(
     up: Sequence[_Up],
     made: Mapping[tuple[str, int], Workload],
     given: ServeOptions,
-    clock: Budget,
+    budget: Budget,
     say: Say,
     save: Callable[[CellResult], None],
     result: CellResult,
@@ -219,7 +219,7 @@ def _load_group(
 ) -> None:
     by_arm = {each.arm: each for each in up}
     say(f"{cell.name}: warming up")
-    for each, problem in zip(up, asyncio.run(_warm_up(cell, up, given, clock)), strict=True):
+    for each, problem in zip(up, asyncio.run(_warm_up(cell, up, given, budget)), strict=True):
         if problem is not None:
             result.arms[each.arm].problem = f"warming up: {problem}"
             say(f"{cell.name}: {each.arm}: {result.arms[each.arm].problem}")
@@ -233,7 +233,7 @@ def _load_group(
     took: dict[tuple[str, str], float] = {}
     spent: dict[tuple[str, str], float] = {}
     for number in range(given.rounds):
-        if clock.left_s() <= 0:
+        if budget.left_s() <= 0:
             result.skipped.append(f"all arms, from round {number} on: no time left")
             say(f"{cell.name}: {result.skipped[-1]}")
             break
@@ -241,7 +241,7 @@ def _load_group(
             for arm in order(list(by_arm), number, exact):
                 if spent.get((name, arm), 0.0) > given.enough_s:
                     continue
-                left = clock.left_s()
+                left = budget.left_s()
                 if left < 1.2 * took.get((name, arm), 1.0):
                     result.skipped.append(f"{name}, {arm}, round {number}: no time left")
                     say(f"{cell.name}: {result.skipped[-1]}")
@@ -264,11 +264,11 @@ def _load_group(
                 save(result)
 
 
-async def _warm_up(cell: Cell, up: Sequence[_Up], given: ServeOptions, clock: Budget) -> list[str | None]:
+async def _warm_up(cell: Cell, up: Sequence[_Up], given: ServeOptions, budget: Budget) -> list[str | None]:
     """Of each server, what went wrong."""
     # Where only answers count, or code is exercised, a few requests are enough.
     tokens = 0 if cell.cpu_engine or cell.deterministic else int(cell.pool_tokens * cell.ratio)
-    limit = min(given.turn_timeout_s, clock.left_s())
+    limit = min(given.turn_timeout_s, budget.left_s())
 
     async def one(each: _Up) -> str | None:
         for name in given.workloads:

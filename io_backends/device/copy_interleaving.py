@@ -23,7 +23,8 @@ from .host_memory import SHORT, drop_empty
 
 QUANTUM_SECONDS = 0.6e-3
 """Of a stream's turn, which others wait for; twice as long while two streams take turns with theirs (two
-backends of one policy). Half of it costs an H100's link 1.1 to 1.4 instead of 0.5 to 0.6 % (the file above, 32 MiB)."""
+backends of one policy). Half of it costs an H100's link 1.1 to 1.4 instead of 0.5 to 0.6 % (the file above,
+32 MiB)."""
 
 QUANTUM_BYTES = 32 * 2**20
 """What is copied before it is the other's turn (the quantum of deficit round robin, Shreedhar and

@@ -181,7 +181,7 @@ def test_host_memory_of_a_step_is_that_of_the_servers_that_are_up_together() -> 
 def test_a_cell_that_fails_does_not_stop_a_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fake(cell: Cell, given: run.ServeOptions, clock: run.Budget, say: run.Say, save: Any) -> CellResult:
+    def fake(cell: Cell, given: run.ServeOptions, budget: run.Budget, say: run.Say, save: Any) -> CellResult:
         if cell.page_size == 1:
             raise RuntimeError("out of something")
         given.logs.mkdir(parents=True, exist_ok=True)
