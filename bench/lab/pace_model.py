@@ -20,7 +20,7 @@ import numpy as np
 
 from ...io_backends import PoolGeometry, get_backend
 from ...io_backends.plan.chunks import Chunk, Staged
-from ...io_backends.plan.copies import CopyBatch
+from ...io_backends.plan.copies import CopyBatch, Slots
 from ...io_backends.routes import one_route
 from ...io_backends.virtual import gpu as cuda
 from ...io_backends.virtual.device import VirtualDevice
@@ -43,8 +43,8 @@ SCHEDULE_MS = 1.0
 """Of the host before each launch: batching, tensors, kernel launches. An assumption."""
 
 
-class ModelDevice(VirtualDevice):
-    """Streams and events of the virtual device; gathers and copies take time and touch no memory."""
+class LoopDevice(VirtualDevice):
+    """The virtual device with what :func:`~..measure.overlap.run` asks of one beside the seam."""
 
     where = "cpu"
 
@@ -55,6 +55,10 @@ class ModelDevice(VirtualDevice):
 
     def synchronize(self) -> None:
         cuda.synchronize()
+
+
+class ModelDevice(LoopDevice):
+    """Gathers and copies take time and touch no memory."""
 
     def flush(self) -> None:
         """No caches."""
@@ -109,7 +113,9 @@ class KernelWriter:
         return 0
 
 
-class _NoIds:
+class NoIds:
+    """Token ids, whose copies are left out."""
+
     def copy(self, step: int) -> None:
         """They are few bytes."""
 
@@ -138,9 +144,11 @@ def simulate(
         writer = KernelWriter(device, geometry.bytes_per_token)
     elif write:
         backend = get_backend("hybrid")(device, options or {})
-        tasks = {step.tokens: _task(replace(case, tokens=step.tokens), geometry, device) for step in pattern}
         stream = device.new_stream()
-        tasks = {tokens: replace(task, stream=stream) for tokens, task in tasks.items()}
+        tasks = {}
+        for step in pattern:
+            part = replace(case, tokens=step.tokens)
+            tasks[step.tokens] = task_of(part, geometry, *slots_of(part), device, stream)
         writer = OwnWriter(tasks, one_route(backend, FORWARDS))
     streams = device.new_stream(), device.new_stream(), device.new_stream()
 
@@ -149,19 +157,29 @@ def simulate(
         cuda.current_stream().launch(Operation("forward", exclusive_sms=True, ms=step.ms))
 
     steps = tuple(pattern) * cycles
-    return run(device, steps, launch, _NoIds(), streams, writer, geometry.bytes_per_token)
+    return run(device, steps, launch, NoIds(), streams, writer, geometry.bytes_per_token)
 
 
-def _task(case: Case, geometry: PoolGeometry, device: ModelDevice) -> Task:
-    host, rows = slots_of(case)
+def task_of(
+    case: Case, geometry: PoolGeometry, host: Slots, rows: Slots, device: LoopDevice, stream: Stream
+) -> Task:
+    """A write of the loop's, by a backend that asks no policy.
+
+    Args:
+        case: what it is called.
+        geometry: of the pool.
+        host, rows: slots, int64 [n] each.
+        device: where it runs.
+        stream: SGLang's for writes.
+    """
     return Task(
         case=case,
         memory=None,
         geometry=geometry,
         host=host,
         rows=rows,
-        device_slots=rows,
-        stream=None,
+        device_slots=rows.copy(),
+        stream=stream,
         device=device,
         decision=None,  # type: ignore[arg-type]  # auto alone asks it
         forwards_wait=True,
