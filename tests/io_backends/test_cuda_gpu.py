@@ -228,7 +228,7 @@ class TestTurns:
         waits = {"partner": partner, "stream": stream}
         if dropped is not None:
             waits[dropped].wait_event = lambda event: None
-        device._turns._new_stream = lambda: partner
+        device._copies._new_stream = lambda: partner
         torch.cuda.synchronize()
         with device.use_stream(stream):
             torch.cuda._sleep(LONG)
