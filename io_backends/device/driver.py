@@ -327,7 +327,11 @@ class Driver:
         return stream.value
 
     def is_pinned(self, address: int) -> bool:
-        """Whether ``address`` is host memory that CUDA allocated or registered."""
+        """Whether ``address`` is host memory that CUDA allocated or registered.
+
+        Raises:
+            DriverError: the driver refused to say.
+        """
         kind = ctypes.c_uint(0)
         code = self._pointer_attribute(ctypes.byref(kind), PointerAttribute.MEMORY_TYPE, address)
         if code == ResultCode.INVALID_VALUE:  # how the driver says that it never heard of this memory
@@ -336,7 +340,11 @@ class Driver:
         return kind.value == MemoryType.HOST
 
     def host_addresses_work(self, ordinal: int) -> bool:
-        """Whether GPU ``ordinal`` reaches registered host memory under the host's own addresses."""
+        """Whether GPU ``ordinal`` reaches registered host memory under the host's own addresses.
+
+        Raises:
+            DriverError: there is no such GPU, say.
+        """
         device, value = _int(0), _int(0)
         self._check("cuDeviceGet", self._device(ctypes.byref(device), ordinal))
         code = self._device_attribute(
@@ -346,7 +354,11 @@ class Driver:
         return value.value != 0
 
     def device_address(self, address: int) -> int:
-        """The address under which the GPU reaches the registered host memory at ``address``."""
+        """The address under which the GPU reaches the registered host memory at ``address``.
+
+        Raises:
+            DriverError: the memory is not registered.
+        """
         result = _device_pointer(0)
         code = self._host_device_pointer(ctypes.byref(result), address, 0)
         self._check("cuMemHostGetDevicePointer", code)

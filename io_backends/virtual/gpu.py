@@ -235,7 +235,11 @@ class Event:
             gpu.host_waits(self._recorded, self._recorded.clock, sites.caller())
 
     def elapsed_time(self, end: Event) -> float:
-        """Milliseconds of the virtual clock; in a seeded order, steps."""
+        """Milliseconds of the virtual clock; in a seeded order, steps.
+
+        Raises:
+            ValueError: as torch: an event keeps no time, was not recorded, or has not completed.
+        """
         if not (self._timing and end._timing):
             raise ValueError("Both events must be created with argument 'enable_timing=True'.")
         if self._recorded is None or end._recorded is None:

@@ -89,7 +89,11 @@ class Gpu:
         return [self.default] if stream.blocking else []
 
     def host_waits(self, queued: Queued, clock: VectorClock, site: str) -> None:
-        """The host waits until it is done; then everything before ``clock`` is known to be."""
+        """The host waits until it is done; then everything before ``clock`` is known to be.
+
+        Raises:
+            Hang: it can never be done.
+        """
         self.memory.settle()
         self.counts["host waits"] += 1
         while queued.time is None:

@@ -1,6 +1,7 @@
 """The values of a policy file: for each kind a validator that normalises one, or says what is wrong.
 
-A scalar becomes a tuple of one, so that the rest of the package sees one form.
+A scalar becomes a tuple of one, so that the rest of the package sees one form. What is wrong is raised as
+pydantic's PydanticCustomError or as a NameProblem; ``validation_errors`` makes one PolicyError of either.
 """
 
 from __future__ import annotations
@@ -126,7 +127,11 @@ def version_1(value: object) -> int:
 
 
 def backends_of(info: ValidationInfo) -> Backends:
-    """The backends that a file is checked against: the context of its validation."""
+    """The backends that a file is checked against: the context of its validation.
+
+    Raises:
+        LookupError: it was validated without one.
+    """
     if info.context is None:
         raise LookupError("validate with context=backends, the specs of those that there are")
     found: Backends = info.context

@@ -56,7 +56,11 @@ class _PolicyComposer(Composer):
 
 
 def parse(text: str, filename: str) -> Any:
-    """ruamel's tree for `text`, whose mappings and lists know where each entry stands."""
+    """ruamel's tree for `text`, whose mappings and lists know where each entry stands.
+
+    Raises:
+        PolicyError: it is not YAML, has a key twice, or uses what a policy may not; `filename` is in it.
+    """
     yaml = YAML()
     yaml.Composer = _PolicyComposer
     try:
