@@ -1,7 +1,7 @@
 """The values of a policy file: for each kind a validator that normalises one, or says what is wrong.
 
 A scalar becomes a tuple of one, so that the rest of the package sees one form. What is wrong is raised as
-pydantic's PydanticCustomError or as a NameProblem; ``validation_errors`` makes one PolicyError of either.
+pydantic's PydanticCustomError, of which ``validation_errors`` makes a PolicyError.
 """
 
 from __future__ import annotations
