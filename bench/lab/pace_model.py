@@ -56,10 +56,6 @@ class LoopDevice(VirtualDevice):
     def synchronize(self) -> None:
         cuda.synchronize()
 
-
-class ModelDevice(LoopDevice):
-    """Gathers and copies take time and touch no memory."""
-
     def flush(self) -> None:
         """No caches."""
 
@@ -68,6 +64,10 @@ class ModelDevice(LoopDevice):
 
     def indices(self, slots: np.ndarray) -> Any:
         return slots
+
+
+class ModelDevice(LoopDevice):
+    """Gathers and copies take time and touch no memory."""
 
     def allocate_staging(self, nbytes: int) -> Any:
         return _Staging(1 << 46, nbytes)
