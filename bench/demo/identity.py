@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import damaged, serving, workload
-from ..workload import Answer, Workload
+from ..workload import Answer, EvictingWorkload
 
 # Told what a run is doing: a few words, answers so far, and seconds since the server was started.
 Status = Callable[[str, int, float], None]
@@ -42,7 +42,7 @@ class DemoSetup:
     mem_layout: str | None
     env: Mapping[str, str]
     logs: Path
-    workload: Workload
+    workload: EvictingWorkload
     device_pool_tokens: int = 4096
     reference_pool_tokens: int = 4096
     launch: Sequence[str] | None = None
@@ -130,7 +130,7 @@ def run(setup: DemoSetup, name: str, backend: str | None, *, status: Status) -> 
         max_total_tokens=setup.reference_pool_tokens if backend is None else setup.device_pool_tokens,
         hicache=None if backend is None else serving.HiCache(backend, setup.mem_layout),
     )
-    server = serving.Server(
+    server = serving.ServerProcess(
         options,
         log=setup.logs / f"{name}.log",
         env=setup.env,
