@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from launching import Machine
 from sglang_hicache.bench import server_options
 
 pytestmark = pytest.mark.server
+
+ROOT = Path(__file__).parents[2]
 
 POLICY = """\
 version: 1
@@ -45,8 +48,10 @@ def policy(tmp_path: Path) -> Path:
     return path
 
 
-def decision(machine: Machine, args: list[str], env: dict[str, str] | None = None) -> dict[str, object]:
-    ended = machine.launch(args, env=env, command=("-c", RESOLVE))
+def decision(
+    machine: Machine, args: list[str], env: dict[str, str] | None = None, code: str = RESOLVE
+) -> dict[str, object]:
+    ended = machine.launch(args, env=env, command=("-c", code))
     said = [line for line in ended.output.splitlines() if line.startswith("DECISION ")]
     assert said, ended.output[-3000:]
     result: dict[str, object] = json.loads(said[0].removeprefix("DECISION "))
@@ -155,3 +160,34 @@ if __name__ == "__main__":
     ended = machine.launch([], command=(str(script),))
     assert "CAUGHT sglang-hicache-io: --hicache-io-backend: no backend 'hybird'" in ended.output
     assert "did you mean 'hybrid'?" in ended.output
+
+
+THEIR_PROGRAM = """
+import argparse, json
+from sglang.srt.server_args import ServerArgs
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    args = ServerArgs.from_cli_args(parser.parse_args())
+    args.resolve_once()
+    print("DECISION", json.dumps(args._hicache_io.decision))
+"""
+"""Reads SGLang's options without its plug-ins."""
+
+THE_CURE = """python -c 'import runpy, sglang.srt.plugins as p; p.load_plugins();
+runpy.run_module("their.program", run_name="__main__", alter_sys=True)' OPTIONS"""
+
+
+def test_a_program_that_reads_sglangs_options_without_plugins(machine: Machine, tmp_path: Path) -> None:
+    package = tmp_path / "their"
+    package.mkdir()
+    (package / "program.py").write_text(THEIR_PROGRAM)
+    args = machine.hicache_args("auto")
+    env = {"PYTHONPATH": str(tmp_path)}
+    ended = machine.launch(args, env=env, command=("-m", "their.program"))
+    assert ended.status == 2
+    assert "invalid choice: 'auto'" in ended.output
+    assert THE_CURE in (ROOT / "docs" / "operations.md").read_text()
+    code = shlex.split(THE_CURE)[2]
+    assert decision(machine, args, env=env, code=code)["backend"] == "hybrid"
