@@ -7,11 +7,16 @@ rich's markup or as a terminal's commands they end the program, or hide what was
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+from time import monotonic
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from .text import LINES, say
 from .text import printable as escaped
 
 
@@ -36,7 +41,39 @@ def console(*, stderr: bool = False, columns: int | None = None) -> Console:
 
 def printable(text: str) -> str:
     """``text`` with what a terminal obeys or hides, line ends and tabs excepted, as Python's escapes."""
-    return escaped(text, allowed="\n\t")
+    return escaped(text, allowed=LINES)
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Say on standard error what is being done, once it has taken a second, and then that it goes on.
+
+    On a terminal that is one line that goes away; else a line now and then.
+    """
+    out, done, began = console(stderr=True), Event(), monotonic()
+
+    def beat() -> None:
+        if done.wait(_QUIET_S):
+            return
+        if out.is_terminal:
+            with out.status(printable(what)) as status:
+                while not done.wait(1):
+                    status.update(printable(f"{what} ({monotonic() - began:.0f} s)"))
+            return
+        say(f"{what} ...")
+        while not done.wait(_BEAT_S):
+            say(f"{what}: {monotonic() - began:.0f} s so far")
+
+    thread = Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+_QUIET_S, _BEAT_S = 1.0, 10.0
 
 
 def styled(*parts: str | tuple[str, str]) -> Text:

@@ -19,13 +19,13 @@ from ...io_backends.registry import AUTO, BACKENDS
 from ...io_backends.sglang.handover.machine_facts import detect
 from ...policy.decide import check_backend
 from ...policy.fact_spec import FactValue
-from ...policy.fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS, check_fact
+from ...policy.fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
 from ...policy.names import NameProblem
 from ...policy.terminal import console
 from . import matrix as table
 from . import render
 from .explanation import Explanation
-from .shared import Json, PolicyPath, print_json, refusing
+from .shared import Json, PolicyPath, print_json, refusing, typed_fact
 from .what_if import changed, difference, parse_facts
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def explain(
         for name, text in typed.items():
             if text is not None:
                 with _naming(CONDITIONS[name].option):
-                    given[name] = check_fact(name, text)
+                    given[name] = typed_fact(name, text)
         if fact:
             with _naming("--fact"):
                 given |= parse_facts(fact)
@@ -139,7 +139,7 @@ def explain(
             raise NameProblem(
                 f"--matrix goes through every attention backend and architecture; leave {of_the_table[0]} out"
             )
-        in_force = policy_in_force(policy or (server.policy if server else None))
+        in_force = server.policy_in_force() if server and policy is None else policy_in_force(policy)
     if matrix:
         _show_matrix(table.matrix(in_force, given, backend=backend), markdown, as_json)
         return

@@ -260,6 +260,11 @@ def _check_libraries(plot: Path | None) -> None:
 def _with_sglang(folder: Path) -> int:
     """The same command in a process that finds SGLang in ``folder`` first. Returns its exit status."""
     if not (folder / "sglang" / "version.py").is_file():
+        if not folder.exists():
+            _refuse(
+                f"--sglang-path: there is no folder {folder} (in a checkout, make versions unpacks the "
+                "supported releases into .sglang-versions/)"
+            )
         _refuse(f"{folder} holds no sglang/: --sglang-path is the folder above it")
     arguments = _without(sys.argv[1:], "--sglang-path")
     inherited = os.environ.get("PYTHONPATH")

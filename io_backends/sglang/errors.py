@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ...policy.text import LINES, printable, say
+
 PREFIX = "sglang-hicache-io"
 
 
@@ -9,12 +11,10 @@ class RefusedError(ValueError):
     """The server must not start; the message says why and what to do, in one line."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"{PREFIX}: {message}")
+        super().__init__(printable(f"{PREFIX}: {message}", allowed=LINES))
 
 
 def exit_with(error: Exception, status: int) -> SystemExit:
     """``error`` as the end of the process: one line on standard error, and ``status``."""
-    import sys
-
-    print(str(error), file=sys.stderr, flush=True)
+    say(str(error))
     return SystemExit(status)

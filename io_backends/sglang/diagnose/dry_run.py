@@ -9,25 +9,36 @@ from its standard input, and writes its answer to the file that the request name
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
+from ....policy.decide import check_backend
 from ....policy.fact_spec import FactValue
 from ....policy.facts import Fact, Facts
-from ....policy.format.load import POLICY_VARIABLE
+from ....policy.format.errors import PolicyError
+from ....policy.format.layers import Policy
+from ....policy.format.load import MACHINE_VARIABLE, POLICY_VARIABLE
+from ....policy.names import NameProblem, nearest, with_hint
+from ....policy.terminal import working
+from ...policy_files import load_policy, policy_in_force
+from ...registry import BACKENDS
 from ..handover.machine_facts import detect
 from .command_line import CommandLine, CommandLineError, read
 from .programs import VARIABLES_OF_SGLANG
 
 _MODULE = "sglang_hicache.io_backends.sglang.diagnose.dry_run"  # as a child it is __main__
+
+RESOLVING = "asking SGLang what this command line resolves to"
 
 TIMEOUT_S = 300
 """A resolution takes 6 to 10 s on two busy cores, most of it imports."""
@@ -37,6 +48,12 @@ _STAND_IN_BYTES = 80 * 2**30
 
 _MODELS = ("model_path", "tokenizer_path", "speculative_draft_model_path", "uno_lora_path", "lora_paths")
 """Arguments of SGLang that name a folder or a model of the hub (0.5.18 to 0.5.23)."""
+
+_OF_MODELS = ("--model-path", "--model", "--tokenizer-path", "--speculative-draft-model-path")
+
+_OF_POLICIES = (POLICY_VARIABLE, MACHINE_VARIABLE)
+
+_ONLY_CONFIG = "nothing is downloaded, and only a model's config.json is read: name a folder that holds it"
 
 _OF_A_MACHINE = ("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHOME", "HOME")
 """Variables by which a process finds what is installed: the server's say nothing of this machine."""
@@ -56,6 +73,7 @@ class Server:
         hicache: whether HiCache is in use at all.
         retraction, offload: what a PD decode server writes to the host for requests that it retracts, and of
             those that it decodes, and past which fence of SGLang, in a sentence; None where it does not.
+        variables: those of the policy as the server has them; None: as this process has them.
     """
 
     facts: Facts
@@ -64,6 +82,23 @@ class Server:
     hicache: bool
     retraction: str | None = None
     offload: str | None = None
+    variables: Mapping[str, str] | None = None
+
+    def policy_in_force(self) -> Policy:
+        """What this server decides by. Raises PolicyError."""
+        variables = self.variables
+        if variables is None:
+            return policy_in_force(self.policy)
+        by_variable = self.policy == variables.get(POLICY_VARIABLE)
+        kept = {name: os.environ.pop(name, None) for name in _OF_POLICIES}
+        os.environ.update(variables)
+        try:
+            return policy_in_force(None if by_variable else self.policy)
+        finally:
+            for name, value in kept.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def server_facts_of(command_line: str, given: Mapping[str, FactValue] | None = None) -> Server:
@@ -78,11 +113,53 @@ def server_facts_of(command_line: str, given: Mapping[str, FactValue] | None = N
             not here, or no GPU is here and no architecture was given.
         NameProblem: ``given`` holds a name that is no fact.
     """
+    with working(RESOLVING):
+        return resolved(understood(command_line), given)
+
+
+def understood(command_line: str) -> CommandLine:
+    """The variables and options in the text, as far as they can be checked at once. Raises CommandLineError."""
+    command = read(command_line, os.environ)
+    _check_what_needs_no_sglang(command.argv)
+    return command
+
+
+def resolved(command: CommandLine, given: Mapping[str, FactValue] | None = None) -> Server:
+    """`server_facts_of` a command line that is `understood`: takes seconds. Raises as that."""
     known: dict[str, Any] = {name: value for name, value in (given or {}).items() if value is not None}
-    answer = _ask(read(command_line, os.environ), known.get("gpu_arch"))
+    answer = _ask(command, known.get("gpu_arch"))
     facts = {**Facts.from_dict(answer["facts"])}
     facts.update({name: fact for name, fact in Facts.given(**known).items() if fact.value is not None})
-    return Server(Facts(facts), answer["backend"], answer["policy"], answer["hicache"], **answer["decode"])
+    return Server(
+        Facts(facts),
+        answer["backend"],
+        answer["policy"],
+        answer["hicache"],
+        **answer["decode"],
+        variables=answer["variables"],
+    )
+
+
+def _check_what_needs_no_sglang(argv: Sequence[str]) -> None:
+    """Refuse what is wrong whatever SGLang resolves: importing it takes longer than anybody wants to wait for
+    a typo. Raises CommandLineError.
+    """
+    for option, value in _values(argv, "--hicache-io-backend", "--hicache-io-policy"):
+        try:
+            check_backend(value, BACKENDS) if option == "--hicache-io-backend" else load_policy(value)
+        except (NameProblem, PolicyError) as error:
+            raise CommandLineError(f"{option}: {error}") from None
+    for option, value in _values(argv, *_OF_MODELS):
+        if value.startswith(("/", "./", "../", "~")) and not Path(value).exists():
+            raise CommandLineError(f"{option}: there is no folder {value} on this machine; {_ONLY_CONFIG}")
+
+
+def _values(argv: Sequence[str], *options: str) -> Iterator[tuple[str, str]]:
+    """The values that `argv` gives `options` by their full names."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name in options and (value := value if equals else following):
+            yield name, value
 
 
 def _ask(command: CommandLine, gpu_arch: FactValue) -> dict[str, Any]:
@@ -142,10 +219,13 @@ def _child() -> None:
     gpu_arch = request["gpu_arch"]
     if gpu_arch not in (None, "cpu"):
         stand_in_gpu(gpu_arch)
+    argparse.ArgumentParser.error = _refused_by_the_parser  # type: ignore[method-assign]
     try:
         answer = _resolved(request["argv"], gpu_arch)
     except SystemExit:
-        raise  # argparse or the plug-in has said why
+        raise  # the plug-in has said why
+    except CommandLineError as error:
+        answer = {"error": error.message}
     except Exception as error:
         answer = {"error": _reason(request["argv"], error)}
     Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
@@ -176,9 +256,25 @@ def _resolved(argv: Sequence[str], gpu_arch: str | None) -> dict[str, Any]:
         "facts": facts.to_dict(),
         "backend": getattr(server_args, resolution.WANTED_ATTRIBUTE, None) or config.hicache_io_backend,
         "policy": options.asked(server_args).policy or os.environ.get(POLICY_VARIABLE),
+        "variables": {name: os.environ[name] for name in _OF_POLICIES if name in os.environ},
         "hicache": resolution.hicache_in_use(config),
         "decode": _decode_writes(config, facts),
     }
+
+
+def _refused_by_the_parser(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """In place of usage, which is 480 lines of SGLang's: the message, and what was probably meant.
+
+    Raises:
+        CommandLineError: always.
+    """
+    if found := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+        known = [name for action in parser._actions for name in action.option_strings]
+        message = with_hint(message, nearest(found[1], known))
+    elif found := re.match(r"(argument \S+: invalid choice: '(.*?)') \(choose from (.*)\)$", message):
+        hint = nearest(found[2], re.findall(r"[\w.-]+", found[3]))
+        message = with_hint(found[1], hint) if hint else message
+    raise CommandLineError(f"SGLang refuses this: {message}")
 
 
 def _decode_writes(config: Any, facts: Facts) -> dict[str, str | None]:
@@ -226,14 +322,12 @@ def _reason(argv: Sequence[str], error: Exception) -> str:
     named = [each for each in missing if each[1] in str(error)]
     if missing and (named or isinstance(error, OSError)):
         models = ", ".join(f"{model} ({option})" for option, model in named or missing)
-        return f"config.json of the model {models} is not on this machine, and nothing is downloaded: {text}"
+        return f"the model {models} is not on this machine; {_ONLY_CONFIG}"
     return f"SGLang cannot resolve this: {text}"
 
 
 def _models(argv: Sequence[str]) -> list[tuple[str, str]]:
     """Every model that `argv` names, with its option, by SGLang's own parser."""
-    import argparse
-
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
