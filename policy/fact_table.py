@@ -25,7 +25,6 @@ from .names import (
     nearest,
 )
 
-
 # One backend under two names in every supported version: "nsa" stays as typed in a running server, and the
 # report that a shipped rule cites (#38300) used it. tokenspeed_mla is not here: it was a backend of its own
 # until 0.5.22.

@@ -9,7 +9,7 @@ import re
 
 from .names import NameProblem, nearest
 
-# Any name of this form is valid, so that a new GPU needs no new release; one that is not below is remarked on.
+# Any name of this form is valid, so that a new GPU needs no new release; `remark` says which are not known.
 GPU_ARCH_PATTERN = r"sm[0-9]{2,3}[af]?|cpu"
 
 # By NVIDIA's list of compute capabilities (developer.nvidia.com/cuda-gpus). Each name is one word, or several
@@ -69,7 +69,7 @@ def canonical(word: str) -> str:
 
 
 def remark(word: str) -> str | None:
-    """What is to be said of a valid `word`: what a name is taken as, or that nobody knows the architecture."""
+    """What is to be said of a valid `word`: what it is taken as, or that nobody knows the architecture."""
     arch = architecture(word)
     if not re.fullmatch(GPU_ARCH_PATTERN, word):
         return f"'{word}' is taken as {arch}"

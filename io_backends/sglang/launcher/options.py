@@ -52,8 +52,8 @@ _SERVERS = ("sglang", "launch_server.py")
 
 
 class _Refuse:
-    """What argparse calls for the values of our options. An ArgumentTypeError would be printed below 480 lines
-    of usage.
+    """What argparse calls for the values of our options: it ends by itself, because argparse would print an
+    ArgumentTypeError below 480 lines of usage.
     """
 
     def __init__(self, problem: str | None) -> None:
