@@ -118,7 +118,7 @@ def server_facts_of(command_line: str, given: Mapping[str, FactValue] | None = N
 
 
 def understood(command_line: str) -> CommandLine:
-    """The variables and options in the text, checked as far as that takes no time. Raises CommandLineError."""
+    """The variables and options in the text, checked as far as that takes no time. Raises NameProblem."""
     command = read(command_line, os.environ)
     _check_what_needs_no_sglang(command.argv)
     return command
