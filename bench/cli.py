@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ..policy.text import answer
 from .explain.command import explain
 from .explain.policy_command import policy_app
 
@@ -62,7 +63,7 @@ app.add_typer(policy_app, name="policy")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"sglang-hicache-io {version('sglang-hicache-io')}")
+        answer(f"sglang-hicache-io {version('sglang-hicache-io')}")
         raise typer.Exit
 
 

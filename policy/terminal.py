@@ -7,7 +7,7 @@ rich's markup or as a terminal's commands they end the program, or hide what was
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
 from time import monotonic
@@ -45,29 +45,36 @@ def printable(text: str) -> str:
 
 
 @contextmanager
-def working(what: str) -> Iterator[None]:
+def working(what: str) -> Iterator[Callable[[str], None]]:
     """Say on standard error what is being done, once it has taken a second, and then that it goes on.
 
-    On a terminal that is one line that goes away; else a line now and then.
+    On a terminal that is one line that goes away; else a line now and then. Gives a function that is told how
+    far it is.
     """
-    out, done, began = console(stderr=True), Event(), monotonic()
+    out, done, began, far = console(stderr=True), Event(), monotonic(), [""]
+
+    def line() -> str:
+        return printable(f"{what}: {far[0]}{', ' if far[0] else ''}{monotonic() - began:.0f} s so far")
 
     def beat() -> None:
         if done.wait(_QUIET_S):
             return
         if out.is_terminal:
-            with out.status(printable(what)) as status:
-                while not done.wait(1):
-                    status.update(printable(f"{what} ({monotonic() - began:.0f} s)"))
+            with out.status(line()) as status:
+                while not done.wait(0.5):
+                    status.update(line())
             return
         say(f"{what} ...")
         while not done.wait(_BEAT_S):
-            say(f"{what}: {monotonic() - began:.0f} s so far")
+            say(line())
+
+    def tell(text: str) -> None:
+        far[0] = text
 
     thread = Thread(target=beat, daemon=True)
     thread.start()
     try:
-        yield
+        yield tell
     finally:
         done.set()
         thread.join()

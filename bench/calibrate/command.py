@@ -10,10 +10,12 @@ import typer
 
 from ...policy.format.errors import PolicyError
 from ...policy.terminal import console as console_of
+from ...policy.text import answer
 from ..measure.cases import MODELS
-from ..measure.command import Live, refuse, stderr_console
+from ..measure.command import Live, stderr_console
 from ..measure.devices import gpu_missing
 from ..measure.results import CPU_WATERMARK
+from ..outputs import check_file, check_folder, refuse
 from . import machine_policy
 from .run import ON_CPU, Calibration, Plan, quicker
 from .run import calibrate as measure
@@ -49,6 +51,10 @@ def calibrate(
         refuse(f"--cpu needs --out FILE or --dry-run: {target} is this machine's policy file")
     base = ON_CPU if cpu else Plan()
     plan = Plan(model, base.tokens, base.page_sizes, base.options, rounds, base.repeats)
+    if not dry_run:
+        if out is None:
+            check_folder("the folder of this machine's policy file,", target.parent)
+        check_file("--out" if out else "this machine's policy file", target)
     console = stderr_console()
     if cpu:
         console.print(f"{CPU_WATERMARK}", style="bold red")
@@ -66,7 +72,7 @@ def calibrate(
             refuse(f"{target} cannot be written: {error.strerror}")
         written = str(target)
     if as_json:
-        typer.echo(json.dumps({**found.to_dict(), "policy": text, "written": written}, indent=1))
+        answer(json.dumps({**found.to_dict(), "policy": text, "written": written}, indent=1))
     else:
         _show(found, text, written)
     raise typer.Exit(0 if text is not None else 1)

@@ -22,6 +22,7 @@ from ...policy.fact_spec import FactValue
 from ...policy.fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
 from ...policy.names import NameProblem
 from ...policy.terminal import console
+from ...policy.text import answer
 from . import matrix as table
 from . import render
 from .explanation import Explanation
@@ -185,6 +186,6 @@ def _show_matrix(entries: list[dict[str, Any]], markdown: bool, as_json: bool) -
     if as_json:
         print_json(entries)
     elif markdown:
-        typer.echo(table.markdown(entries), nl=False)
+        answer(table.markdown(entries).removesuffix("\n"))
     else:
         render.show_matrix(console(), table.rows(entries))

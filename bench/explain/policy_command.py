@@ -6,7 +6,7 @@ Exit status as for ``explain``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,11 +16,9 @@ from ...policy.format.lint import warnings
 from ...policy.format.schema import Default, Rule
 from ...policy.names import NameProblem
 from ...policy.terminal import console
+from ...policy.text import answer, say
 from . import render
 from .shared import Json, PolicyPath, print_json, refusing
-
-if TYPE_CHECKING:
-    pass
 
 policy_app = typer.Typer(help="Show or check a policy file.", no_args_is_help=True)
 
@@ -69,9 +67,9 @@ def validate(
     if as_json:
         print_json({"ok": True, "rules": count, "errors": [], "warnings": [each.to_dict() for each in odd]})
         return
-    typer.echo(f"{file}: ok, {count} rule{'' if count == 1 else 's'}")
+    answer(f"{file}: ok, {count} rule{'' if count == 1 else 's'}")
     for each in odd:
-        typer.echo(str(each), err=True)
+        say(str(each))
 
 
 @policy_app.command("schema")

@@ -1,4 +1,4 @@
-"""What people type instead of this project's names: understood, or refused at once with the name they meant."""
+"""What people type instead of this project's names: understood, or refused at once with what they meant."""
 
 from __future__ import annotations
 
@@ -156,8 +156,8 @@ def test_a_rule_that_an_earlier_one_covers_by_another_name_is_found() -> None:
         ("sglang serve /nowhere --hicache-io-backend=krenel", "(did you mean 'kernel'?)"),
         (
             "sglang serve /nowhere/model --hicache-io-backend auto",
-            "--model-path: there is no folder /nowhere/model on this machine; nothing is downloaded, and only "
-            "a model's config.json is read: name a folder that holds it",
+            "--model-path: there is no folder /nowhere/model on this machine; nothing is downloaded, and "
+            "only a model's config.json is read: name a folder that holds it",
         ),
         (
             "sglang serve org/model --speculative-draft-model-path ./draft",
