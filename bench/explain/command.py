@@ -1,12 +1,12 @@
 """``hicache-io explain``: what would run here, and why.
 
-Exit status 0: good; 2: the input is wrong (`shared`). It never ends with 1: there is nothing to find wrong
-besides the input.
+Exit status 0: good; 1: a server would refuse to start like this; 2: the input is wrong (`shared`).
 """
 
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import Parameter
@@ -20,11 +20,13 @@ from ...io_backends.sglang.handover.machine_facts import detect
 from ...policy.decide import check_backend
 from ...policy.fact_spec import FactValue
 from ...policy.fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
+from ...policy.facts import Facts
+from ...policy.format.load import POLICY_VARIABLE
 from ...policy.names import NameProblem
-from ...policy.terminal import console
+from ...policy.terminal import console, working
 from ...policy.text import answer
+from . import launch_line, render
 from . import matrix as table
-from . import render
 from .explanation import Explanation
 from .shared import Json, PolicyPath, print_json, refusing, typed_fact
 from .what_if import changed, difference, parse_facts
@@ -103,6 +105,9 @@ def explain(
         ),
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="With --matrix: in Markdown.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Evidence, cost, facts, and the rules considered, too.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say which backend copies KV cache to the host, which forwards wait for it, and why.
@@ -125,6 +130,7 @@ def explain(
                 raise NameProblem("--matrix is about every server; leave --server-args out")
             with _naming("--server-args"):
                 server = _server(server_args, given)
+        typed_backend = backend
         with _naming("--backend"):
             backend = check_backend(backend or (server.backend if server else AUTO), BACKENDS)
         other = None
@@ -144,22 +150,55 @@ def explain(
     if matrix:
         _show_matrix(table.matrix(in_force, given, backend=backend), markdown, as_json)
         return
-    facts = server.facts if server else detect(given)
+    if server:
+        facts = server.facts
+    else:
+        with working("looking for a GPU"):
+            facts = detect(given)
     explanation = Explanation.of(in_force, facts, backend=backend)
     then = None if other is None else Explanation.of(in_force, changed(facts, other), backend=backend)
+    words = _launch_line(facts, server, backend, policy, typed_backend)
     if as_json:
-        answer = explanation.to_dict()
+        found = {**explanation.to_dict(), "command": shlex.join(words)}
         if then is not None:
-            answer["what_if"] = {
+            found["what_if"] = {
                 "decision": then.to_dict(),
                 "changes": difference(explanation.decision, then.decision),
             }
-        print_json(answer)
-        return
+        print_json(found)
+    else:
+        _show(explanation, words, verbose)
+        if then is not None and other is not None:
+            render.show_what_if(console(), explanation, then, other)
+    if explanation.refused is not None:
+        raise typer.Exit(1)
+
+
+def _show(explanation: Explanation, words: list[str], verbose: bool) -> None:
     out = console()
-    render.show_explanation(out, explanation)
-    if then is not None and other is not None:
-        render.show_what_if(out, explanation, then, other)
+    if verbose:
+        render.show_explanation(out, explanation)
+    else:
+        render.show_summary(out, explanation)
+    if explanation.refused is None:
+        out.print(launch_line.folded(words, out.width), soft_wrap=True)
+    if not verbose:
+        out.print("--verbose: the evidence, the cost, every fact, and the rules considered.", style="dim")
+
+
+def _launch_line(
+    facts: Facts, server: Server | None, backend: str, policy: str | None, typed_backend: str | None
+) -> list[str]:
+    if server is None or server.command is None:
+        return launch_line.of_facts(facts, backend=backend, policy=policy)
+    from ...io_backends.sglang.diagnose.programs import VARIABLES_OF_SGLANG
+
+    variables = {
+        name: value
+        for name, value in server.command.variables.items()
+        if name.startswith(VARIABLES_OF_SGLANG) and not (policy and name == POLICY_VARIABLE)
+    }
+    return launch_line.of_server(server.command.argv, variables, backend=typed_backend, policy=policy)
 
 
 @contextmanager

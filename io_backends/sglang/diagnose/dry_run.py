@@ -74,6 +74,7 @@ class Server:
         retraction, offload: what a PD decode server writes to the host for requests that it retracts, and of
             those that it decodes, and past which fence of SGLang, in a sentence; None where it does not.
         variables: those of the policy as the server has them; None: as this process has them.
+        command: what the text was understood as.
     """
 
     facts: Facts
@@ -83,6 +84,7 @@ class Server:
     retraction: str | None = None
     offload: str | None = None
     variables: Mapping[str, str] | None = None
+    command: CommandLine | None = None
 
     def policy_in_force(self) -> Policy:
         """What this server decides by. Raises PolicyError."""
@@ -137,6 +139,7 @@ def resolved(command: CommandLine, given: Mapping[str, FactValue] | None = None)
         answer["hicache"],
         **answer["decode"],
         variables=answer["variables"],
+        command=command,
     )
 
 
