@@ -17,13 +17,19 @@ from ...policy.format.schema import Default, Rule
 from ...policy.names import NameProblem
 from ...policy.terminal import console
 from ...policy.text import answer, say
+from ..examples import epilog
 from . import render
 from .shared import Json, PolicyPath, print_json, refusing
 
-policy_app = typer.Typer(help="Show or check a policy file.", no_args_is_help=True)
+policy_app = typer.Typer(
+    help="Make, show or check a policy file.",
+    epilog=epilog("policy"),
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
-@policy_app.command("show")
+@policy_app.command("show", epilog=epilog("policy show"))
 def show(
     file: Annotated[
         str | None, typer.Argument(metavar="[FILE]", help="The policy file, as --policy.", show_default=False)
@@ -51,7 +57,7 @@ def show(
         render.show_policy(console(), in_force)
 
 
-@policy_app.command("validate")
+@policy_app.command("validate", epilog=epilog("policy validate"))
 def validate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The policy file to check.")],
     as_json: Json = False,
@@ -72,7 +78,7 @@ def validate(
         say(str(each))
 
 
-@policy_app.command("schema")
+@policy_app.command("schema", epilog=epilog("policy schema"))
 def schema(
     as_json: Annotated[bool, typer.Option("--json", help="The output is JSON with or without this.")] = False,
 ) -> None:

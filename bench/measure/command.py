@@ -20,6 +20,7 @@ from ...policy.format.errors import PolicyError
 from ...policy.names import ATTENTION_BACKENDS, NameProblem, check_name
 from ...policy.terminal import console as console_of
 from ...policy.text import answer
+from ..examples import epilog
 from ..outputs import check_folder, refuse
 from ..serve import report as serve_report
 from ..serve import result as serve_result
@@ -34,7 +35,9 @@ from .results import Results
 ALL = "all"
 
 bench = typer.Typer(
-    help="Measure write-back on this machine: bandwidth, submit, interference, fence, latency, sustained.",
+    help="Measure write-back on this machine, compare runs, and make reports of saved ones.",
+    epilog=epilog("bench"),
+    rich_markup_mode=None,
     no_args_is_help=True,
     add_completion=False,
 )
@@ -124,7 +127,7 @@ def _measurement(name: str, text: str) -> None:
         _run(ask, out, as_json)
 
     command.__doc__ = text
-    bench.command(name)(command)
+    bench.command(name, epilog=epilog("bench measurement", name=name))(command)
 
 
 for _name, _text in {
@@ -139,10 +142,10 @@ for _name, _text in {
     _measurement(_name, _text)
 
 
-bench.command("serve")(serve)
+bench.command("serve", epilog=epilog("bench serve"))(serve)
 
 
-@bench.command("compare")
+@bench.command("compare", epilog=epilog("bench compare"))
 def compare(
     first: Saved,
     second: Saved,
@@ -177,7 +180,7 @@ def compare(
     raise typer.Exit(1 if worse else 0)
 
 
-@bench.command("report")
+@bench.command("report", epilog=epilog("bench report"))
 def make_report(
     saved: Annotated[list[Path], typer.Argument(help="Saved runs of one machine; later ones replace rows.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write.")],
