@@ -21,7 +21,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "policy": ("hicache-io policy init policy.yaml", "hicache-io policy validate policy.yaml"),
     "policy init": (
         "hicache-io policy init policy.yaml",
-        "hicache-io policy init --gpu-arch H100 --server-args 'sglang serve MODEL ...'",
+        "hicache-io policy init --gpu-arch H100 --fact attention_backend=fa3",
     ),
     "policy show": ("hicache-io policy show", "hicache-io policy show policy.yaml --yaml"),
     "policy validate": ("hicache-io policy validate policy.yaml",),

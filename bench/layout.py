@@ -46,7 +46,7 @@ def table(
     if rows and sum(least) + edges > out.width:
         return _stacked(titles, rows)
     wraps = sum(max(map(_longest_line, cells)) for cells in columns) + edges > out.width
-    wraps = wraps or any("\n" in each for cells in columns for each in cells)
+    wraps = wraps or any("\n" in each for cells in columns for each in cells[1:])
     # With a name and what is said of it, the name shows where a row begins.
     lines = wraps and len(titles) > _CLEAR_WITHOUT_LINES
     shown = Table(

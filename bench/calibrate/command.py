@@ -11,6 +11,7 @@ import typer
 from ...policy.format.errors import PolicyError
 from ...policy.terminal import console as console_of
 from ...policy.text import answer
+from ..layout import table
 from ..measure.cases import MODELS
 from ..measure.command import Live, stderr_console
 from ..measure.devices import gpu_missing
@@ -79,23 +80,19 @@ def calibrate(
 
 
 def _show(found: Calibration, text: str | None, written: str | None) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    console = console_of(columns=140)
+    console = console_of()
     for name, times in found.times.items():
         title = f"{name}: ms of each round" + (
             f"\n{CPU_WATERMARK}" if found.environment["ran_on"] == "CPU" else ""
         )
-        table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, title_justify="left")
+        console.print(title, style="bold")
         sizes = sorted({size for sweep in times.values() for size in sweep})
-        table.add_column("bytes an entry" if name in found.segments or name.endswith("first") else name)
-        for backend in times:
-            table.add_column(backend, justify="right")
+        first = "bytes an entry" if name in found.segments or name.endswith("first") else name
+        rows = []
         for size in sizes:
             cells = [" ".join(f"{ms:.2f}" for ms in sweep.get(size, ())) for sweep in times.values()]
-            table.add_row(f"{size:,}", *cells)
-        console.print(table)
+            rows.append((f"{size:,}", *cells))
+        console.print(table(console, (first, *times), rows, right=tuple(times)))
     for name, parts in found.segments.items():
         for part in parts:
             console.print(

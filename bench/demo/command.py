@@ -27,7 +27,7 @@ from ..outputs import check_folder, refuse, result_console
 from ..workload import Workload
 from . import identity
 from .identity import DemoRun, DemoSetup
-from .output import RunProgress, as_json, console, table, verdict
+from .output import RunProgress, as_json, console, show_runs, verdict
 
 
 def demo(
@@ -75,7 +75,7 @@ def demo(
         if reference is not None:
             failures |= _problems(runs, reference)
             if len(runs) > 1:
-                shown.print(table(runs, reference))
+                show_runs(shown, runs, reference)
         for name, why in failures.items():
             shown.print(styled((f"{name} failed", "bold red"), f": {why}"), soft_wrap=True)
         seconds = time.monotonic() - began

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from ...policy.terminal import console as console_of
 from ...policy.terminal import printable, styled
+from ..layout import table
 from .identity import DemoRun, DemoSetup, Status
 
 # What is said goes to standard error, so that --json has standard output for itself.
@@ -54,35 +54,35 @@ class RunProgress:
         return report
 
 
-def table(runs: Mapping[str, DemoRun], reference: DemoRun) -> Table:
-    """One row a run."""
-    shown = Table(
-        title="Write-back to host memory, and what came back",
-        caption="reference: the same server without HiCache. "
-        "damaged: leaves out the last layer's V on purpose, and must differ.",
-        box=SIMPLE_HEAD,
-    )
-    shown.add_column("backend")
-    for heading in (
+def show_runs(out: Console, runs: Mapping[str, DemoRun], reference: DemoRun) -> None:
+    """Print one row a run."""
+    headings = (
         "bytes\nwritten",
         "writes",
         "copies\nsubmitted",
         "tokens\nfrom host",
-        "fences:\nD2H + forward",
+        "fences: D2H\n+ forward",
         "outputs\nidentical",
-    ):
-        shown.add_column(heading, justify="right")
+    )
+    rows = []
     for run in (run for run in runs.values() if run is not reference):
         ran = str(run.plugin["backend"]) if run.plugin else "?"
         colour = "green" if run.problem(reference) is None else "bold red"
-        shown.add_row(
-            run.name if ran == run.name else f"{run.name} ({ran})",
-            *(f"{run.count(counter):,}" for counter in ("bytes", "writes", "copies")),
-            f"{run.host_tokens:,}",
-            f"{run.count('producer_fences')} + {run.count('forward_fences')}",
-            Text(f"{run.identical(reference)}/{len(reference.answers)}", colour),
+        rows.append(
+            (
+                run.name if ran == run.name else f"{run.name} ({ran})",
+                *(f"{run.count(counter):,}" for counter in ("bytes", "writes", "copies")),
+                f"{run.host_tokens:,}",
+                f"{run.count('producer_fences')} + {run.count('forward_fences')}",
+                Text(f"{run.identical(reference)}/{len(reference.answers)}", colour),
+            )
         )
-    return shown
+    out.print(table(out, ("backend", *headings), rows, right=headings))
+    out.print(
+        "reference: the same server without HiCache. damaged: leaves out the last layer's V on purpose, and must "
+        "differ.",
+        style="dim",
+    )
 
 
 def verdict(setup: DemoSetup, failures: Mapping[str, str], seconds: float) -> Text:

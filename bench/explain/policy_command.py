@@ -43,7 +43,7 @@ def init(
     file: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[FILE]", help="Where to write it; standard output without.", show_default=False
+            metavar="FILE", help="Where to write it; standard output without.", show_default=False
         ),
     ] = None,
     server_args: Annotated[
@@ -107,7 +107,7 @@ def init(
 @policy_app.command("show", epilog=epilog("policy show"))
 def show(
     file: Annotated[
-        str | None, typer.Argument(metavar="[FILE]", help="The policy file, as --policy.", show_default=False)
+        str | None, typer.Argument(metavar="FILE", help="The policy file, as --policy.", show_default=False)
     ] = None,
     policy: PolicyPath = None,
     unmeasured: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,8 +54,9 @@ def show_summary(out: Console, shown: Explanation) -> None:
 
 
 def _first_sentence(text: str) -> str:
+    """At most two lines of 80 columns; the whole is in `show_explanation`."""
     found = re.match(r"(.+?[.;])(\s|$)", text)
-    return f"{found[1].rstrip('.;')}." if found else text
+    return textwrap.shorten(f"{found[1].rstrip('.;')}." if found else text, 128, placeholder=" ...")
 
 
 def show_what_if(out: Console, now: Explanation, then: Explanation, other: Mapping[str, FactValue]) -> None:

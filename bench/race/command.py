@@ -171,7 +171,7 @@ def race(
     replay = _replay(race_result.first_bad(result))
     out = result_console(json_)
     if result.races:
-        out.print(race_result.table(result))
+        race_result.show_races(out, result)
     out.print(race_result.verdict(result, what))
     if replay is not None and seed is None:
         out.print(f"Replay: {shlex.join(replay)}", soft_wrap=True)
