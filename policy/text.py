@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import sys
 import unicodedata
 
@@ -41,6 +42,11 @@ def say(text: str) -> None:
 def answer(text: str) -> None:
     """A result on standard output that is no table: JSON, Markdown, a line."""
     print(printable(text, allowed=LINES), flush=True)
+
+
+def in_html(text: str) -> str:
+    """`text` as HTML that shows it: `printable`, and no markup."""
+    return html.escape(printable(text, allowed=LINES))
 
 
 def code_point(character: str) -> str:

@@ -79,8 +79,8 @@ def show_runs(out: Console, runs: Mapping[str, DemoRun], reference: DemoRun) -> 
         )
     out.print(table(out, ("backend", *headings), rows, right=headings))
     out.print(
-        "reference: the same server without HiCache. damaged: leaves out the last layer's V on purpose, and must "
-        "differ.",
+        "reference: the same server without HiCache. damaged: leaves out the last layer's V on purpose, and "
+        "must differ.",
         style="dim",
     )
 
