@@ -92,8 +92,9 @@ def init(
         if file.exists() and not force:
             refuse(f"{file}: is there already; --force writes over it")
         check_file("policy init", file)
-    text = policy_text.for_server(decide(in_force, facts), facts, file=str(file or "policy.yaml"))
-    load_policy_text(text, str(file or "policy.yaml"))  # what is written can be used
+    with refusing(as_json):
+        text = policy_text.for_server(decide(in_force, facts), facts, file=str(file or "policy.yaml"))
+        load_policy_text(text, str(file or "policy.yaml"))  # what is written can be used
     if file is not None:
         file.write_text(text, encoding="utf-8")
     if as_json:
