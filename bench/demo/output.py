@@ -18,8 +18,13 @@ from .identity import DemoRun, DemoSetup, Status
 console = console_of(stderr=True, columns=110)
 
 
+_BEAT_S = 10.0
+
+
 class RunProgress:
-    """One line for each run: live on a terminal, otherwise a new line whenever a run's state changes."""
+    """One line for each run: live on a terminal, otherwise a new line whenever a run's state changes, and now
+    and then while it does not.
+    """
 
     def __init__(self, names: list[str], requests: int) -> None:
         self._bars = Progress(
@@ -33,7 +38,7 @@ class RunProgress:
         self._tasks: dict[str, TaskID] = {
             name: self._bars.add_task(name, total=requests, seconds=0, what="waiting") for name in names
         }
-        self._said: dict[str, str] = {}
+        self._said: dict[str, tuple[str, float]] = {}
 
     def __enter__(self) -> RunProgress:
         self._bars.start()
@@ -47,8 +52,9 @@ class RunProgress:
 
         def report(what: str, done: int, seconds: float) -> None:
             self._bars.update(self._tasks[name], completed=done, seconds=seconds, what=printable(what))
-            if not console.is_terminal and self._said.get(name) != what:
-                self._said[name] = what
+            last, when = self._said.get(name, ("", 0.0))
+            if not console.is_terminal and (what != last or seconds >= when + _BEAT_S):
+                self._said[name] = what, seconds
                 console.print(f"{name}: {seconds:.0f} s: {what}")
 
         return report
