@@ -80,6 +80,24 @@ def remark(word: str) -> str | None:
     return f"no GPU of {arch} is known to this release, and no rule was made for one{near}"
 
 
+def memory_gib(word: str) -> int | None:
+    """GPU memory that the name of a GPU tells, in GiB; None where it tells none, or has several."""
+    if found := re.search(r"\b([0-9]{2,3}) ?GB\b", word, re.IGNORECASE):
+        return int(found[1]) if "gh200" not in word.lower() else None  # that one's is of its CPU
+    if _named(word) == {"sm90"} and "nvl" in _words(word):
+        return 94
+    sizes = {_GIB[each] for each in _words(word) if each in _GIB}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+# Of GPUs that are made with one size, or with sizes close to it (NVIDIA's data sheets).
+_GIB = {
+    **{"h100": 80, "h800": 80, "h200": 141, "b200": 180, "gb200": 186, "b300": 268, "gb300": 278},
+    **{"t4": 16, "a10": 24, "a10g": 24, "a30": 24, "a40": 48, "l4": 24, "l20": 48, "l40": 48, "l40s": 48},
+    **{"3090": 24, "4090": 24, "5090": 32, "gb10": 119},
+}
+
+
 def name_pattern() -> str:
     """A regular expression for JSON Schema, which has no flags, of texts that hold a GPU's name."""
     names = ("".join(_either_case(each) for each in name) for name in sorted(_ARCH_OF))

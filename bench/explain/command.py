@@ -22,6 +22,7 @@ from ...policy.fact_spec import FactValue
 from ...policy.fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
 from ...policy.facts import Facts
 from ...policy.format.load import POLICY_VARIABLE
+from ...policy.gpu_names import memory_gib
 from ...policy.names import NameProblem
 from ...policy.terminal import console, working
 from ...policy.text import answer
@@ -90,6 +91,16 @@ def explain(
             help="A whole SGLang command line: facts, backend and policy as SGLang resolves them.",
         ),
     ] = None,
+    gpu_memory: Annotated[
+        int | None,
+        typer.Option(
+            "--gpu-memory",
+            min=1,
+            metavar="GIB",
+            help="With --server-args and --gpu-arch: memory of that GPU, where its name does not tell.",
+            show_default=False,
+        ),
+    ] = None,
     what_if: Annotated[
         str | None,
         _option(
@@ -129,7 +140,7 @@ def explain(
             if matrix:
                 raise NameProblem("--matrix is about every server; leave --server-args out")
             with _naming("--server-args"):
-                server = _server(server_args, given)
+                server = _server(server_args, given, gpu_memory or memory_gib(typed["gpu_arch"] or ""))
         typed_backend = backend
         with _naming("--backend"):
             backend = check_backend(backend or (server.backend if server else AUTO), BACKENDS)
@@ -210,12 +221,12 @@ def _naming(option: str) -> Iterator[None]:
         raise NameProblem(f"{option}: {error.message}", error.hint) from None
 
 
-def _server(command_line: str, given: Mapping[str, FactValue]) -> Server:
+def _server(command_line: str, given: Mapping[str, FactValue], gpu_gib: int | None) -> Server:
     """What `command_line` resolves to. Raises NameProblem, also for a server without HiCache."""
     # Here, because it is the one thing in this package that needs an installed SGLang.
     from ...io_backends.sglang.diagnose.dry_run import server_facts_of
 
-    server = server_facts_of(command_line, given)
+    server = server_facts_of(command_line, given, gpu_gib=gpu_gib)
     if not server.hicache:
         raise NameProblem("this server runs without HiCache: add --enable-hierarchical-cache")
     return server

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ....policy.fact_spec import FactValue
-from ....policy.gpu_names import architecture, remark
+from ....policy.gpu_names import architecture, memory_gib, remark
 from ....policy.names import NameProblem
 from ....policy.terminal import console, working
 from ....policy.text import answer, say
@@ -58,6 +58,16 @@ def doctor(
             show_default=False,
         ),
     ] = None,
+    gpu_memory: Annotated[
+        int | None,
+        typer.Option(
+            "--gpu-memory",
+            min=1,
+            metavar="GIB",
+            help="With --server-args and --gpu-arch: memory of that GPU, where its name does not tell.",
+            show_default=False,
+        ),
+    ] = None,
     policy: Annotated[
         str | None,
         typer.Option("--policy", metavar="FILE", help="The policy file, as for explain.", show_default=False),
@@ -76,7 +86,16 @@ def doctor(
     # SGLang resolves the command line in a process of its own, while this one looks at the machine.
     with ThreadPoolExecutor(1) as pool:
         try:
-            asked = None if server_args is None else pool.submit(resolved, understood(server_args), given)
+            asked = (
+                None
+                if server_args is None
+                else pool.submit(
+                    resolved,
+                    understood(server_args),
+                    given,
+                    gpu_gib=gpu_memory or memory_gib(gpu_arch or ""),
+                )
+            )
             report = _told(examine(asked, policy), None if as_json else console())
         except NameProblem as error:
             _refuse("--server-args", error)

@@ -10,6 +10,7 @@ from its standard input, and writes its answer to the file that the request name
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -33,6 +35,7 @@ from ....policy.terminal import working
 from ...policy_files import load_policy, policy_in_force
 from ...registry import BACKENDS
 from ..handover.machine_facts import detect
+from . import gpu_memory
 from .command_line import CommandLine, CommandLineError, read
 from .programs import VARIABLES_OF_SGLANG
 
@@ -42,9 +45,6 @@ RESOLVING = "asking SGLang what this command line resolves to"
 
 TIMEOUT_S = 300
 """A resolution takes 6 to 10 s on two busy cores, most of it imports."""
-
-_STAND_IN_BYTES = 80 * 2**30
-"""Memory of the stand-in GPU. It sizes batches and pools, on which no fact rests."""
 
 _MODELS = ("model_path", "tokenizer_path", "speculative_draft_model_path", "uno_lora_path", "lora_paths")
 """Arguments of SGLang that name a folder or a model of the hub (0.5.18 to 0.5.23)."""
@@ -103,12 +103,15 @@ class Server:
                     os.environ[name] = value
 
 
-def server_facts_of(command_line: str, given: Mapping[str, FactValue] | None = None) -> Server:
+def server_facts_of(
+    command_line: str, given: Mapping[str, FactValue] | None = None, *, gpu_gib: int | None = None
+) -> Server:
     """Resolve ``command_line`` as the server would.
 
     Args:
         command_line: a text that `command_line.read` understands.
         given: facts that count instead of resolved and detected ones; of ``gpu_arch`` SGLang is told.
+        gpu_gib: memory of a GPU of that architecture; without it every size that there is is asked about.
 
     Raises:
         CommandLineError: the text is not read, SGLang or this plug-in refuses it, a model's config.json is
@@ -116,7 +119,7 @@ def server_facts_of(command_line: str, given: Mapping[str, FactValue] | None = N
         NameProblem: ``given`` holds a name that is no fact.
     """
     with working(RESOLVING):
-        return resolved(understood(command_line), given)
+        return resolved(understood(command_line), given, gpu_gib=gpu_gib)
 
 
 def understood(command_line: str) -> CommandLine:
@@ -126,10 +129,12 @@ def understood(command_line: str) -> CommandLine:
     return command
 
 
-def resolved(command: CommandLine, given: Mapping[str, FactValue] | None = None) -> Server:
+def resolved(
+    command: CommandLine, given: Mapping[str, FactValue] | None = None, *, gpu_gib: int | None = None
+) -> Server:
     """`server_facts_of` a command line that is `understood`: takes seconds. Raises as that."""
     known: dict[str, Any] = {name: value for name, value in (given or {}).items() if value is not None}
-    answer = _ask(command, known.get("gpu_arch"))
+    answer = _ask(command, known.get("gpu_arch"), gpu_gib)
     facts = {**Facts.from_dict(answer["facts"])}
     facts.update({name: fact for name, fact in Facts.given(**known).items() if fact.value is not None})
     return Server(
@@ -165,13 +170,13 @@ def _values(argv: Sequence[str], *options: str) -> Iterator[tuple[str, str]]:
             yield name, value
 
 
-def _ask(command: CommandLine, gpu_arch: FactValue) -> dict[str, Any]:
+def _ask(command: CommandLine, gpu_arch: FactValue, gpu_gib: int | None = None) -> dict[str, Any]:
     """The child's answer. Raises CommandLineError."""
     from ..no_gpu import fake_libcuda
 
     with tempfile.TemporaryDirectory(prefix="hicache-io-") as scratch:
         answer = Path(scratch, "answer.json")
-        request = {"argv": command.argv, "gpu_arch": gpu_arch, "answer": str(answer)}
+        request = {"argv": command.argv, "gpu_arch": gpu_arch, "gpu_gib": gpu_gib, "answer": str(answer)}
         try:
             environment = {
                 **_variables(command, fake_libcuda.environment(Path(scratch, "libcuda"))),
@@ -220,18 +225,55 @@ def _child() -> None:
     """Resolve the request's arguments and write the answer: facts, or an error."""
     request = json.loads(sys.stdin.read())
     gpu_arch = request["gpu_arch"]
-    if gpu_arch not in (None, "cpu"):
-        stand_in_gpu(gpu_arch)
     argparse.ArgumentParser.error = _refused_by_the_parser  # type: ignore[method-assign]
+    if gpu_arch in (None, "cpu"):
+        answer = _answer(request["argv"], gpu_arch)
+    else:
+        answer = _at_every_size(request["argv"], gpu_arch, gpu_memory.sizes(gpu_arch, request["gpu_gib"]))
+    Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def _at_every_size(argv: Sequence[str], gpu_arch: str, sizes: Sequence[int]) -> dict[str, Any]:
+    """The answer for a GPU that is not here, whatever its memory is; each size in a process that has SGLang
+    imported.
+    """
+    stand_in_gpu(gpu_arch, sizes[0])
+    importlib.import_module("sglang.srt.server_args")
+    _trust_devices_of_another_machine()
+    answers: dict[int, dict[str, Any]] = {}
+    for size in sizes[1:]:
+        with tempfile.NamedTemporaryFile() as file:
+            if (child := os.fork()) == 0:
+                stand_in_gpu(gpu_arch, size)
+                Path(file.name).write_text(json.dumps(_answer(argv, gpu_arch)), encoding="utf-8")
+                os._exit(0)
+            os.waitpid(child, 0)
+            answers[size] = json.loads(Path(file.name).read_text(encoding="utf-8") or "{}")
+    here = {sizes[0]: _answer(argv, gpu_arch)}
+    return gpu_memory.merged({**here, **{size: each for size, each in answers.items() if each}})
+
+
+def _trust_devices_of_another_machine() -> None:
+    """Take names of InfiniBand devices as they are: SGLang looks for them in this machine's /sys."""
+    from sglang.srt import server_args
+
+    if find_spec("sglang.srt.arg_groups.validation_hook") is not None:
+        validation = importlib.import_module("sglang.srt.arg_groups.validation_hook")
+        validation.validate_ib_devices = lambda device_str: device_str
+    else:  # 0.5.18
+        server_args.ServerArgs._validate_ib_devices = lambda self, device_str: device_str
+
+
+def _answer(argv: Sequence[str], gpu_arch: str | None) -> dict[str, Any]:
+    """Facts, or an error."""
     try:
-        answer = _resolved(request["argv"], gpu_arch)
+        return _resolved(argv, gpu_arch)
     except SystemExit:
         raise  # the plug-in has said why
     except CommandLineError as error:
-        answer = {"error": error.message}
+        return {"error": error.message}
     except Exception as error:
-        answer = {"error": _reason(request["argv"], error)}
-    Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+        return {"error": _reason(argv, error)}
 
 
 def _resolved(argv: Sequence[str], gpu_arch: str | None) -> dict[str, Any]:
@@ -359,8 +401,9 @@ def _is_here(model: str) -> bool:
         return False
 
 
-def stand_in_gpu(gpu_arch: str) -> None:
+def stand_in_gpu(gpu_arch: str, gib: int = 80) -> None:
     """Let torch.cuda say that eight GPUs of ``gpu_arch`` are here, so that SGLang resolves for them."""
+    nbytes = gib * 2**30
     import torch
 
     digits = gpu_arch.removeprefix("sm").rstrip("af")
@@ -369,7 +412,7 @@ def stand_in_gpu(gpu_arch: str) -> None:
         name=gpu_arch,
         major=major,
         minor=minor,
-        total_memory=_STAND_IN_BYTES,
+        total_memory=nbytes,
         multi_processor_count=132,
         is_integrated=False,
     )
@@ -380,7 +423,7 @@ def stand_in_gpu(gpu_arch: str) -> None:
         "get_device_capability": lambda device=None: (major, minor),
         "get_device_name": lambda device=None: gpu_arch,
         "get_device_properties": lambda device=None: properties,
-        "mem_get_info": lambda device=None: (_STAND_IN_BYTES, _STAND_IN_BYTES),
+        "mem_get_info": lambda device=None: (nbytes, nbytes),
     }
     for name, function in stand_in.items():
         setattr(torch.cuda, name, function)
