@@ -30,10 +30,11 @@ from typing import Any
 from .server_options import HiCache, base_args, cpu_engine_env
 
 __all__ = [
+    "LAUNCH",
     "HiCache",
-    "Progress",
-    "Server",
     "ServerError",
+    "ServerProcess",
+    "StartProgress",
     "base_args",
     "cpu_engine_env",
     "free_port",
@@ -43,8 +44,11 @@ __all__ = [
     "server_info",
 ]
 
+LAUNCH = (sys.executable, "-m", "sglang.launch_server")
+"""The command that starts a server."""
+
 # Reports what a server is doing: a few words, and the seconds since its process was started.
-Progress = Callable[[str, float], None]
+StartProgress = Callable[[str, float], None]
 
 # What SGLang logs at the end of each step of its start, and what it does from then on. 0.5.18 to 0.5.23.
 _MILESTONES = (
@@ -125,7 +129,7 @@ def server_info(url: str) -> dict[str, Any]:
     return info
 
 
-class Server:
+class ServerProcess:
     """A running SGLang server, as a context manager.
 
     Entering starts the process and returns when it answers; leaving kills its whole process group.
@@ -136,7 +140,7 @@ class Server:
         env: variables on top of this process's own.
         start_timeout_s: how long the start may take, in seconds.
         progress: called about four times a second during the start.
-        launch: the command that starts a server.
+        launch: the command that starts a server; None for `LAUNCH`.
 
     Attributes:
         url: `http://127.0.0.1:PORT`.
@@ -150,15 +154,15 @@ class Server:
         log: Path,
         env: Mapping[str, str] | None = None,
         start_timeout_s: float = 300,
-        progress: Progress | None = None,
-        launch: Sequence[str] = (sys.executable, "-m", "sglang.launch_server"),
+        progress: StartProgress | None = None,
+        launch: Sequence[str] | None = None,
     ) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         self.start_s = 0.0
         self._began = 0.0
-        self._command = [*launch, *args, "--host", "127.0.0.1", "--port", str(port)]
+        self._command = [*(launch or LAUNCH), *args, "--host", "127.0.0.1", "--port", str(port)]
         self._env = {
             **os.environ,
             # Healthy then means "up": the health check sends no request of its own, which would take a
@@ -175,7 +179,7 @@ class Server:
         self._scratch: str | None = None
         self._closing = threading.Lock()
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> ServerProcess:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._began = time.monotonic()
         atexit.register(self.close)

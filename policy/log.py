@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import traceback
 
-from .text import LINES, printable
+from .text import LINES, escaped
 
 
 class _AsText(logging.Filter):
     """A message with what a terminal obeys or hides as escapes: logs are read on terminals."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = printable(record.getMessage(), allowed=LINES), None
+        record.msg, record.args = escaped(record.getMessage(), allowed=LINES), None
         if record.exc_info and record.exc_info[0] is not None:
             trace = "".join(traceback.format_exception(*record.exc_info))
-            record.exc_text = printable(trace.rstrip(), allowed=LINES)  # what formatters print
+            record.exc_text = escaped(trace.rstrip(), allowed=LINES)  # what formatters print
         return True
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from .text import printable
+from .text import escaped
 
 #: The value of ``--hicache-io-backend`` that asks the policy.
 AUTO = "auto"
@@ -87,7 +87,7 @@ class NameProblem(ValueError):
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        message, hint = printable(message), None if hint is None else printable(hint)
+        message, hint = escaped(message), None if hint is None else escaped(hint)
         super().__init__(with_hint(message, hint))
         self.message = message
         self.hint = hint

@@ -16,8 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from .text import LINES, say
-from .text import printable as escaped
+from .text import LINES, escaped, say
 
 
 class _PlainConsole(Console):

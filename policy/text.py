@@ -22,7 +22,7 @@ def unsafe_character(text: str, *, allowed: str = "") -> str | None:
     return next((each for each in text if _is_unsafe(each) and each not in allowed), None)
 
 
-def printable(text: str, *, allowed: str = "") -> str:
+def escaped(text: str, *, allowed: str = "") -> str:
     """`text` with unsafe characters but `allowed` ones as escapes such as ``\\x1b`` and ``\\u202e``."""
     if unsafe_character(text, allowed=allowed) is None:
         return text
@@ -36,17 +36,17 @@ def printable(text: str, *, allowed: str = "") -> str:
 
 def say(text: str) -> None:
     """A message on standard error: what is being done, or why not."""
-    print(printable(text, allowed=LINES), file=sys.stderr, flush=True)
+    print(escaped(text, allowed=LINES), file=sys.stderr, flush=True)
 
 
 def answer(text: str) -> None:
     """A result on standard output that is no table: JSON, Markdown, a line."""
-    print(printable(text, allowed=LINES), flush=True)
+    print(escaped(text, allowed=LINES), flush=True)
 
 
 def in_html(text: str) -> str:
-    """`text` as HTML that shows it: `printable`, and no markup."""
-    return html.escape(printable(text, allowed=LINES))
+    """`text` as HTML that shows it: `escaped`, and no markup."""
+    return html.escape(escaped(text, allowed=LINES))
 
 
 def code_point(character: str) -> str:

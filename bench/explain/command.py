@@ -26,10 +26,11 @@ from ...policy.gpu_names import memory_gib
 from ...policy.names import NameProblem
 from ...policy.terminal import console, working
 from ...policy.text import answer
+from ..json_option import Json
 from . import launch_line, render
 from . import matrix as table
 from .explanation import Explanation
-from .shared import Json, PolicyPath, print_json, refusing, typed_fact
+from .shared import PolicyPath, print_json, refusing, typed_fact
 from .what_if import changed, difference, parse_facts
 
 if TYPE_CHECKING:

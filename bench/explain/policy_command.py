@@ -25,9 +25,10 @@ from ...policy.names import NameProblem
 from ...policy.terminal import console
 from ...policy.text import answer, say
 from ..examples import epilog
+from ..json_option import Json
 from ..outputs import check_file, refuse
 from . import policy_text, render
-from .shared import Json, PolicyPath, print_json, refusing, typed_fact
+from .shared import PolicyPath, print_json, refusing, typed_fact
 from .what_if import parse_facts
 
 policy_app = typer.Typer(

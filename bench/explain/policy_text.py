@@ -17,7 +17,7 @@ from ...policy.decide import Decision
 from ...policy.fact_table import CONDITIONS, FORWARDS_OF
 from ...policy.facts import Facts
 from ...policy.names import NO_SPECULATION
-from ...policy.text import printable
+from ...policy.text import escaped
 
 _PINNED = (
     "gpu_arch",
@@ -69,10 +69,10 @@ def _head(file: str) -> str:
             _comment(
                 f"Policy of sglang-hicache-io: which backend copies KV cache to the host, and which forwards "
                 f"wait for it. Made by `hicache-io policy init`. Start the server with --hicache-io-policy "
-                f"{printable(file)}, or name this file in SGLANG_HICACHE_IO_POLICY."
+                f"{escaped(file)}, or name this file in SGLANG_HICACHE_IO_POLICY."
             ),
             _comment(
-                f"Check it after a change: hicache-io policy validate {printable(file)}. All conditions and "
+                f"Check it after a change: hicache-io policy validate {escaped(file)}. All conditions and "
                 "options: hicache-io policy schema, docs/policy.md."
             ),
             "#",
@@ -122,7 +122,7 @@ def _when(facts: Facts) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
         spec, fact = CONDITIONS[name], facts[name]
         if spec.speculative_only and not speculates:
             continue
-        why = printable(fact.source)
+        why = escaped(fact.source)
         if fact.value is None:
             unknown[name] = why
         else:
@@ -142,7 +142,7 @@ def whole(policy: Mapping[str, Any], source: str) -> str:
     yaml.indent(mapping=2, sequence=4, offset=2)
     out = io.StringIO()
     yaml.dump(_commented(policy), out)
-    return f"{_comment(f'All rules in force: {printable(source)}.')}\n{out.getvalue()}"
+    return f"{_comment(f'All rules in force: {escaped(source)}.')}\n{out.getvalue()}"
 
 
 def _commented(value: Any) -> Any:

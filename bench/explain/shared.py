@@ -18,7 +18,6 @@ from ...policy.format.errors import PolicyError
 from ...policy.names import NameProblem
 from ...policy.text import answer, say
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PolicyPath = Annotated[
     str | None,
     typer.Option(

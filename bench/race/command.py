@@ -12,7 +12,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from enum import StrEnum
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,18 +33,10 @@ from ...policy.terminal import working
 from ...policy.text import answer, say
 from ..explain.shared import typed_fact
 from ..outputs import check_file, refuse, result_console
+from .kept_fences import KeptFences
 
 _SGLANG_PATH = "HICACHE_IO_RACE_SGLANG_PATH"
 """What --sglang-path was, for the process that it starts: the command that it suggests names it."""
-
-
-class Fences(StrEnum):
-    """Which fences are kept."""
-
-    none = "none"
-    producer = "producer"
-    both = "both"
-    auto = "auto"
 
 
 _PICTURES = (".png", ".svg", ".pdf")
@@ -56,12 +47,12 @@ DEFAULTS = {"attention_backend": "fa3", "gpu_arch": "sm90", "kv_kind": "mha", "d
 
 def race(
     fences: Annotated[
-        Fences,
+        KeptFences,
         typer.Option(
             help="auto: what the policy decides. none, producer: leave out fences, to see what they are for; "
             "both: every forward waits."
         ),
-    ] = Fences.auto,
+    ] = KeptFences.auto,
     backend: Annotated[
         str, typer.Option(help="Who writes back: ours, auto, or SGLang's own kernel or direct, untouched.")
     ] = AUTO,
@@ -153,17 +144,17 @@ def race(
     own = decision.backend in UPSTREAM_NAMES
     progress = console_of(stderr=True)
     progress.print(f"{published()}. Virtual device; no GPU is used.")
-    result = race_result.Result()
+    result = race_result.RaceResult()
     chosen = range(seeds) if seed is None else [seed]
     for name in modes:
         experiment = setups.experiment(
-            facts, None if own else decision, fences.value, decision.backend if own else "kernel", name
+            facts, None if own else decision, fences, decision.backend if own else "kernel", name
         )
         began = time.monotonic()
         with working(f"mode {name}") as tell:
             for count, each in enumerate(chosen):
                 tell(f"{count} of {len(chosen)} seeds")
-                result.add(experiment.run(each, left_out(fences.value), actions), name)
+                result.add(experiment.run(each, left_out(fences), actions), name)
         result.seconds += time.monotonic() - began
     what = f"{backend}, fences {fences.value}" + ("" if own or backend != AUTO else f" ({_routes(decision)})")
     if mode:
@@ -198,7 +189,7 @@ def _refuse(why: str) -> NoReturn:
 
 
 def _decide(
-    given: dict[str, Any], backend: str, fences: Fences, policy: str | None
+    given: dict[str, Any], backend: str, fences: KeptFences, policy: str | None
 ) -> tuple[Facts, Decision]:
     """Facts, and who writes back with which fences. Exits for wrong input."""
     from .simulation.setups import LAYOUTS
@@ -215,7 +206,7 @@ def _decide(
         _refuse(f"the copies of layout {layout} have no stand-in; these have: {', '.join(LAYOUTS)}")
     if backend == "kernel_ascend" or (backend == "direct" and layout == "page_first"):
         _refuse(f"SGLang's {backend} does not copy {layout} on this virtual device")
-    if fences is Fences.both and backend in UPSTREAM_NAMES:
+    if fences is KeptFences.both and backend in UPSTREAM_NAMES:
         _refuse(f"SGLang's own {backend} has no fence for forwards that could be kept; use --fences auto")
     problem = refusal(decision, facts, backend=backend)
     if problem is not None:

@@ -30,7 +30,7 @@ class Found:
 
 
 @dataclass(slots=True)
-class Result:
+class RaceResult:
     """All seeds of one experiment, in one mode or several.
 
     Attributes:
@@ -107,7 +107,7 @@ def _place(side: Side) -> tuple[str, str]:
     return side.stream, side.issued
 
 
-def show_races(out: Console, result: Result) -> None:
+def show_races(out: Console, result: RaceResult) -> None:
     """Print one row a race."""
     titles = ("race", "asked for first", "not ordered before", "the fence that is missing", "seeds")
     rows = []
@@ -131,7 +131,7 @@ def _side(side: Side) -> str:
     return f"{side.operation}\n{side.mode} on {side.stream}\n{where}"
 
 
-def verdict(result: Result, what: str) -> Text:
+def verdict(result: RaceResult, what: str) -> Text:
     """One line, and how to look closer at one seed."""
     first = next(iter(result.runs.values()))[0]
     seeds = f"{result.seeds} seeds" if result.seeds != 1 else f"seed {first.seed}"
@@ -149,12 +149,12 @@ def verdict(result: Result, what: str) -> Text:
     return styled(("Races", "bold red"), f": {what}: {kinds}{bytes_} ({scope}).")
 
 
-def first_bad(result: Result) -> tuple[str, int] | None:
+def first_bad(result: RaceResult) -> tuple[str, int] | None:
     """The mode and seed to replay: one with wrong rows if there is one."""
     if result.corrupted:
         return result.corrupted[0]["mode"], result.corrupted[0]["seed"]
     return min(((found.mode, found.seeds[0]) for found in result.races), key=lambda bad: bad[1], default=None)
 
 
-def as_json(result: Result, about: Mapping[str, Any], replay: Sequence[str] | None) -> dict[str, Any]:
+def as_json(result: RaceResult, about: Mapping[str, Any], replay: Sequence[str] | None) -> dict[str, Any]:
     return {**result.to_dict(), **about, "replay": None if replay is None else shlex.join(replay)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...policy.text import LINES, printable, say
+from ...policy.text import LINES, escaped, say
 
 PREFIX = "sglang-hicache-io"
 
@@ -11,7 +11,7 @@ class RefusedError(ValueError):
     """The server must not start; the message says why and what to do, in one line."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(f"{PREFIX}: {message}", allowed=LINES))
+        super().__init__(escaped(f"{PREFIX}: {message}", allowed=LINES))
 
 
 def exit_with(error: Exception, status: int) -> SystemExit:

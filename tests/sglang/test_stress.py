@@ -28,21 +28,24 @@ def stress(*args: str, status: int) -> dict[str, Any]:
     return result
 
 
-def server(machine: Machine, folder: Path, backend: str, *more: str, **env: str) -> serving.Server:
-    return serving.Server(
+def server(machine: Machine, folder: Path, backend: str, *more: str, **env: str) -> serving.ServerProcess:
+    return serving.ServerProcess(
         machine.hicache_args(backend, *more),
         log=folder / "server.log",
         env={**machine.env(), **tiny_model.environment(), **env},
+        launch=machine.launcher,
     )
 
 
 @pytest.fixture(scope="module")
-def good_server(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.Server]:
-    with server(machine, tmp_path_factory.mktemp("good"), "auto") as running:
+def good_server(
+    fresh_machine: Machine, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[serving.ServerProcess]:
+    with server(fresh_machine, tmp_path_factory.mktemp("good"), "auto") as running:
         yield running
 
 
-def later(running: serving.Server, number: signal.Signals, seconds: float) -> None:
+def later(running: serving.ServerProcess, number: signal.Signals, seconds: float) -> None:
     """Send a signal to all of a server's processes, while it is under load."""
     assert running._process is not None
     group = running._process.pid
@@ -50,7 +53,7 @@ def later(running: serving.Server, number: signal.Signals, seconds: float) -> No
 
 
 @pytest.mark.server
-def test_a_minute_of_pressure(good_server: serving.Server) -> None:
+def test_a_minute_of_pressure(good_server: serving.ServerProcess) -> None:
     result = stress(good_server.url, "--duration", "60s", status=0)
     (side,) = result["servers"]
     assert side["survived_s"] >= 60
@@ -65,7 +68,7 @@ def test_a_minute_of_pressure(good_server: serving.Server) -> None:
 
 
 @pytest.mark.server
-def test_a_server_that_stops_answering(good_server: serving.Server) -> None:
+def test_a_server_that_stops_answering(good_server: serving.ServerProcess) -> None:
     later(good_server, signal.SIGSTOP, 2)
     try:
         (side,) = stress(good_server.url, "--duration", "5m", "--silent", "3", status=1)["servers"]
@@ -76,7 +79,7 @@ def test_a_server_that_stops_answering(good_server: serving.Server) -> None:
 
 
 @pytest.mark.server
-def test_a_server_that_is_killed(good_server: serving.Server) -> None:
+def test_a_server_that_is_killed(good_server: serving.ServerProcess) -> None:
     later(good_server, signal.SIGKILL, 3)
     (side,) = stress(good_server.url, "--duration", "5m", status=1)["servers"]
     assert side["ended"] == "dead"
@@ -126,8 +129,8 @@ def test_damage_is_told_from_rounding(machine: Machine, tmp_path: Path) -> None:
     assert "by the server's own recomputation" in side["first_problem"]["what"]
 
 
-def test_what_an_experiment_leaves_out() -> None:
-    run_cases(HERE / "unsafe_cases.py", {})
+def test_what_an_experiment_leaves_out(subtests: pytest.Subtests) -> None:
+    run_cases(subtests, HERE / "unsafe_cases.py", {})
 
 
 # Every way to ask for it, in one process: most of its time is SGLang's import.

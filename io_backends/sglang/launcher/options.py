@@ -22,7 +22,7 @@ ASKED_ATTRIBUTE = "_hicache_io_asked"
 """On ``ServerArgs``: an :class:`Asked`, or absent. Underscored names travel, unsealed."""
 
 
-def check_name(name: str, problem: str | None) -> None:
+def refuse_unservable(name: str, problem: str | None) -> None:
     """Raises RefusedError if ``name`` is ours to serve and cannot be."""
     if not is_ours(name):
         return
@@ -65,7 +65,7 @@ class _Refuse:
 
     def backend(self, name: str) -> str:
         try:
-            check_name(name, self._problem)
+            refuse_unservable(name, self._problem)
         except RefusedError as error:
             raise exit_with(error, 2) from None
         return name
@@ -165,7 +165,7 @@ def accept_engine_keywords(problem: str | None) -> None:
     def make(*args: Any, **kwargs: Any) -> Any:
         policy = kwargs.pop("hicache_io_policy", None)
         experiment = unsafe.Request.taken_from(kwargs)
-        check_name(kwargs.get("hicache_io_backend", UPSTREAM_NAMES[0]), problem)
+        refuse_unservable(kwargs.get("hicache_io_backend", UPSTREAM_NAMES[0]), problem)
         return _made(lambda: original(*args, **kwargs), Asked(policy, experiment=experiment))
 
     engine.server_args_class = staticmethod(make)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....policy.backend_spec import spec_of
-from ....policy.decide import Decision, describe
+from ....policy.decide import Decision, describe_decision
 from ....policy.log import logger_of
 from ...device import open_device
 from ...device.base import Device
@@ -114,7 +114,7 @@ def around_scheduler_init(
         ranks.agree(scheduler, decision, refusal)
     except RefusedError as error:
         raise exit_with(error, 1) from (refusal or error)
-    logger.info("%s", describe(decision))
+    logger.info("%s", describe_decision(decision))
     unsafe.warn(unsafe_fences)
 
 
