@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from sglang_hicache.bench.cli import app
 from sglang_hicache.io_backends.policy_files import load_policy_text
-from sglang_hicache.io_backends.sglang.diagnose import dry_run
+from sglang_hicache.io_backends.sglang.diagnose import dry_run, gpu_memory
 from sglang_hicache.io_backends.sglang.launcher import options
 from sglang_hicache.policy import gpu_names
 from sglang_hicache.policy.decide import decide
@@ -268,3 +268,52 @@ def test_no_usage_is_printed_above_a_refusal() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "did you mean 'auto'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "gib"),
+    [
+        ("H100", 80),
+        ("NVIDIA H100 80GB HBM3", 80),
+        ("NVIDIA H100 NVL", 94),
+        ("h200", 141),
+        ("A100-SXM4-40GB", 40),
+        ("A100", None),  # 40 or 80
+        ("GH200 480GB", None),  # its CPU's
+        ("sm90", None),
+        ("hopper", None),
+        ("", None),
+    ],
+)
+def test_a_gpus_name_tells_its_memory_where_there_is_one(name: str, gib: int | None) -> None:
+    assert gpu_names.memory_gib(name) == gib
+
+
+def answered(prefill: str, decode: str = "fa3") -> dict[str, Any]:
+    facts = {
+        "prefill_attention_backend": {"value": prefill, "source": "resolved by SGLang"},
+        "decode_attention_backend": {"value": decode, "source": "resolved by SGLang"},
+    }
+    return {"facts": facts, "backend": "auto"}
+
+
+def test_what_the_gpus_memory_decides_is_unknown_where_that_is_not_known() -> None:
+    merged = gpu_memory.merged({80: answered("fa3", "flashinfer"), 141: answered("fa3", "fa3")})
+    assert merged["backend"] == "auto"
+    assert merged["facts"]["prefill_attention_backend"]["value"] == "fa3"
+    assert merged["facts"]["decode_attention_backend"] == {
+        "value": None,
+        "source": "the GPU's memory decides it: flashinfer with 80 GiB, fa3 with 141 GiB; give --gpu-memory",
+    }
+    assert gpu_memory.merged({80: answered("fa3"), 141: answered("fa3")}) == answered("fa3")
+    too_small = {80: answered("fa3"), 40: {"error": "SGLang cannot resolve this: no room"}}
+    assert gpu_memory.merged(too_small) == {
+        "error": "with 40 GiB of GPU memory: SGLang cannot resolve this: no room (give --gpu-memory)"
+    }
+    assert gpu_memory.merged({80: {"error": "x"}, 40: {"error": "y"}}) == {"error": "x"}
+
+
+def test_every_size_is_asked_about_where_none_is_given() -> None:
+    assert gpu_memory.sizes("sm90", None) == (80, 141)
+    assert gpu_memory.sizes("sm90", 94) == (94,)
+    assert len(gpu_memory.sizes("sm999", None)) > 3
