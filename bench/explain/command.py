@@ -172,6 +172,7 @@ def explain(
     words = _launch_line(facts, server, backend, policy, typed_backend)
     if as_json:
         found = {**explanation.to_dict(), "command": shlex.join(words)}
+        found["not_read"] = server.not_read if server else None
         if then is not None:
             found["what_if"] = {
                 "decision": then.to_dict(),
@@ -179,15 +180,17 @@ def explain(
             }
         print_json(found)
     else:
-        _show(explanation, words, verbose)
+        _show(explanation, words, verbose, server.not_read if server else None)
         if then is not None and other is not None:
             render.show_what_if(console(), explanation, then, other)
     if explanation.refused is not None:
         raise typer.Exit(1)
 
 
-def _show(explanation: Explanation, words: list[str], verbose: bool) -> None:
+def _show(explanation: Explanation, words: list[str], verbose: bool, not_read: str | None) -> None:
     out = console()
+    if not_read is not None:
+        out.print(render.pairs([("Not read", not_read)]))
     if verbose:
         render.show_explanation(out, explanation)
     else:
@@ -210,7 +213,13 @@ def _launch_line(
         for name, value in server.command.variables.items()
         if name.startswith(VARIABLES_OF_SGLANG) and not (policy and name == POLICY_VARIABLE)
     }
-    return launch_line.of_server(server.command.argv, variables, backend=typed_backend, policy=policy)
+    return launch_line.of_server(
+        server.command.argv,
+        variables,
+        backend=typed_backend,
+        policy=policy,
+        program=server.command.program,
+    )
 
 
 @contextmanager

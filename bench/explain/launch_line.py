@@ -40,11 +40,21 @@ def of_facts(facts: Facts, *, backend: str, policy: str | None) -> list[str]:
 
 
 def of_server(
-    argv: Sequence[str], variables: Mapping[str, str | None], *, backend: str | None, policy: str | None
+    argv: Sequence[str],
+    variables: Mapping[str, str | None],
+    *,
+    backend: str | None,
+    policy: str | None,
+    program: str = "",
 ) -> list[str]:
-    """The words that start a server which was given as a command line, with another backend or policy."""
+    """The words that start a server which was given as a command line, with another backend or policy.
+
+    Args:
+        program: a module that starts it instead of ``sglang serve``.
+    """
     assigned = [f"{name}={value}" for name, value in variables.items() if value is not None]
-    return with_ours([*assigned, "sglang", "serve", *argv], backend=backend, policy=policy)
+    start = ["python", "-m", program] if program else ["sglang", "serve"]
+    return with_ours([*assigned, *start, *argv], backend=backend, policy=policy)
 
 
 def with_ours(words: Sequence[str], *, backend: str | None, policy: str | None) -> list[str]:

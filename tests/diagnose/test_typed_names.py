@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from sglang_hicache.bench.cli import app
+from sglang_hicache.bench.explain import launch_line
 from sglang_hicache.io_backends.policy_files import load_policy_text
-from sglang_hicache.io_backends.sglang.diagnose import dry_run, gpu_memory
+from sglang_hicache.io_backends.sglang.diagnose import command_line, dry_run, gpu_memory
 from sglang_hicache.io_backends.sglang.launcher import options
 from sglang_hicache.policy import gpu_names
 from sglang_hicache.policy.decide import decide
@@ -317,3 +318,12 @@ def test_every_size_is_asked_about_where_none_is_given() -> None:
     assert gpu_memory.sizes("sm90", None) == (80, 141)
     assert gpu_memory.sizes("sm90", 94) == (94,)
     assert len(gpu_memory.sizes("sm999", None)) > 3
+
+
+def test_a_program_that_takes_sglangs_options_is_read_and_named() -> None:
+    found = command_line.read("SGLANG_X=1 python -m dynamo.sglang --model-path m --endpoint e")
+    assert found.argv == ["--model-path", "m", "--endpoint", "e"]
+    assert (found.program, found.variables) == ("dynamo.sglang", {"SGLANG_X": "1"})
+    assert command_line.read("sglang serve m").program == ""
+    words = launch_line.of_server(found.argv, {}, backend="auto", policy=None, program=found.program)
+    assert words[:3] == ["python", "-m", "dynamo.sglang"]

@@ -44,3 +44,16 @@ def test_a_fact_that_hangs_on_the_memory_of_the_gpu(model: Path, monkeypatch: py
         name: fact.value for name, fact in unknown.items()
     }
     assert len(gpu_memory.sizes("sm90", None)) == 2
+
+
+def test_another_program_that_takes_sglangs_options(model: Path) -> None:
+    line = (
+        f"python3 -m dynamo.sglang --endpoint dyn://a.b.c --model-path {model} --skip-tokenizer-init "
+        "--migration-limit 3 --enable-hierarchical-cache --hicache-io-backend auto --page-size 64"
+    )
+    server = dry_run.server_facts_of(line, {"gpu_arch": "sm90"}, gpu_gib=80)
+    assert (server.facts.value("page_size"), server.backend, server.hicache) == (64, "auto", True)
+    assert server.not_read == (
+        "dynamo.sglang takes SGLang's options among its own; its own options are not read (--endpoint "
+        "dyn://a.b.c --migration-limit 3), and what it sets itself is not known"
+    )

@@ -75,6 +75,7 @@ class Server:
             those that it decodes, and past which fence of SGLang, in a sentence; None where it does not.
         variables: those of the policy as the server has them; None: as this process has them.
         command: what the text was understood as.
+        not_read: what another program than SGLang was given besides SGLang's options, in a sentence.
     """
 
     facts: Facts
@@ -85,6 +86,7 @@ class Server:
     offload: str | None = None
     variables: Mapping[str, str] | None = None
     command: CommandLine | None = None
+    not_read: str | None = None
 
     def policy_in_force(self) -> Policy:
         """What this server decides by. Raises PolicyError."""
@@ -145,6 +147,7 @@ def resolved(
         **answer["decode"],
         variables=answer["variables"],
         command=command,
+        not_read=answer["not_read"],
     )
 
 
@@ -177,6 +180,7 @@ def _ask(command: CommandLine, gpu_arch: FactValue, gpu_gib: int | None = None) 
     with tempfile.TemporaryDirectory(prefix="hicache-io-") as scratch:
         answer = Path(scratch, "answer.json")
         request = {"argv": command.argv, "gpu_arch": gpu_arch, "gpu_gib": gpu_gib, "answer": str(answer)}
+        request["program"] = command.program
         try:
             environment = {
                 **_variables(command, fake_libcuda.environment(Path(scratch, "libcuda"))),
@@ -226,11 +230,39 @@ def _child() -> None:
     request = json.loads(sys.stdin.read())
     gpu_arch = request["gpu_arch"]
     argparse.ArgumentParser.error = _refused_by_the_parser  # type: ignore[method-assign]
+    if gpu_arch not in (None, "cpu"):
+        stand_in_gpu(gpu_arch)
+    argv, not_read = request["argv"], None
+    if request["program"]:
+        argv, not_read = _options_of_sglang(argv, request["program"])
     if gpu_arch in (None, "cpu"):
-        answer = _answer(request["argv"], gpu_arch)
+        answer = _answer(argv, gpu_arch)
     else:
-        answer = _at_every_size(request["argv"], gpu_arch, gpu_memory.sizes(gpu_arch, request["gpu_gib"]))
+        answer = _at_every_size(argv, gpu_arch, gpu_memory.sizes(gpu_arch, request["gpu_gib"]))
+    answer["not_read"] = not_read
     Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def _options_of_sglang(argv: Sequence[str], program: str) -> tuple[list[str], str]:
+    """The words of another program's command that SGLang's parser takes, and a sentence about the others."""
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    ServerArgs.add_cli_args(parser)
+    others = parser.parse_known_args(list(argv))[1]
+    left, kept = list(others), list[str]()
+    for word in argv:  # parse_known_args keeps the order
+        if left and word == left[0]:
+            left.pop(0)
+        else:
+            kept.append(word)
+    said = f"its own options are not read ({' '.join(others)})" if others else "it was given no others"
+    return (
+        kept,
+        f"{program} takes SGLang's options among its own; {said}, and what it sets itself is not known",
+    )
 
 
 def _at_every_size(argv: Sequence[str], gpu_arch: str, sizes: Sequence[int]) -> dict[str, Any]:
