@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import sys
 import unicodedata
 
@@ -42,11 +41,6 @@ def say(text: str) -> None:
 def answer(text: str) -> None:
     """A result on standard output that is no table: JSON, Markdown, a line."""
     print(escaped(text, allowed=LINES), flush=True)
-
-
-def in_html(text: str) -> str:
-    """`text` as HTML that shows it: `escaped`, and no markup."""
-    return html.escape(escaped(text, allowed=LINES))
 
 
 def code_point(character: str) -> str:
