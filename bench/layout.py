@@ -10,13 +10,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-Cell = str | Text
+TableCell = str | Text
 
 _PADDING = 2
 _CLEAR_WITHOUT_LINES = 3
 
 
-def pairs(rows: Iterable[tuple[str, Cell]]) -> Table:
+def pairs(rows: Iterable[tuple[str, TableCell]]) -> Table:
     """Names, and beside each what is said of it."""
     grid = Table.grid(padding=(0, _PADDING))
     grid.add_column(no_wrap=True, style="dim")
@@ -27,7 +27,7 @@ def pairs(rows: Iterable[tuple[str, Cell]]) -> Table:
 
 
 def table(
-    out: Console, titles: Sequence[str], rows: Iterable[Sequence[Cell]], *, right: Sequence[str] = ()
+    out: Console, titles: Sequence[str], rows: Iterable[Sequence[TableCell]], *, right: Sequence[str] = ()
 ) -> RenderableType:
     """A table, with lines between its rows where they would run together, or a list where a word would be
     broken.
@@ -67,7 +67,7 @@ def table(
     return shown
 
 
-def _stacked(titles: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Group:
+def _stacked(titles: Sequence[str], rows: Iterable[Sequence[TableCell]]) -> Group:
     """Each row as a list of its own."""
     parts: list[RenderableType] = []
     for first, *cells in rows:
@@ -78,7 +78,7 @@ def _stacked(titles: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Group:
     return Group(*parts)
 
 
-def _plain(cell: Cell) -> str:
+def _plain(cell: TableCell) -> str:
     return cell.plain if isinstance(cell, Text) else cell
 
 
