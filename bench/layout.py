@@ -58,9 +58,12 @@ def table(
         header_style="dim",
     )
     for at, title in enumerate(titles):
-        justify = "right" if title in right else "left"
         shown.add_column(
-            title, overflow="fold", no_wrap=at == 0, justify=justify, min_width=least[at] or None
+            title,
+            overflow="fold",
+            no_wrap=at == 0,
+            justify="right" if title in right else "left",
+            min_width=least[at] or None,
         )
     for row in rows:
         shown.add_row(*row)

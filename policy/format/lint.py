@@ -47,8 +47,8 @@ def _found(policy: Policy) -> Iterator[tuple[str, str]]:
         yield name, f"rule '{name}' is never reached any more: rule '{earlier}' matches whenever it does"
     for rule in policy.rules:
         for key, values in rule.when.written().items():
-            for value in values:
-                if isinstance(value, str) and (said := CONDITIONS[key].remark(value)) is not None:
+            for asked in values:
+                if isinstance(asked, str) and (said := CONDITIONS[key].remark(asked)) is not None:
                     yield rule.name, f"{key}: {said}"
     for name, use in [*((rule.name, rule.use) for rule in policy.rules), ("default", policy.default.use)]:
         spec = policy.backends[use.backend]
