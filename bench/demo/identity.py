@@ -33,7 +33,7 @@ class DemoSetup:
         device_pool_tokens: capacity of the device pool, smaller than the workload.
         reference_pool_tokens: the same for the server without HiCache. Where it is smaller than the workload,
             that server computes evicted prefixes again, which rounds otherwise than the first time.
-        launch: the command that starts a server; None for that of `serving.Server`.
+        launch: the command that starts a server; None for that of `serving.ServerProcess`.
     """
 
     model: str
