@@ -70,7 +70,7 @@ def show_runs(out: Console, runs: Mapping[str, DemoRun], reference: DemoRun) -> 
         "fences: D2H\n+ forward",
         "outputs\nidentical",
     )
-    rows = []
+    rows: list[tuple[str | Text, ...]] = []
     for run in (run for run in runs.values() if run is not reference):
         ran = str(run.plugin["backend"]) if run.plugin else "?"
         colour = "green" if run.problem(reference) is None else "bold red"

@@ -18,6 +18,7 @@ from ...io_backends.policy_files import (
 )
 from ...io_backends.sglang.handover.machine_facts import detect
 from ...policy.decide import decide
+from ...policy.fact_spec import FactValue
 from ...policy.format.layers import DEFAULT_RULE, Policy
 from ...policy.format.lint import warnings
 from ...policy.format.schema import Default, Rule
@@ -79,8 +80,9 @@ def init(
     What is not given is detected here. Unlike calibrate it measures nothing.
     """
     with refusing(as_json):
-        given = {} if gpu_arch is None else {"gpu_arch": typed_fact("gpu_arch", gpu_arch)}
-        given |= parse_facts(fact) if fact else {}
+        given: dict[str, FactValue] = parse_facts(fact) if fact else {}
+        if gpu_arch is not None:
+            given["gpu_arch"] = typed_fact("gpu_arch", gpu_arch)
         if server_args is None:
             server, facts = None, detect(given)
         else:

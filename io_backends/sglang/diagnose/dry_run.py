@@ -229,7 +229,7 @@ def _child() -> None:
     """Resolve the request's arguments and write the answer: facts, or an error."""
     request = json.loads(sys.stdin.read())
     gpu_arch = request["gpu_arch"]
-    argparse.ArgumentParser.error = _refused_by_the_parser  # type: ignore[method-assign]
+    setattr(argparse.ArgumentParser, "error", _refused_by_the_parser)  # noqa: B010 (it is a method)
     if gpu_arch not in (None, "cpu"):
         stand_in_gpu(gpu_arch)
     argv, not_read = request["argv"], None
@@ -291,7 +291,7 @@ def _trust_devices_of_another_machine() -> None:
 
     if find_spec("sglang.srt.arg_groups.validation_hook") is not None:
         validation = importlib.import_module("sglang.srt.arg_groups.validation_hook")
-        validation.validate_ib_devices = lambda device_str: device_str
+        setattr(validation, "validate_ib_devices", lambda device_str: device_str)  # noqa: B010 (not ours)
     else:  # 0.5.18
         server_args.ServerArgs._validate_ib_devices = lambda self, device_str: device_str
 
