@@ -75,7 +75,7 @@ class _Group(TyperGroup):
     def _summary(self, ctx: Any, name: str) -> str:
         return LAZY[name][1] if name in LAZY else str(self.get_command(ctx, name).get_short_help_str(200))
 
-    def main(self, args: Any = None, prog_name: Any = None, **more: Any) -> Any:
+    def main(self, args: Any = None, prog_name: Any = None, **more: Any) -> Any:  # type: ignore[override]
         """As the base class, but what was typed wrong is quoted as text, in one line without usage."""
         if not more.pop("standalone_mode", True):
             return super().main(args, prog_name, standalone_mode=False, **more)

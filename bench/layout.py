@@ -42,11 +42,12 @@ def table(
     columns = [[title, *(_plain(row[at]) for row in rows)] for at, title in enumerate(titles)]
     least = [max(map(_longest_word, cells)) for cells in columns]
     least[0] = max(map(_longest_line, columns[0]))
-    edges = _PADDING * len(titles) + 2
-    if rows and sum(least) + edges > out.width:
+    between = (_PADDING + 1) * (len(titles) - 1)
+    if rows and sum(least) + between > out.width:
         return _stacked(titles, rows)
-    wraps = sum(max(map(_longest_line, cells)) for cells in columns) + edges > out.width
-    wraps = wraps or any("\n" in each for cells in columns for each in cells[1:])
+    wanted = [max(map(_longest_line, cells)) for cells in columns]
+    widths = _shared(least, wanted, out.width - between)
+    wraps = widths != wanted or any("\n" in each for cells in columns for each in cells[1:])
     # With a name and what is said of it, the name shows where a row begins.
     lines = wraps and len(titles) > _CLEAR_WITHOUT_LINES
     shown = Table(
@@ -57,17 +58,25 @@ def table(
         pad_edge=False,
         header_style="dim",
     )
-    for at, title in enumerate(titles):
-        shown.add_column(
-            title,
-            overflow="fold",
-            no_wrap=at == 0,
-            justify="right" if title in right else "left",
-            min_width=least[at] or None,
-        )
+    for title, width in zip(titles, widths, strict=True):
+        # What rich would take from a column that is too wide by itself, it takes from the last one.
+        shown.add_column(title, overflow="fold", width=width, justify="right" if title in right else "left")
     for row in rows:
         shown.add_row(*row)
     return shown
+
+
+def _shared(least: Sequence[int], wanted: Sequence[int], room: int) -> list[int]:
+    """Widths of columns: at least `least`, at most `wanted`; the widest wish is met first, until `room` is
+    full.
+    """
+    widths = list(least)
+    for _ in range(room - sum(least)):
+        at = max(range(len(widths)), key=lambda each: wanted[each] - widths[each])
+        if widths[at] >= wanted[at]:
+            break
+        widths[at] += 1
+    return widths
 
 
 def _stacked(titles: Sequence[str], rows: Iterable[Sequence[TableCell]]) -> Group:
@@ -77,7 +86,12 @@ def _stacked(titles: Sequence[str], rows: Iterable[Sequence[TableCell]]) -> Grou
         if parts:
             parts.append("")
         parts.append(first if isinstance(first, Text) else Text(first, style="bold"))
-        parts.append(pairs((f"  {name}", cell) for name, cell in zip(titles[1:], cells, strict=True)))
+        parts.append(
+            pairs(
+                (f"  {name.replace(chr(10), ' ')}", cell)
+                for name, cell in zip(titles[1:], cells, strict=True)
+            )
+        )
     return Group(*parts)
 
 

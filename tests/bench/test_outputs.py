@@ -259,6 +259,22 @@ def test_no_word_of_a_table_is_broken_that_fits_a_line(rows: list[tuple[str, ...
     for word in (word for row in rows for cell in row for word in cell.split()):
         if len(word) < columns - 12:
             assert word in shown
+    assert all(len(line) <= columns for line in out.file.getvalue().splitlines())
+
+
+@pytest.mark.parametrize("columns", [80, 100, 110, 120, 160])
+def test_no_column_of_a_race_is_cut(columns: int) -> None:
+    side = "read of device rows [0:4096) by gather\nsrt/mem_cache/l2_transfer.py:123 submit_device_to_host"
+    fence = "the transfer stream waits for the forward that writes the rows"
+    titles = ("race", "asked for first", "not ordered before", "the fence that is missing", "seeds")
+    out = console(columns=columns)
+    with out.capture() as found:
+        out.print(table(out, titles, [("read_before_write", side, side, fence, "3 of 3\nfirst: 0")] * 2))
+    shown = found.get()
+    assert max(map(len, shown.splitlines())) <= columns
+    assert shown.count("seeds") >= 1
+    assert shown.count("submit_device_to_host") == 4
+    assert shown.count("first:") == 2
 
 
 def test_rows_of_several_lines_stay_apart() -> None:
