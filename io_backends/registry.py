@@ -7,7 +7,6 @@ backend says of itself, its spec, is the attribute ``spec`` of its factory.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -18,6 +17,7 @@ from typing import Any
 from ..policy.backend_spec import Backends, BackendSpec
 from ..policy.names import AUTO as AUTO
 from ..policy.names import UPSTREAM_NAMES as UPSTREAM_NAMES
+from ..policy.names import nearest
 from .device.base import Device
 from .interface import Backend, BackendFactory, complete
 
@@ -150,6 +150,7 @@ BACKENDS: Backends = _Backends()
 def unknown_backend(name: str) -> str:
     """The message for a name that is not there."""
     names = available_backends()
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"no backend {name!r} (there are {', '.join(names)}){hint}"
+    near = nearest(name, (AUTO, *names, *UPSTREAM_NAMES))
+    return f"no backend {name!r} (there are {', '.join((AUTO, *names))})" + (
+        f"; did you mean {near!r}?" if near else ""
+    )

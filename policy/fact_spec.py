@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
 from packaging.version import InvalidVersion, Version
 
-from .names import NameProblem, check_name, nearest
+from .gpu_names import architecture, remark
+from .names import NameProblem, check_name
 
 FactValue = str | int | bool | None
 
@@ -93,7 +93,8 @@ class FactSpec:
     def check_word(self, word: str) -> str:
         """`word` if it is a name, an architecture or a text of this fact. Raises NameProblem otherwise."""
         if self.kind is FactKind.ARCHITECTURE:
-            return check_gpu_arch(word)
+            architecture(word)
+            return word
         if self.kind is FactKind.TEXT:
             if not word.strip():
                 raise NameProblem(f"{self.name} is empty; leave it out, or give it a value")
@@ -124,45 +125,11 @@ class FactSpec:
                 return word in ("true", "yes", "on")
             case FactKind.TEXT if not text.strip():
                 raise NameProblem(f"'{text}' is not {self.called}")
+            case FactKind.ARCHITECTURE:
+                return architecture(text)
             case _:
                 return self.check_word(text)
 
-
-# Any name of this form is valid, so that a new GPU needs no new release; the list is only for the hint.
-GPU_ARCH_PATTERN = r"sm[0-9]{2,3}[af]?|cpu"
-_KNOWN_GPU_ARCHS = tuple(f"sm{n}" for n in (70, 72, 75, 80, 86, 87, 89, 90, 100, 101, 103, 110, 120, 121))
-
-
-# By NVIDIA's list of compute capabilities (developer.nvidia.com/cuda-gpus).
-_ARCH_OF_GPU = {
-    "sm70": ("v100", "volta"),
-    "sm75": ("t4", "turing"),
-    "sm80": ("a100", "a800", "a30", "ampere"),
-    "sm86": ("a10", "a10g", "a40", "a6000", "3090"),
-    "sm89": ("l4", "l20", "l40", "l40s", "4090", "ada"),
-    "sm90": ("h100", "h200", "h20", "h800", "gh200", "hopper"),
-    "sm100": ("b100", "b200", "gb200", "blackwell"),
-    "sm103": ("b300", "gb300"),
-    "sm120": ("5090",),
-    "sm121": ("gb10",),
-}
-
-
-def _meant(word: str) -> str | None:
-    """What somebody meant by `word`, if that is the name of a GPU or nearly one of an architecture.
-
-    By likeness alone ``h100`` would be ``sm100``, whose forwards need other fences.
-    """
-    said = re.findall(r"[a-z]*[0-9]+[a-z]*|[a-z]+", word.lower())
-    for arch, gpus in _ARCH_OF_GPU.items():
-        if not set(gpus).isdisjoint(said):
-            return arch
-    return nearest(word, (*_KNOWN_GPU_ARCHS, "cpu")) if word.lower().startswith(("s", "c")) else None
-
-
-def check_gpu_arch(word: str) -> str:
-    """`word` if it is written like ``sm90``, ``sm90a`` or ``cpu``; otherwise raises NameProblem."""
-    if re.fullmatch(GPU_ARCH_PATTERN, word):
-        return word
-    hint = _meant(word)
-    raise NameProblem(f"unknown GPU architecture '{word}': written sm90, sm100, ... or cpu", hint)
+    def remark(self, word: str) -> str | None:
+        """What is to be said of a valid value that may not mean what it seems to; mostly nothing."""
+        return remark(word) if self.kind is FactKind.ARCHITECTURE else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from . import gpu_names
 from .fact_spec import FactKind, FactSource, FactSpec, FactValue
 from .names import (
     ATTENTION_BACKENDS,
@@ -23,12 +24,6 @@ from .names import (
     NameProblem,
     nearest,
 )
-
-
-def _architecture(value: str) -> str:
-    """``sm90a`` and ``sm100f`` name compilation targets; the device's architecture is what is compared."""
-    return value.rstrip("af") if value.startswith("sm") else value
-
 
 # One backend under two names in every supported version: "nsa" stays as typed in a running server, and the
 # report that a shipped rule cites (#38300) used it. tokenspeed_mla is not here: it was a backend of its own
@@ -126,9 +121,9 @@ FACTS: tuple[FactSpec, ...] = (
         called="gpu_arch",
         example="sm90",
         metavar="ARCH",
-        help="Such as sm90, or cpu.",
+        help="The GPU: sm90, H100, as nvidia-smi names it, or cpu.",
         compared=True,
-        canonical=_architecture,
+        canonical=gpu_names.canonical,
     ),
     FactSpec(
         "gpu_name",

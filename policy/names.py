@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from .text import escaped
+
 #: The value of ``--hicache-io-backend`` that asks the policy.
 AUTO = "auto"
 #: SGLang's own values of it; this project never takes them over.
@@ -81,10 +83,11 @@ EXTEND, DECODE = FORWARDS = ("extend", "decode")
 
 class NameProblem(ValueError):
     """A name or value that is not valid: ``message`` says so in one line, ``hint`` is the nearest valid one
-    or None.
+    or None. What was typed is quoted in it: control characters are shown as escapes.
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
+        message, hint = escaped(message), None if hint is None else escaped(hint)
         super().__init__(with_hint(message, hint))
         self.message = message
         self.hint = hint

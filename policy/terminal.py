@@ -7,12 +7,16 @@ rich's markup or as a terminal's commands they end the program, or hide what was
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+from time import monotonic
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from .text import escaped
+from .text import LINES, escaped, say
 
 
 class _PlainConsole(Console):
@@ -36,7 +40,46 @@ def console(*, stderr: bool = False, columns: int | None = None) -> Console:
 
 def printable(text: str) -> str:
     """``text`` with what a terminal obeys or hides, line ends and tabs excepted, as Python's escapes."""
-    return escaped(text, allowed="\n\t")
+    return escaped(text, allowed=LINES)
+
+
+@contextmanager
+def working(what: str) -> Iterator[Callable[[str], None]]:
+    """Say on standard error what is being done, once it has taken a second, and then that it goes on.
+
+    On a terminal that is one line that goes away; else a line now and then. Gives a function that is told how
+    far it is.
+    """
+    out, done, began, far = console(stderr=True), Event(), monotonic(), [""]
+
+    def line() -> str:
+        return printable(f"{what}: {far[0]}{', ' if far[0] else ''}{monotonic() - began:.0f} s so far")
+
+    def beat() -> None:
+        if done.wait(_QUIET_S):
+            return
+        if out.is_terminal:
+            with out.status(line()) as status:
+                while not done.wait(0.5):
+                    status.update(line())
+            return
+        say(f"{what} ...")
+        while not done.wait(_BEAT_S):
+            say(line())
+
+    def tell(text: str) -> None:
+        far[0] = text
+
+    thread = Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield tell
+    finally:
+        done.set()
+        thread.join()
+
+
+_QUIET_S, _BEAT_S = 1.0, 10.0
 
 
 def styled(*parts: str | tuple[str, str]) -> Text:

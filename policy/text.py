@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 
 # Control characters move a cursor, colour or erase; format characters (bidirectional overrides among them)
 # change the order in which others are shown, or are not seen; separators end a line. Joiners belong to words
 # of some scripts.
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+#: What text of several lines may hold.
+LINES = "\n\t"
 _JOINERS = "\u200c\u200d"
 
 
@@ -28,6 +31,16 @@ def escaped(text: str, *, allowed: str = "") -> str:
         else each
         for each in text
     )
+
+
+def say(text: str) -> None:
+    """A message on standard error: what is being done, or why not."""
+    print(escaped(text, allowed=LINES), file=sys.stderr, flush=True)
+
+
+def answer(text: str) -> None:
+    """A result on standard output that is no table: JSON, Markdown, a line."""
+    print(escaped(text, allowed=LINES), flush=True)
 
 
 def code_point(character: str) -> str:

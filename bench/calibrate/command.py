@@ -10,10 +10,13 @@ import typer
 
 from ...policy.format.errors import PolicyError
 from ...policy.terminal import console as console_of
+from ...policy.text import answer
+from ..layout import table
 from ..measure.cases import MODELS
-from ..measure.command import Live, refuse, stderr_console
+from ..measure.command import Live, stderr_console
 from ..measure.devices import gpu_missing
 from ..measure.results import CPU_WATERMARK
+from ..outputs import check_file, check_folder, refuse
 from . import machine_policy
 from .run import ON_CPU, Calibration, Plan, quicker
 from .run import calibrate as measure
@@ -49,6 +52,10 @@ def calibrate(
         refuse(f"--cpu needs --out FILE or --dry-run: {target} is this machine's policy file")
     base = ON_CPU if cpu else Plan()
     plan = Plan(model, base.tokens, base.page_sizes, base.options, rounds, base.repeats)
+    if not dry_run:
+        if out is None:
+            check_folder("the folder of this machine's policy file,", target.parent)
+        check_file("--out" if out else "this machine's policy file", target)
     console = stderr_console()
     if cpu:
         console.print(f"{CPU_WATERMARK}", style="bold red")
@@ -66,30 +73,26 @@ def calibrate(
             refuse(f"{target} cannot be written: {error.strerror}")
         written = str(target)
     if as_json:
-        typer.echo(json.dumps({**found.to_dict(), "policy": text, "written": written}, indent=1))
+        answer(json.dumps({**found.to_dict(), "policy": text, "written": written}, indent=1))
     else:
         _show(found, text, written)
     raise typer.Exit(0 if text is not None else 1)
 
 
 def _show(found: Calibration, text: str | None, written: str | None) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    console = console_of(columns=140)
+    console = console_of()
     for name, times in found.times.items():
         title = f"{name}: ms of each round" + (
             f"\n{CPU_WATERMARK}" if found.environment["ran_on"] == "CPU" else ""
         )
-        table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, title_justify="left")
+        console.print(title, style="bold")
         sizes = sorted({size for sweep in times.values() for size in sweep})
-        table.add_column("bytes an entry" if name in found.segments or name.endswith("first") else name)
-        for backend in times:
-            table.add_column(backend, justify="right")
+        first = "bytes an entry" if name in found.segments or name.endswith("first") else name
+        rows = []
         for size in sizes:
             cells = [" ".join(f"{ms:.2f}" for ms in sweep.get(size, ())) for sweep in times.values()]
-            table.add_row(f"{size:,}", *cells)
-        console.print(table)
+            rows.append((f"{size:,}", *cells))
+        console.print(table(console, (first, *times), rows, right=tuple(times)))
     for name, parts in found.segments.items():
         for part in parts:
             console.print(

@@ -21,12 +21,14 @@ from ...io_backends.registry import AUTO, OWN_NAMES, available_backends, unknown
 from ...io_backends.sglang.no_gpu.fake_libcuda import NoCompilerError
 from ...policy.names import MEM_LAYOUTS, NameProblem, check_name
 from ...policy.terminal import styled
+from ...policy.text import answer
 from .. import damaged, serving, tiny_model
 from ..json_option import Json
+from ..outputs import check_folder, refuse, result_console
 from ..workload import EvictingWorkload
 from . import identity
 from .identity import DemoRun, DemoSetup
-from .output import RunProgress, as_json, console, table, verdict
+from .output import RunProgress, as_json, console, show_runs, verdict
 
 
 def demo(
@@ -59,6 +61,8 @@ def demo(
     """
     backends = backend or [*OWN_NAMES, AUTO]
     _check_input(backends, layout, model)
+    check_folder("--cache", cache)
+    check_folder("--keep-logs", keep_logs)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped on the way out
     with ExitStack() as cleanup:
         logs = keep_logs or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="hicache-demo-")))
@@ -67,15 +71,16 @@ def demo(
         console.print(styled(("hicache-io demo", "bold"), f": {_sentence(about)}"))
         setup = _prepare(model, layout, page_size, cache or _default_cache(), logs)
         runs, failures = _run_all(setup, backends)
+        shown = result_console(json_)
         reference = runs.get("reference")
         if reference is not None:
             failures |= _problems(runs, reference)
             if len(runs) > 1:
-                console.print(table(runs, reference))
+                show_runs(shown, runs, reference)
         for name, why in failures.items():
-            console.print(styled((f"{name} failed", "bold red"), f": {why}"), soft_wrap=True)
+            shown.print(styled((f"{name} failed", "bold red"), f": {why}"), soft_wrap=True)
         seconds = time.monotonic() - began
-        console.print(verdict(setup, failures, seconds))
+        shown.print(verdict(setup, failures, seconds))
         if json_:
             result = {
                 "ok": not failures,
@@ -87,14 +92,13 @@ def demo(
                 "workload": asdict(setup.workload),
                 "runs": [as_json(run, reference) for run in runs.values() if reference],
             }
-            print(json.dumps(result, indent=2))
+            answer(json.dumps(result, indent=2))
     if failures:
         raise typer.Exit(1)
 
 
 def _refuse(why: str) -> NoReturn:
-    console.print(f"hicache-io demo: {why}", style="red", soft_wrap=True)
-    raise typer.Exit(2)
+    refuse(f"hicache-io demo: {why}")
 
 
 def _check_input(backends: list[str], layout: str | None, model: str | None) -> None:

@@ -5,21 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from ...policy.terminal import console as console_of
 from ...policy.terminal import printable, styled
+from ..layout import table
 from .identity import DemoRun, DemoSetup, Status
 
 # What is said goes to standard error, so that --json has standard output for itself.
 console = console_of(stderr=True, columns=110)
 
 
+_BEAT_S = 10.0
+
+
 class RunProgress:
-    """One line for each run: live on a terminal, otherwise a new line whenever a run's state changes."""
+    """One line for each run: live on a terminal, otherwise a new line whenever a run's state changes, and now
+    and then while it does not.
+    """
 
     def __init__(self, names: list[str], requests: int) -> None:
         self._bars = Progress(
@@ -33,7 +38,7 @@ class RunProgress:
         self._tasks: dict[str, TaskID] = {
             name: self._bars.add_task(name, total=requests, seconds=0, what="waiting") for name in names
         }
-        self._said: dict[str, str] = {}
+        self._said: dict[str, tuple[str, float]] = {}
 
     def __enter__(self) -> RunProgress:
         self._bars.start()
@@ -47,42 +52,43 @@ class RunProgress:
 
         def report(what: str, done: int, seconds: float) -> None:
             self._bars.update(self._tasks[name], completed=done, seconds=seconds, what=printable(what))
-            if not console.is_terminal and self._said.get(name) != what:
-                self._said[name] = what
+            last, when = self._said.get(name, ("", 0.0))
+            if not console.is_terminal and (what != last or seconds >= when + _BEAT_S):
+                self._said[name] = what, seconds
                 console.print(f"{name}: {seconds:.0f} s: {what}")
 
         return report
 
 
-def table(runs: Mapping[str, DemoRun], reference: DemoRun) -> Table:
-    """One row a run."""
-    shown = Table(
-        title="Write-back to host memory, and what came back",
-        caption="reference: the same server without HiCache. "
-        "damaged: leaves out the last layer's V on purpose, and must differ.",
-        box=SIMPLE_HEAD,
-    )
-    shown.add_column("backend")
-    for heading in (
+def show_runs(out: Console, runs: Mapping[str, DemoRun], reference: DemoRun) -> None:
+    """Print one row a run."""
+    headings = (
         "bytes\nwritten",
         "writes",
         "copies\nsubmitted",
         "tokens\nfrom host",
-        "fences:\nD2H + forward",
+        "fences: D2H\n+ forward",
         "outputs\nidentical",
-    ):
-        shown.add_column(heading, justify="right")
+    )
+    rows: list[tuple[str | Text, ...]] = []
     for run in (run for run in runs.values() if run is not reference):
         ran = str(run.plugin["backend"]) if run.plugin else "?"
         colour = "green" if run.problem(reference) is None else "bold red"
-        shown.add_row(
-            run.name if ran == run.name else f"{run.name} ({ran})",
-            *(f"{run.count(counter):,}" for counter in ("bytes", "writes", "copies")),
-            f"{run.host_tokens:,}",
-            f"{run.count('producer_fences')} + {run.count('forward_fences')}",
-            Text(f"{run.identical(reference)}/{len(reference.answers)}", colour),
+        rows.append(
+            (
+                run.name if ran == run.name else f"{run.name} ({ran})",
+                *(f"{run.count(counter):,}" for counter in ("bytes", "writes", "copies")),
+                f"{run.host_tokens:,}",
+                f"{run.count('producer_fences')} + {run.count('forward_fences')}",
+                Text(f"{run.identical(reference)}/{len(reference.answers)}", colour),
+            )
         )
-    return shown
+    out.print(table(out, ("backend", *headings), rows, right=headings))
+    out.print(
+        "reference: the same server without HiCache. damaged: leaves out the last layer's V on purpose, and "
+        "must differ.",
+        style="dim",
+    )
 
 
 def verdict(setup: DemoSetup, failures: Mapping[str, str], seconds: float) -> Text:

@@ -1,12 +1,12 @@
 """``hicache-io explain``: what would run here, and why.
 
-Exit status 0: good; 2: the input is wrong (`shared`). It never ends with 1: there is nothing to find wrong
-besides the input.
+Exit status 0: good; 1: a server would refuse to start like this; 2: the input is wrong (`shared`).
 """
 
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import Parameter
@@ -19,14 +19,18 @@ from ...io_backends.registry import AUTO, BACKENDS
 from ...io_backends.sglang.handover.machine_facts import detect
 from ...policy.decide import check_backend
 from ...policy.fact_spec import FactValue
-from ...policy.fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS, check_fact
+from ...policy.fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
+from ...policy.facts import Facts
+from ...policy.format.load import POLICY_VARIABLE
+from ...policy.gpu_names import memory_gib
 from ...policy.names import NameProblem
-from ...policy.terminal import console
+from ...policy.terminal import console, working
+from ...policy.text import answer
 from ..json_option import Json
+from . import launch_line, render
 from . import matrix as table
-from . import render
 from .explanation import Explanation
-from .shared import PolicyPath, print_json, refusing
+from .shared import PolicyPath, print_json, refusing, typed_fact
 from .what_if import changed, difference, parse_facts
 
 if TYPE_CHECKING:
@@ -88,6 +92,16 @@ def explain(
             help="A whole SGLang command line: facts, backend and policy as SGLang resolves them.",
         ),
     ] = None,
+    gpu_memory: Annotated[
+        int | None,
+        typer.Option(
+            "--gpu-memory",
+            min=1,
+            metavar="GIB",
+            help="With --server-args and --gpu-arch: memory of that GPU, where its name does not tell.",
+            show_default=False,
+        ),
+    ] = None,
     what_if: Annotated[
         str | None,
         _option(
@@ -103,6 +117,9 @@ def explain(
         ),
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="With --matrix: in Markdown.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Evidence, cost, facts, and the rules considered, too.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say which backend copies KV cache to the host, which forwards wait for it, and why.
@@ -115,7 +132,7 @@ def explain(
         for name, text in typed.items():
             if text is not None:
                 with _naming(CONDITIONS[name].option):
-                    given[name] = check_fact(name, text)
+                    given[name] = typed_fact(name, text)
         if fact:
             with _naming("--fact"):
                 given |= parse_facts(fact)
@@ -124,7 +141,8 @@ def explain(
             if matrix:
                 raise NameProblem("--matrix is about every server; leave --server-args out")
             with _naming("--server-args"):
-                server = _server(server_args, given)
+                server = _server(server_args, given, gpu_memory or memory_gib(typed["gpu_arch"] or ""))
+        typed_backend = backend
         with _naming("--backend"):
             backend = check_backend(backend or (server.backend if server else AUTO), BACKENDS)
         other = None
@@ -140,26 +158,68 @@ def explain(
             raise NameProblem(
                 f"--matrix goes through every attention backend and architecture; leave {of_the_table[0]} out"
             )
-        in_force = policy_in_force(policy or (server.policy if server else None))
+        in_force = server.policy_in_force() if server and policy is None else policy_in_force(policy)
     if matrix:
         _show_matrix(table.matrix(in_force, given, backend=backend), markdown, as_json)
         return
-    facts = server.facts if server else detect(given)
+    if server:
+        facts = server.facts
+    else:
+        with working("looking for a GPU"):
+            facts = detect(given)
     explanation = Explanation.of(in_force, facts, backend=backend)
     then = None if other is None else Explanation.of(in_force, changed(facts, other), backend=backend)
+    words = _launch_line(facts, server, backend, policy, typed_backend)
     if as_json:
-        answer = explanation.to_dict()
+        found = {**explanation.to_dict(), "command": shlex.join(words)}
+        found["not_read"] = server.not_read if server else None
         if then is not None:
-            answer["what_if"] = {
+            found["what_if"] = {
                 "decision": then.to_dict(),
                 "changes": difference(explanation.decision, then.decision),
             }
-        print_json(answer)
-        return
+        print_json(found)
+    else:
+        _show(explanation, words, verbose, server.not_read if server else None)
+        if then is not None and other is not None:
+            render.show_what_if(console(), explanation, then, other)
+    if explanation.refused is not None:
+        raise typer.Exit(1)
+
+
+def _show(explanation: Explanation, words: list[str], verbose: bool, not_read: str | None) -> None:
     out = console()
-    render.show_explanation(out, explanation)
-    if then is not None and other is not None:
-        render.show_what_if(out, explanation, then, other)
+    if not_read is not None:
+        out.print(render.pairs([("Not read", not_read)]))
+    if verbose:
+        render.show_explanation(out, explanation)
+    else:
+        render.show_summary(out, explanation)
+    if explanation.refused is None:
+        out.print(launch_line.folded(words, out.width), soft_wrap=True)
+    if not verbose:
+        out.print("--verbose: the evidence, the cost, every fact, and the rules considered.", style="dim")
+
+
+def _launch_line(
+    facts: Facts, server: Server | None, backend: str, policy: str | None, typed_backend: str | None
+) -> list[str]:
+    if server is None or server.command is None:
+        return launch_line.of_facts(facts, backend=backend, policy=policy)
+    from ...io_backends.sglang.diagnose.programs import VARIABLES_OF_SGLANG
+
+    variables = {
+        name: value
+        for name, value in server.command.variables.items()
+        if name.startswith(VARIABLES_OF_SGLANG) and not (policy and name == POLICY_VARIABLE)
+    }
+    return launch_line.of_server(
+        server.command.argv,
+        variables,
+        backend=typed_backend,
+        policy=policy,
+        program=server.command.program,
+    )
 
 
 @contextmanager
@@ -171,12 +231,12 @@ def _naming(option: str) -> Iterator[None]:
         raise NameProblem(f"{option}: {error.message}", error.hint) from None
 
 
-def _server(command_line: str, given: Mapping[str, FactValue]) -> Server:
+def _server(command_line: str, given: Mapping[str, FactValue], gpu_gib: int | None) -> Server:
     """What `command_line` resolves to. Raises NameProblem, also for a server without HiCache."""
     # Here, because it is the one thing in this package that needs an installed SGLang.
     from ...io_backends.sglang.diagnose.dry_run import server_facts_of
 
-    server = server_facts_of(command_line, given)
+    server = server_facts_of(command_line, given, gpu_gib=gpu_gib)
     if not server.hicache:
         raise NameProblem("this server runs without HiCache: add --enable-hierarchical-cache")
     return server
@@ -186,6 +246,6 @@ def _show_matrix(entries: list[dict[str, Any]], markdown: bool, as_json: bool) -
     if as_json:
         print_json(entries)
     elif markdown:
-        typer.echo(table.markdown(entries), nl=False)
+        answer(table.markdown(entries).removesuffix("\n"))
     else:
         render.show_matrix(console(), table.rows(entries))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ...io_backends.sglang.diagnose import serving
 from ...policy import sentences
@@ -17,38 +18,58 @@ from ...policy.format.layers import DEFAULT_RULE, Policy
 from ...policy.format.schema import Default, Rule
 from ...policy.format.validators import USES
 from ...policy.match import word_of
+from ...policy.terminal import styled
+from ..layout import pairs, table
 from .explanation import Explanation
 from .what_if import difference
 
 
 def show_explanation(out: Console, shown: Explanation) -> None:
     """Print a decision: what, why, what it costs, from which facts, and past which rules."""
-    out.print(_pairs(_summary(shown)))
+    out.print(pairs(_summary(shown)))
     _heading(out, "Why")
     _show_reasons(out, shown)
     _show_cost(out, shown)
     _heading(out, "Facts")
     known = [(name, _fact(fact.value), fact.source) for name, fact in shown.facts.items()]
-    out.print(_table(("fact", "value", "from"), known))
+    out.print(table(out, ("fact", "value", "from"), known))
     _heading(out, "Rules considered, the first match decides")
     if not shown.decision.considered:
         out.print("None: the backend was given by hand, and no rule applies to it.")
         return
-    considered = [(each.rule, _mark(each), each.layer, _reason(each)) for each in shown.decision.considered]
-    out.print(_table(("rule", "matches", "layer", "because"), considered))
+    for each in shown.decision.considered:
+        out.print(styled(each.rule, (f" ({each.layer})", "dim")))
+        out.print(pairs([(f"  {_mark(each)}", _reason(each))]))
+
+
+def show_summary(out: Console, shown: Explanation) -> None:
+    """Print a decision in about ten lines: what must not be overlooked, what waits, and why in a sentence."""
+    decision, backends = shown.decision, shown.policy.backends
+    rows = _warnings(shown)
+    rows.insert(0, ("D2H backend", sentences.backend_sentence(decision)))
+    rows.append(("Fences", sentences.fence_sentence(decision, backends)))
+    rows.append(("Decided by", sentences.decided_by(decision, shown.policy)))
+    rows.append(("Why", " ".join(dict.fromkeys(_first_sentence(each.because) for each in decision.routes))))
+    out.print(pairs(rows))
+
+
+def _first_sentence(text: str) -> str:
+    """At most two lines of 80 columns; the whole is in `show_explanation`."""
+    found = re.match(r"(.+?[.;])(\s|$)", text)
+    return textwrap.shorten(f"{found[1].rstrip('.;')}." if found else text, 128, placeholder=" ...")
 
 
 def show_what_if(out: Console, now: Explanation, then: Explanation, other: Mapping[str, FactValue]) -> None:
     """Print the decision `then`, with `other` facts, and what is not as `now`."""
     given = ", ".join(f"{name}={_fact(value)}" for name, value in other.items())
     _heading(out, f"What if {given}")
-    out.print(_pairs(_summary(then)))
+    out.print(pairs(_summary(then)))
     out.print()
     changes = difference(now.decision, then.decision)
     if not changes:
         out.print("Nothing changes: the same rules decide the same.")
         return
-    out.print(_table(("what changes", "now", "then"), [_change(each) for each in changes]))
+    out.print(table(out, ("what changes", "now", "then"), [_change(each) for each in changes]))
     if now.decision.because != then.decision.because:
         _heading(out, "Why, then")
         _show_reasons(out, then)
@@ -63,14 +84,14 @@ def show_matrix(out: Console, rows: Sequence[Sequence[str]]) -> None:
     titles, *body = rows
     if out.width >= _MATRIX_COLUMNS:
         # One name a line: a folded list would break names.
-        out.print(_table(titles, [(names.replace(", ", "\n"), *cells) for names, *cells in body]))
+        out.print(table(out, titles, [(names.replace(", ", "\n"), *cells) for names, *cells in body]))
         return
     for names, *cells in body:
         _heading(out, names)
         archs: dict[str, list[str]] = {}
         for arch, cell in zip(titles[1:], cells, strict=True):
             archs.setdefault(cell, []).append(arch)
-        out.print(_pairs([(", ".join(which), cell) for cell, which in archs.items()]))
+        out.print(pairs([(", ".join(which), cell) for cell, which in archs.items()]))
 
 
 def show_policy(out: Console, policy: Policy) -> None:
@@ -80,9 +101,9 @@ def show_policy(out: Console, policy: Policy) -> None:
     out.print(f"{policy.source}: {rules}, the first match decides", style="bold")
     for number, rule in enumerate(policy.rules, 1):
         _heading(out, f"{number}. {rule.name}")
-        out.print(_pairs(_rule_rows(policy, rule)))
+        out.print(pairs(_rule_rows(policy, rule)))
     _heading(out, "default, when no rule matches")
-    out.print(_pairs(_rule_rows(policy, policy.default)))
+    out.print(pairs(_rule_rows(policy, policy.default)))
 
 
 def show_unmeasured(out: Console, policy: Policy, entries: Sequence[Mapping[str, str]]) -> None:
@@ -92,21 +113,13 @@ def show_unmeasured(out: Console, policy: Policy, entries: Sequence[Mapping[str,
         return
     out.print(f"{policy.source}: what nobody measured", style="bold")
     rows = [(each["rule"], each["path"], each["what"]) for each in entries]
-    out.print(_table(("rule", "part", "unmeasured"), rows))
+    out.print(table(out, ("rule", "part", "unmeasured"), rows))
 
 
 def _summary(shown: Explanation) -> list[tuple[str, str]]:
     """What must not be overlooked first, then what is decided."""
     decision, backends = shown.decision, shown.policy.backends
-    rows = [("D2H backend", sentences.backend_sentence(decision))]
-    if shown.refused:
-        rows.append(("A server", f"would refuse this: {shown.refused}"))
-    if shown.fallback:
-        rows.append(("Pools", shown.fallback))
-    if shown.lost:
-        rows.append(("Careful", sentences.lost_sentence(shown.lost, shown.policy)))
-    if note := shown.careful():
-        rows.append(("Careful", note))
+    rows = [("D2H backend", sentences.backend_sentence(decision)), *_warnings(shown)]
     rows.append(("Fences", sentences.fence_sentence(decision, backends)))
     rows += list(sentences.forward_sentences(decision, shown.facts, backends).items())
     rows += [
@@ -123,6 +136,20 @@ def _summary(shown: Explanation) -> list[tuple[str, str]]:
     return rows
 
 
+def _warnings(shown: Explanation) -> list[tuple[str, str]]:
+    """What must not be overlooked."""
+    rows = []
+    if shown.refused:
+        rows.append(("A server", f"would refuse this: {shown.refused}"))
+    if shown.fallback:
+        rows.append(("Pools", shown.fallback))
+    if shown.lost:
+        rows.append(("Careful", sentences.lost_sentence(shown.lost, shown.policy)))
+    if note := shown.careful():
+        rows.append(("Careful", note))
+    return rows
+
+
 def _show_reasons(out: Console, shown: Explanation) -> None:
     """The reason of each route, with its rule's name where there are several."""
     for route in shown.decision.routes:
@@ -135,7 +162,7 @@ def _show_cost(out: Console, shown: Explanation) -> None:
         return
     _heading(out, "What it costs")
     rows = [(each["backend"], each["kind"], each["text"]) for each in entries]
-    out.print(_table(("backend", "", "one write"), rows))
+    out.print(table(out, ("backend", "", "one write"), rows))
     for source in dict.fromkeys(each["source"] for each in entries if each["source"]):
         out.print(f"Measured on: {source}")
 
@@ -199,22 +226,3 @@ def _options(options: Mapping[str, Any]) -> str:
 def _heading(out: Console, title: str) -> None:
     out.print()
     out.print(title, style="bold")
-
-
-def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(no_wrap=True, style="dim")
-    grid.add_column(overflow="fold")
-    for name, value in rows:
-        grid.add_row(name, value)
-    return grid
-
-
-def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for position, title in enumerate(titles):
-        # The first column holds names, which are looked for whole.
-        table.add_column(title, overflow="fold", no_wrap=position == 0)
-    for row in rows:
-        table.add_row(*row)
-    return table

@@ -13,8 +13,10 @@ from typing import Annotated
 
 import typer
 
+from ...policy.fact_table import CONDITIONS, check_fact
 from ...policy.format.errors import PolicyError
 from ...policy.names import NameProblem
+from ...policy.text import answer, say
 
 PolicyPath = Annotated[
     str | None,
@@ -38,10 +40,20 @@ def refusing(as_json: bool) -> Iterator[None]:
         if as_json:
             print_json({"ok": False, "errors": [error.to_dict()]})
         else:
-            typer.echo(str(error), err=True)
+            say(str(error))
         raise typer.Exit(2) from None
+
+
+def typed_fact(name: str, text: str) -> str | int | bool:
+    """The value of a server's fact that a user typed, and on standard error what is to be said of it. Raises
+    NameProblem.
+    """
+    value = check_fact(name, text)
+    if said := CONDITIONS[name].remark(text):
+        say(f"{name}: {said}")
+    return value
 
 
 def print_json(value: object) -> None:
     """`value` on standard output."""
-    typer.echo(json.dumps(value, indent=2))
+    answer(json.dumps(value, indent=2))

@@ -7,9 +7,10 @@ from typing import Any
 
 from ...policy.decide import Decision
 from ...policy.fact_spec import FactValue
-from ...policy.fact_table import ANY_ATTENTION, ATTENTION_FACTS, FACT_NAMES, SERVER_FACTS, check_fact
+from ...policy.fact_table import ANY_ATTENTION, ATTENTION_FACTS, FACT_NAMES, SERVER_FACTS
 from ...policy.facts import Fact, Facts
 from ...policy.names import NameProblem, check_name
+from .shared import typed_fact
 
 
 def parse_facts(written: Iterable[str]) -> dict[str, FactValue]:
@@ -22,7 +23,7 @@ def parse_facts(written: Iterable[str]) -> dict[str, FactValue]:
         if not sign:
             raise NameProblem(f"'{part}' is not FACT=VALUE, such as gpu_arch=sm100")
         check_name("fact", name.strip(), (ANY_ATTENTION.name, *FACT_NAMES))
-        found[name.strip()] = check_fact(name.strip(), value.strip())
+        found[name.strip()] = typed_fact(name.strip(), value.strip())
     if not found:
         raise NameProblem("no fact is named; write FACT=VALUE, such as gpu_arch=sm100")
     return found

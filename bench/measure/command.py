@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,7 +19,10 @@ from ...io_backends.registry import BACKENDS
 from ...policy.format.errors import PolicyError
 from ...policy.names import ATTENTION_BACKENDS, NameProblem, check_name
 from ...policy.terminal import console as console_of
+from ...policy.text import answer
+from ..examples import epilog
 from ..json_option import Json
+from ..outputs import check_folder, refuse
 from ..serve import report as serve_report
 from ..serve import result as serve_result
 from ..serve.command import serve
@@ -33,7 +36,9 @@ from .results import Results
 ALL = "all"
 
 bench = typer.Typer(
-    help="Measure write-back on this machine: bandwidth, submit, interference, fence, latency, sustained.",
+    help="Measure write-back on this machine, compare runs, and make reports of saved ones.",
+    epilog=epilog("bench"),
+    rich_markup_mode=None,
     no_args_is_help=True,
     add_completion=False,
 )
@@ -118,10 +123,11 @@ def _measurement(name: str, text: str) -> None:
         )
         if not any(ask.cases(each) for each in ask.measurements):
             refuse("no case is left: a write has fewer --tokens than a page has")
+        check_folder("--out", out)
         _run(ask, out, as_json)
 
     command.__doc__ = text
-    bench.command(name)(command)
+    bench.command(name, epilog=epilog("bench measurement", name=name))(command)
 
 
 for _name, _text in {
@@ -136,10 +142,10 @@ for _name, _text in {
     _measurement(_name, _text)
 
 
-bench.command("serve")(serve)
+bench.command("serve", epilog=epilog("bench serve"))(serve)
 
 
-@bench.command("compare")
+@bench.command("compare", epilog=epilog("bench compare"))
 def compare(
     first: Saved,
     second: Saved,
@@ -157,7 +163,7 @@ def compare(
     changes = list(comparing.compare(runs[0], runs[1], least))
     worse = [each for each in changes if each.verdict in comparing.WORSE]
     if as_json:
-        typer.echo(
+        answer(
             json.dumps(
                 {
                     "ok": not worse,
@@ -174,12 +180,13 @@ def compare(
     raise typer.Exit(1 if worse else 0)
 
 
-@bench.command("report")
+@bench.command("report", epilog=epilog("bench report"))
 def make_report(
     saved: Annotated[list[Path], typer.Argument(help="Saved runs of one machine; later ones replace rows.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write.")],
 ) -> None:
     """Write JSON, CSV, tables, plots and the HTML report of saved runs, or of saved results of serve."""
+    check_folder("--out", out)
     try:
         if all(map(serve_result.is_one, saved)):
             found = serve_result.merged([serve_result.load(path) for path in saved])
@@ -203,7 +210,7 @@ def _run(ask: suite.MeasureOptions, out: Path | None, as_json: bool) -> None:
     if out is not None:
         _say_written(report.write_all(run, out))
     if as_json:
-        typer.echo(json.dumps(run.to_dict(), indent=1))
+        answer(json.dumps(run.to_dict(), indent=1))
     else:
         tables.print_tables(run, console_of(columns=200))
     wrong, measured = run.wrong(), any(row.metrics for row in run.rows)
@@ -333,9 +340,3 @@ def _positive(name: str, given: Sequence[int] | None) -> None:
     for number in given or ():
         if number < 1:
             refuse(f"{name} must be at least 1, not {number}")
-
-
-def refuse(message: str) -> NoReturn:
-    """End with exit status 2 and one line on standard error."""
-    typer.echo(message, err=True)
-    raise typer.Exit(2)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...policy import html
 from . import plots, results, tables
 from .results import METRICS, Results
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...io_backends.registry import AUTO
+from ...policy import html
 from .cases import Case
 from .contenders import names as contender_names
 from .results import Results, Row

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.progress import track
 
 from ...io_backends.policy_files import policy_in_force
 from ...io_backends.registry import AUTO, BACKENDS, UPSTREAM_NAMES
@@ -26,20 +25,21 @@ from ...io_backends.sglang.diagnose.serving import refusal
 from ...io_backends.sglang.handover.machine_facts import detect
 from ...io_backends.sglang.no_gpu import fake_libcuda
 from ...policy.decide import Decision, check_backend, decide
-from ...policy.fact_table import check_fact
 from ...policy.facts import Facts
 from ...policy.format.errors import PolicyError
 from ...policy.names import NameProblem, check_name
 from ...policy.terminal import console as console_of
+from ...policy.terminal import working
+from ...policy.text import answer, say
+from ..explain.shared import typed_fact
+from ..outputs import check_file, refuse, result_console
 from .kept_fences import KeptFences
-
-# What is said goes to standard error, so that --json has standard output for itself.
-console = console_of(stderr=True, columns=160)
-
 
 _SGLANG_PATH = "HICACHE_IO_RACE_SGLANG_PATH"
 """What --sglang-path was, for the process that it starts: the command that it suggests names it."""
 
+
+_PICTURES = (".png", ".svg", ".pdf")
 
 DEFAULTS = {"attention_backend": "fa3", "gpu_arch": "sm90", "kv_kind": "mha", "device": "cuda"}
 """The setup that crashed (#20611), where nothing else is said."""
@@ -122,7 +122,12 @@ def race(
     if sglang_path is not None:
         raise typer.Exit(_with_sglang(sglang_path))
     facts, decision = _decide(given, backend, fences, policy)
-    _check_libraries(plot)
+    check_file("--trace", trace)
+    check_file("--plot", plot)
+    if plot is not None and plot.suffix not in _PICTURES:
+        _refuse(f"--plot {plot}: name a file that ends in one of {', '.join(_PICTURES)}")
+    with working("importing SGLang's cache"):
+        _check_libraries(plot)
     from . import result as race_result
     from .simulation import setups, workload
     from .simulation.experiment import left_out
@@ -137,7 +142,8 @@ def race(
     except ValueError as error:
         _refuse(str(error))
     own = decision.backend in UPSTREAM_NAMES
-    console.print(f"{published()}. Virtual device; no GPU is used.")
+    progress = console_of(stderr=True)
+    progress.print(f"{published()}. Virtual device; no GPU is used.")
     result = race_result.RaceResult()
     chosen = range(seeds) if seed is None else [seed]
     for name in modes:
@@ -145,18 +151,21 @@ def race(
             facts, None if own else decision, fences, decision.backend if own else "kernel", name
         )
         began = time.monotonic()
-        for each in track(chosen, name, console=console, transient=True, disable=not console.is_terminal):
-            result.add(experiment.run(each, left_out(fences), actions), name)
+        with working(f"mode {name}") as tell:
+            for count, each in enumerate(chosen):
+                tell(f"{count} of {len(chosen)} seeds")
+                result.add(experiment.run(each, left_out(fences), actions), name)
         result.seconds += time.monotonic() - began
     what = f"{backend}, fences {fences.value}" + ("" if own or backend != AUTO else f" ({_routes(decision)})")
     if mode:
         what += f", mode{'s' if len(modes) > 1 else ''} {', '.join(modes)}"
     replay = _replay(race_result.first_bad(result))
+    out = result_console(json_)
     if result.races:
-        console.print(race_result.table(result))
-    console.print(race_result.verdict(result, what))
+        race_result.show_races(out, result)
+    out.print(race_result.verdict(result, what))
     if replay is not None and seed is None:
-        console.print(f"Replay: {shlex.join(replay)}", soft_wrap=True)
+        out.print(f"Replay: {shlex.join(replay)}", soft_wrap=True)
     if trace is not None or plot is not None:
         _draw(facts, trace, plot)
     if json_:
@@ -170,14 +179,13 @@ def race(
             "facts": facts.to_dict(),
             "decision": decision.to_dict(),
         }
-        print(json.dumps(race_result.as_json(result, about, replay), indent=2))
+        answer(json.dumps(race_result.as_json(result, about, replay), indent=2))
     if not result.good:
         raise typer.Exit(1)
 
 
 def _refuse(why: str) -> NoReturn:
-    console.print(f"hicache-io race: {why}", style="red", soft_wrap=True)
-    raise typer.Exit(2)
+    refuse(f"hicache-io race: {why}")
 
 
 def _decide(
@@ -187,7 +195,7 @@ def _decide(
     from .simulation.setups import LAYOUTS
 
     try:
-        known = {name: check_fact(name, value) for name, value in given.items() if value is not None}
+        known = {name: typed_fact(name, value) for name, value in given.items() if value is not None}
         check_backend(backend, BACKENDS)
         facts = detect({**_defaults(known), **known})
         decision = decide(policy_in_force(policy), facts, backend=backend)
@@ -251,6 +259,11 @@ def _check_libraries(plot: Path | None) -> None:
 def _with_sglang(folder: Path) -> int:
     """The same command in a process that finds SGLang in ``folder`` first. Returns its exit status."""
     if not (folder / "sglang" / "version.py").is_file():
+        if not folder.exists():
+            _refuse(
+                f"--sglang-path: there is no folder {folder} (in a checkout, make versions unpacks the "
+                "supported releases into .sglang-versions/)"
+            )
         _refuse(f"{folder} holds no sglang/: --sglang-path is the folder above it")
     arguments = _without(sys.argv[1:], "--sglang-path")
     inherited = os.environ.get("PYTHONPATH")
@@ -302,9 +315,9 @@ def _draw(facts: Facts, trace: Path | None, plot: Path | None) -> None:
         from ...io_backends.virtual.timeline import write_chrome_trace
 
         write_chrome_trace(trace, runs)
-        console.print(f"{trace}: open it at https://ui.perfetto.dev (times are a model's)")
+        say(f"{trace}: open it at https://ui.perfetto.dev (times are a model's)")
     if plot is not None:
         from ...io_backends.virtual.plot import plot as draw
 
         draw(plot, runs)
-        console.print(f"{plot}: times are a model's")
+        say(f"{plot}: times are a model's")

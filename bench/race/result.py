@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 from ...io_backends.virtual.races import Race, Side
 from ...policy.terminal import styled
+from ..layout import table
 from .simulation.experiment import Run
 
 
@@ -107,25 +107,23 @@ def _place(side: Side) -> tuple[str, str]:
     return side.stream, side.issued
 
 
-def table(result: RaceResult) -> Table:
-    """One row a race."""
-    shown = Table(title="Races", box=SIMPLE_HEAD, show_lines=True)
-    shown.add_column("what", style="bold red", no_wrap=True)
-    shown.add_column("asked for first", overflow="fold")
-    shown.add_column("not ordered before", overflow="fold")
-    shown.add_column("the fence that is missing", overflow="fold")
-    shown.add_column("seeds", justify="right")
+def show_races(out: Console, result: RaceResult) -> None:
+    """Print one row a race."""
+    titles = ("race", "asked for first", "not ordered before", "the fence that is missing", "seeds")
+    rows = []
     several = len(result.runs) > 1
     for found in result.races:
         race = found.race
-        shown.add_row(
-            f"{race.kind}\n{found.mode}" if several else race.kind,
-            _side(race.first),
-            _side(race.second),
-            race.fence,
-            f"{len(found.seeds)} of {result.seeds}\nfirst: {found.seeds[0]}",
+        rows.append(
+            (
+                styled((f"{race.kind}\n{found.mode}" if several else race.kind, "bold red")),
+                _side(race.first),
+                _side(race.second),
+                race.fence,
+                f"{len(found.seeds)} of {result.seeds}\nfirst: {found.seeds[0]}",
+            )
         )
-    return shown
+    out.print(table(out, titles, rows))
 
 
 def _side(side: Side) -> str:

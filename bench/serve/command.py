@@ -19,8 +19,10 @@ from typing import Annotated, Any
 import typer
 
 from ...policy.names import MEM_LAYOUTS, NameProblem, check_name
+from ...policy.text import answer, say
 from ..json_option import Json
 from ..measure.devices import gpu_missing
+from ..outputs import check_folder, refuse
 from . import arms, models, public, tables, workloads
 from .arms import Cell
 
@@ -94,6 +96,8 @@ def serve(
     asked = workload or list(workloads.NAMES)
     name = model or (models.TINY if cpu else models.HEAVY)
     _check(chosen, asked, layout, cpu)
+    check_folder("--out", out)
+    check_folder("--cache", cache)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped on the way out
     with ExitStack() as cleanup:
         kept = cache or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="hicache-serve-")))
@@ -151,20 +155,15 @@ def _run(
         say(f"written: {', '.join(str(path) for path in written)}")
     problems = found.problems()
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        answer(json.dumps(found.to_dict(), indent=1))
     else:
         for each in tables.tables(found):
-            typer.echo(tables.as_text(each, found.watermark))
+            answer(tables.as_text(each, found.watermark))
     for problem in problems:
         say(f"PROBLEM: {problem}")
     for skipped in found.cells[0].skipped:
         say(f"not run: {skipped}")
     return not problems and bool(found.cells[0].turns)
-
-
-def say(text: str) -> None:
-    """Progress, on standard error: standard output is the result's."""
-    typer.echo(text, err=True)
 
 
 def _check(chosen: list[str], asked: list[str], layout: str | None, cpu: bool) -> None:
@@ -189,5 +188,4 @@ def _check(chosen: list[str], asked: list[str], layout: str | None, cpu: bool) -
 
 
 def _refuse(why: str) -> Any:
-    typer.echo(f"hicache-io bench serve: {why}", err=True)
-    raise typer.Exit(2)
+    refuse(f"hicache-io bench serve: {why}")

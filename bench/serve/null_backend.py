@@ -7,7 +7,6 @@ alone, and known to servers only as ``damaged`` is; a server refuses it without
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from ...io_backends.device.base import Device, Stream
 from ...io_backends.interface import Backend, Submission, Transfer
 from ...io_backends.plan.geometry import PoolGeometry
 from ...io_backends.sglang.unsafe import NULL
+from ...policy.log import logger_of
 from ..damaged import third_party
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class NullBackend(Backend):

@@ -16,9 +16,10 @@ from urllib.parse import urlsplit
 import typer
 
 from ...policy.terminal import styled
-from ..demo.output import console
+from ...policy.text import answer, say
 from ..json_option import Json
 from ..measure import environment
+from ..outputs import check_file, refuse, result_console
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -86,8 +87,7 @@ def stress(
     urls = [_url(url), *([_url(compare)] if compare else [])]
     if len(set(urls)) < len(urls):
         _refuse("--compare names the same server")
-    if out is not None and not out.resolve().parent.is_dir():
-        _refuse(f"--out {out}: there is no such folder")
+    check_file("--out", out)
     seconds = None if duration is None else _seconds(duration)
     limits = run.Limits(seconds, 4 if waves is None and seconds is None else waves, silent, tie)
     sizes = {
@@ -111,15 +111,16 @@ def stress(
     text = json.dumps(result, indent=1, allow_nan=False)
     # Before anything is printed: hours of load must not be lost to a terminal.
     saved = None if out is None else _save(out, text)
-    console.print(report.table(result))
+    shown = result_console(json_)
+    shown.print(report.table(result))
     for note in result["notes"]:
-        console.print(styled(("Note:", "yellow"), f" {note}"), soft_wrap=True)
+        shown.print(styled(("Note:", "yellow"), f" {note}"), soft_wrap=True)
     for line in report.verdict(result):
-        console.print(line, soft_wrap=True)
+        shown.print(line, soft_wrap=True)
     if saved is not None:
-        console.print(saved)
+        say(saved)
     if json_:
-        print(text)
+        answer(text)
     if outcome.reference_problem is not None:
         _refuse(outcome.reference_problem)
     if result["judgement"] == report.CANNOT_TELL:
@@ -138,8 +139,7 @@ def _save(out: Path, text: str) -> str:
 
 
 def _refuse(why: str) -> NoReturn:
-    console.print(f"hicache-io stress: {why}", style="red", soft_wrap=True)
-    raise typer.Exit(2)
+    refuse(f"hicache-io stress: {why}")
 
 
 def _url(text: str) -> str:

@@ -7,7 +7,6 @@ device its process has not chosen a GPU yet.
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...policy.log import logger_of
 from ..plan.chunks import STAGING_ALIGNMENT, Chunk, Staged
 from ..plan.copies import CopyBatch
 from ..plan.geometry import PoolGeometry
@@ -25,7 +25,7 @@ from .gather import Gather
 from .gather_plan import UNITS_PER_THREAD, WARPS
 from .host_memory import HostRange, HostRanges, host_extents
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _INDEX_TYPES = {4: np.int32, 8: np.int64}
 _PROBE_BYTES = 16 * 2**20

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import logging
 import threading
 from collections.abc import Callable
 from enum import IntEnum
@@ -18,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from ...policy.log import logger_of
 from ..plan.copies import CopyBatch
 from .base import DeviceUnavailableError
 from .host_memory import drop_empty
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 MAX_COPIES_PER_CALL = 256
 """Copies a call. The engine starts on them when the call returns, at 0.4 to 1 us a copy, so that a large

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ...policy.fact_spec import FactKind
@@ -61,6 +63,10 @@ def _cuda() -> Fact:
 
 def _torch_with_gpu() -> Any:
     """torch, where it can use an NVIDIA GPU; else an unknown Fact that says why not."""
+    if "torch" not in sys.modules and not any(Path(each).exists() for each in _GPU_NODES):
+        return Fact(
+            None, "no GPU here: its kernel shows none"
+        )  # without the seconds that torch takes to say so
     try:
         torch: Any = importlib.import_module("torch")
     except ModuleNotFoundError:
@@ -119,6 +125,10 @@ _FINDERS: Mapping[str, Callable[[], Fact]] = {
     "cuda": _cuda,
     "batch_copy": _batch_copy,
 }
+
+
+# The device nodes of NVIDIA's driver, on Jetson and in WSL2 too, and of AMD's, about which torch says more.
+_GPU_NODES = ("/dev/nvidiactl", "/dev/nvgpu", "/dev/nvhost-gpu", "/dev/dxg", "/dev/kfd")
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
+
+from ...policy.text import LINES, escaped, say
 
 PREFIX = "sglang-hicache-io"
 
@@ -14,12 +15,12 @@ class RefusedError(ValueError):
     """The server must not start; the message says why and what to do, in one line."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"{PREFIX}: {message}")
+        super().__init__(escaped(f"{PREFIX}: {message}", allowed=LINES))
 
 
 def exit_with(error: Exception, status: int) -> SystemExit:
     """``error`` as the end of the process: one line on standard error, and ``status``."""
-    print(str(error), file=sys.stderr, flush=True)
+    say(str(error))
     return SystemExit(status)
 
 

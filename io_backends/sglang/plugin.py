@@ -29,6 +29,7 @@ def load() -> None:
 
 def _load() -> None:
     problem = versions.problem_with(versions.installed())
+    options.refuse_early(problem)
     hooks.register({versions.ADD_CLI_ARGS: ("AFTER", options.extend_parser(problem))})
     options.accept_engine_keywords(problem)
     if problem is not None:

@@ -13,15 +13,15 @@ keep SGLang's own fences. Without the option nothing of this is on the path of a
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ...policy.decide import Decision
+from ...policy.log import logger_of
 from .errors import RefusedError
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 OPTION = "--hicache-io-unsafe-fences"
 CONFIRM = "--i-know-this-corrupts"

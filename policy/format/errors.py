@@ -10,7 +10,8 @@ from ..text import escaped
 
 class PolicyError(ValueError):
     """A policy file that cannot be used. ``line`` and ``column`` start at 1, and are None when the file
-    itself is the trouble; ``hint`` is the nearest valid name or None. ``str()`` is the one line a user sees.
+    itself is the trouble; ``hint`` is the nearest valid name or None; ``variable`` is the one that names the
+    file, if one does. ``str()`` is the one line a user sees.
     What a file says is quoted in it: control characters are shown as escapes in every part.
     """
 
@@ -22,16 +23,29 @@ class PolicyError(ValueError):
         line: int | None = None,
         column: int | None = None,
         hint: str | None = None,
+        variable: str | None = None,
     ) -> None:
         filename, message = escaped(filename), escaped(message)
         hint = None if hint is None else escaped(hint)
         place = filename if line is None else f"{filename}:{line}:{column}"
-        super().__init__(f"{place}: {with_hint(message, hint)}")
+        source = f"; {variable} names this file: correct it, or unset the variable" if variable else ""
+        super().__init__(f"{place}: {with_hint(message, hint)}{source}")
         self.filename = filename
         self.line = line
         self.column = column
         self.message = message
         self.hint = hint
+
+    def named_by(self, variable: str) -> PolicyError:
+        """The same about a file that a variable names, which nobody sees on the command line."""
+        return PolicyError(
+            self.filename,
+            self.message,
+            line=self.line,
+            column=self.column,
+            hint=self.hint,
+            variable=variable,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The parts and the whole, as plain JSON types."""

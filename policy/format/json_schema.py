@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..backend_spec import Backends, BackendSpec, Option, SmWork
-from ..fact_spec import GPU_ARCH_PATTERN, FactKind, FactSpec
+from ..fact_spec import FactKind, FactSpec
 from ..fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
+from ..gpu_names import GPU_ARCH_PATTERN, name_pattern
 from ..names import FORWARDS
 from .validators import MATCH, USES
 
@@ -85,7 +86,7 @@ def _value(spec: FactSpec) -> _Schema:
         case FactKind.FLAG:
             return {"type": "boolean"}
         case FactKind.ARCHITECTURE:
-            return {"type": "string", "pattern": f"^({GPU_ARCH_PATTERN})$"}
+            return {"type": "string", "pattern": f"^({GPU_ARCH_PATTERN})$|{name_pattern()}"}
         case FactKind.TEXT:
             return _TEXT
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..classes import CannotCompareError
+from ..fact_table import CONDITIONS
 from ..unfenced import Loss, in_words, losses
 from .layers import DEFAULT_RULE, Origin, Policy, covered
 
@@ -44,6 +45,11 @@ def _found(policy: Policy) -> Iterator[tuple[str, str]]:
     yield from _taken_away(policy)
     for name, earlier in covered(policy).items():
         yield name, f"rule '{name}' is never reached any more: rule '{earlier}' matches whenever it does"
+    for rule in policy.rules:
+        for key, values in rule.when.written().items():
+            for asked in values:
+                if isinstance(asked, str) and (said := CONDITIONS[key].remark(asked)) is not None:
+                    yield rule.name, f"{key}: {said}"
     for name, use in [*((rule.name, rule.use) for rule in policy.rules), ("default", policy.default.use)]:
         spec = policy.backends[use.backend]
         for option in spec.options or ():

@@ -53,9 +53,15 @@ def policy_in_force(backends: Backends, path: str | os.PathLike[str] | None = No
     """The policy of the file at `path`; without one, of the file that the variable SGLANG_HICACHE_IO_POLICY
     names; without either, the shipped default with the machine file over it. Raises PolicyError.
     """
-    if path is None:
-        path = os.environ.get(POLICY_VARIABLE) or None  # set but empty counts as not set
-    return _without_user(backends) if path is None else load_policy(backends, path)
+    if path is not None:
+        return load_policy(backends, path)
+    named = os.environ.get(POLICY_VARIABLE)
+    if not named:  # set but empty counts as not set
+        return _without_user(backends)
+    try:
+        return load_policy(backends, named)
+    except PolicyError as error:
+        raise error.named_by(POLICY_VARIABLE) from None
 
 
 @cache
@@ -104,7 +110,10 @@ def _without_user(backends: Backends) -> Policy:
     if path is None:
         return default_policy(backends)
     name = str(path)
-    policy = _build(_read(name, trusted=True), name, MACHINE, (path.resolve(),), backends)
+    try:
+        policy = _build(_read(name, trusted=True), name, MACHINE, (path.resolve(),), backends)
+    except PolicyError as error:
+        raise (error if path.exists() else error.named_by(MACHINE_VARIABLE)) from None
     # A person may do without a fence; what a program measured for speed may not.
     try:
         loss = next(losses(default_policy(backends), policy), None)

@@ -427,7 +427,7 @@ def test_quoted_words_come_back(words: list[str]) -> None:
         ("sglang serve /m\n--tp 2", "a line begins with --tp: put a \\ at the end of the line before it"),
         ("sglang serve /m --model-type diffusion", "--model-type diffusion: HiCache is in"),
         ("sglang serve /m --model-type", "--model-type without a value"),
-        ("python -m dynamo.sglang --model-path x", "`python -m dynamo.sglang` is no command of SGLang "
+        ("python -m other.sglang --model-path x", "`python -m other.sglang` is no command of SGLang "
          "that is read: give SGLang's options alone"),
         ("vllm serve /m", "`vllm serve /m` is no command of SGLang"),
         ("sglang generate --model-path x", "`sglang generate` is no command of SGLang"),

@@ -105,7 +105,9 @@ def test_explain_follows_a_policy_file(file: Path):
 
 
 def test_explain_says_what_gpu_memory_staging_takes(tmp_path: Path, file: Path):
-    assert "hybrid's staging: the rows of one step, and a seventh" in flat(run("explain", *GIVEN).stdout)
+    assert "hybrid's staging: the rows of one step, and a seventh" in flat(
+        run("explain", *GIVEN, "--verbose").stdout
+    )
     unfenced = ("--attention-backend", "triton", "--mem-layout", "page_first")
     assert explained(*unfenced)["gpu_memory"] == "hybrid's staging: 256 MiB"
     sized = tmp_path / "sized.yaml"
@@ -137,7 +139,7 @@ def flat(text: str) -> str:
 
 @pytest.mark.parametrize("columns", ["80", "60"])
 def test_explain_for_people_shows_everything(columns: str):
-    shown = run("explain", *GIVEN, "--sglang", "0.5.23", COLUMNS=columns).stdout
+    shown = run("explain", *GIVEN, "--sglang", "0.5.23", "--verbose", COLUMNS=columns).stdout
     assert all(len(line) <= int(columns) for line in shown.splitlines())
     assert "…" not in shown
     assert "\x1b" not in shown
@@ -534,7 +536,7 @@ def test_pools_that_sglang_copies_itself_are_named_with_the_reason():
     others = json.loads(shown.stdout)["other_pools"]
     assert others["DSA indexer"] == "holds keys page by page, with their scales between them"
     assert {"Mamba", "MXFP8", "NVFP4"} <= set(others)
-    text = run("explain", "--attention-backend", "fa3", "--gpu-arch", "sm90").stdout
+    text = run("explain", "--attention-backend", "fa3", "--gpu-arch", "sm90", "--verbose").stdout
     assert "pools of Mamba, DSA indexer" in " ".join(text.split())
     own = run("explain", "--attention-backend", "fa3", "--gpu-arch", "sm90", "--backend", "kernel", "--json")
     assert json.loads(own.stdout)["other_pools"] == {}

@@ -12,7 +12,6 @@ import pytest
 from sglang_hicache.io_backends.device import gpu_facts
 from sglang_hicache.io_backends.sglang.handover import machine_facts
 from sglang_hicache.io_backends.sglang.handover.machine_facts import detect
-from sglang_hicache.policy.fact_spec import check_gpu_arch
 from sglang_hicache.policy.fact_table import FACT_NAMES
 from sglang_hicache.policy.facts import NOT_GIVEN, Fact, Facts
 from sglang_hicache.policy.names import NameProblem
@@ -216,30 +215,3 @@ def test_batches_are_what_the_driver_offers(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu_facts, "Driver", missing)
     known = detect()["batch_copy"]
     assert (known.value, known.source.startswith("the driver cannot be asked here: ")) == (None, True)
-
-
-@pytest.mark.parametrize(
-    ("word", "meant"),
-    [
-        ("h100", "sm90"),
-        ("NVIDIA H100 80GB HBM3", "sm90"),
-        ("H200", "sm90"),
-        ("GH200", "sm90"),
-        ("hopper", "sm90"),
-        ("b200", "sm100"),
-        ("GB300", "sm103"),
-        ("A100-SXM4", "sm80"),
-        ("L40S", "sm89"),
-        ("rtx4090", None),  # one word, and no name of a GPU
-        ("RTX 4090", "sm89"),
-        ("sm_90", "sm90"),
-        ("h900", None),
-        ("mi300", None),
-    ],
-)
-def test_a_gpus_name_is_never_taken_for_another_architecture(word: str, meant: str | None) -> None:
-    """h100 is one letter from sm100, whose forwards need other fences."""
-    with pytest.raises(NameProblem) as refused:
-        check_gpu_arch(word)
-    hint = f"(did you mean '{meant}'?)"
-    assert str(refused.value).endswith(hint if meant else "or cpu")

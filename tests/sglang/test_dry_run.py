@@ -91,9 +91,11 @@ def test_what_is_given_beside_it_counts_first(model: Path, tmp_path: Path) -> No
 def test_what_a_server_would_refuse(model: Path, options: str, more: list[str], words: str) -> None:
     result = explain(f"--model-path {model} --skip-tokenizer-init {options}", *more)
     assert result.exit_code == 2
-    assert result.stderr.startswith("--server-args: ")
-    assert words in result.stderr
-    assert result.stderr.count("\n") == 1
+    # Above it at most what was done meanwhile.
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("--server-args: ")
+    assert words in last
+    assert result.stdout == ""
 
 
 def test_a_machine_without_a_gpu_asks_for_the_architecture(
@@ -102,9 +104,9 @@ def test_a_machine_without_a_gpu_asks_for_the_architecture(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     result = explain(f"--model-path {model} --skip-tokenizer-init --enable-hierarchical-cache")
     assert result.exit_code == 2
-    assert result.stderr == (
+    assert result.stderr.splitlines()[-1] == (
         "--server-args: SGLang asks the GPU while it resolves, and there is none here: "
-        "add --gpu-arch, such as sm90\n"
+        "add --gpu-arch, such as sm90"
     )
 
 

@@ -115,8 +115,9 @@ def test_a_release_that_is_not_simulated() -> None:
         (["--backend", "kernel", "--fences", "both"], "has no fence for forwards"),
         (["--mem-layout", "page_head"], "have no stand-in"),
         (["--mode", "pipelines"], "did you mean 'pipeline'?"),
-        (["--gpu-arch", "hopper"], "unknown GPU architecture"),
-        (["--sglang-path", "nowhere"], "holds no sglang/"),
+        (["--gpu-arch", "hoppper"], "unknown GPU architecture"),
+        (["--sglang-path", "nowhere"], "there is no folder nowhere"),
+        (["--sglang-path", "tests"], "holds no sglang/"),
         (["--seed", "1", "--program", "dance"], "is not an action"),
     ],
 )

@@ -259,7 +259,7 @@ def test_a_load_that_shows_nothing_is_said(server: FakeServer) -> None:
         (["http://127.0.0.1:99999"], "is no URL of a server"),
         (["http://127.0.0.1:9", "--duration", "soon"], "--duration 'soon'"),
         (["http://127.0.0.1:9", "--compare", "http://127.0.0.1:9/"], "names the same server"),
-        (["http://127.0.0.1:9", "--out", "/nonexistent/result.json"], "there is no such folder"),
+        (["http://127.0.0.1:9", "--out", "/nonexistent/result.json"], "there is no folder /nonexistent"),
     ],
 )
 def test_wrong_input_is_one_line(args: list[str], words: str) -> None:

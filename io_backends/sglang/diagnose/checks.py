@@ -25,11 +25,13 @@ from ....policy.facts import Facts
 from ....policy.format.errors import PolicyError
 from ....policy.format.layers import Policy
 from ....policy.format.lint import warnings
+from ....policy.terminal import working
 from ...device import unavailable
 from ...policy_files import policy_in_force
 from ...registry import BACKENDS, OWN_NAMES, available_backends, get_backend
 from .. import versions
 from ..no_gpu import fake_libcuda
+from .dry_run import Server
 
 OK, WARNING, BAD = "ok", "warning", "bad"
 
@@ -106,13 +108,14 @@ def _hook_points(version: str) -> Finding:
             environment = {**os.environ, **fake_libcuda.environment(Path(scratch))}
         except fake_libcuda.NoCompilerError as error:
             return Finding("hook points", WARNING, f"not compared: {error}")
-        done = subprocess.run(
-            [sys.executable, "-c", _CHECK_POINTS],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        with working("comparing SGLang's hook points with the published ones"):
+            done = subprocess.run(
+                [sys.executable, "-c", _CHECK_POINTS],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
     said = [line for line in done.stdout.splitlines() if line.startswith("POINTS")]
     if not said:
         last = (done.stderr.splitlines() or [f"status {done.returncode}"])[-1]
@@ -258,10 +261,12 @@ def _cgroup_limit() -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def in_force(path: str | None) -> tuple[list[Finding], Policy | None]:
-    """The policy that a server would use, and what is odd about it."""
+def in_force(path: str | None, asked: Server | None = None) -> tuple[list[Finding], Policy | None]:
+    """The policy in the file at ``path``, else that of the server asked about, else that of any server here;
+    and what is odd about it.
+    """
     try:
-        policy = policy_in_force(path)
+        policy = asked.policy_in_force() if asked and path is None else policy_in_force(path)
     except PolicyError as error:
         return [Finding("policy", BAD, str(error), "a server does not start with it")], None
     odd = [Finding("policy", WARNING, each.message) for each in warnings(policy)]

@@ -7,21 +7,25 @@ input is wrong.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ....policy.fact_spec import FactValue, check_gpu_arch
+from ....policy.fact_spec import FactValue
+from ....policy.gpu_names import architecture, memory_gib, remark
 from ....policy.names import NameProblem
-from ....policy.terminal import console
+from ....policy.terminal import console, working
+from ....policy.text import answer, say
 from ..handover.machine_facts import detect
 from . import checks, server_checks
 from .checks import BAD, OK, WARNING, Finding
-from .dry_run import Server, server_facts_of
+from .dry_run import RESOLVING, Server, resolved, understood
 
 _STYLES = {OK: "green", WARNING: "yellow", BAD: "bold red"}
 _VERDICTS = {
@@ -29,6 +33,10 @@ _VERDICTS = {
     WARNING: "Nothing unsafe found; the warnings are worth reading.",
     BAD: "Unsafe, or would not start: see what is bad.",
 }
+_STATUS_COLUMNS, _ABOUT_COLUMNS = 7, 17
+"""Of a line: each is printed when it is known, so that no table can fit them."""
+
+Sections = Iterator[tuple[str, Iterator[Finding]]]
 
 
 def doctor(
@@ -44,7 +52,20 @@ def doctor(
     gpu_arch: Annotated[
         str | None,
         typer.Option(
-            "--gpu-arch", metavar="ARCH", help="The server's GPU, if not this machine's.", show_default=False
+            "--gpu-arch",
+            metavar="ARCH",
+            help="The server's GPU, if not this machine's: sm90, H100, ...",
+            show_default=False,
+        ),
+    ] = None,
+    gpu_memory: Annotated[
+        int | None,
+        typer.Option(
+            "--gpu-memory",
+            min=1,
+            metavar="GIB",
+            help="With --server-args and --gpu-arch: memory of that GPU, where its name does not tell.",
+            show_default=False,
         ),
     ] = None,
     policy: Annotated[
@@ -54,48 +75,89 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check this machine, this SGLang, the policy and a server, and say what to do."""
-    try:
-        given: dict[str, FactValue] = {} if gpu_arch is None else {"gpu_arch": check_gpu_arch(gpu_arch)}
-        asked = None if server_args is None else server_facts_of(server_args, given)
-    except NameProblem as error:
-        option = "--gpu-arch" if server_args is None else "--server-args"
-        typer.echo(f"{option}: {error}", err=True)
-        raise typer.Exit(2) from None
-    report = examine(asked, policy)
+    given: dict[str, FactValue] = {}
+    if gpu_arch is not None:
+        try:
+            given["gpu_arch"] = architecture(gpu_arch)
+        except NameProblem as error:
+            _refuse("--gpu-arch", error)
+        if said := remark(gpu_arch):
+            say(f"gpu_arch: {said}")
+    # SGLang resolves the command line in a process of its own, while this one looks at the machine.
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            asked = (
+                None
+                if server_args is None
+                else pool.submit(
+                    resolved,
+                    understood(server_args),
+                    given,
+                    gpu_gib=gpu_memory or memory_gib(gpu_arch or ""),
+                )
+            )
+            report = _told(examine(asked, policy), None if as_json else console())
+        except NameProblem as error:
+            _refuse("--server-args", error)
     worst = checks.worst(report)
     if as_json:
         sections = {name: [asdict(each) for each in section] for name, section in report.items()}
-        typer.echo(json.dumps({"status": worst, "sections": sections}, indent=2))
+        answer(json.dumps({"status": worst, "sections": sections}, indent=2))
     else:
-        show(console(), report, worst)
+        console().print(_VERDICTS[worst], style=_STYLES[worst])
     raise typer.Exit(1 if worst == BAD else 0)
 
 
-def examine(asked: Server | None, policy_file: str | None) -> dict[str, list[Finding]]:
-    """Every check's findings, by section."""
-    of_policy, policy = checks.in_force(policy_file or (asked.policy if asked else None))
-    report = {
-        "SGLang and this plug-in": list(checks.installation()),
-        "This machine": list(checks.machine(detect())),
-        "Policy": of_policy,
-    }
-    if asked is not None and policy is not None:
-        report["The server"] = list(server_checks.server(asked, policy))
+def _refuse(option: str, error: NameProblem) -> NoReturn:
+    say(f"{option}: {error}")
+    raise typer.Exit(2) from None
+
+
+def examine(asked: Future[Server] | None, policy_file: str | None) -> Sections:
+    """Every check's findings by section, each made when it is asked for.
+
+    Raises:
+        NameProblem: what was asked about cannot be resolved.
+    """
+    yield "SGLang and this plug-in", checks.installation()
+    yield "This machine", _machine()
+    with working(RESOLVING):
+        server = None if asked is None else asked.result()
+    found, policy = checks.in_force(policy_file, server)
+    yield "Policy", iter(found)
+    if server is not None and policy is not None:
+        yield "The server", server_checks.server(server, policy)
+
+
+def _machine() -> Iterator[Finding]:
+    with working("looking for a GPU"):
+        facts = detect()
+    yield from checks.machine(facts)
+
+
+def _told(sections: Sections, out: Console | None) -> dict[str, list[Finding]]:
+    """The findings by section; each is printed on `out` when it is there."""
+    report: dict[str, list[Finding]] = {}
+    for title, findings in sections:
+        report[title] = []
+        for each in findings:
+            if out is not None:
+                if not report[title]:
+                    out.print(title, style="bold")
+                show(out, each)
+            report[title].append(each)
+        if out is not None:
+            out.print()
     return report
 
 
-def show(out: Console, report: dict[str, list[Finding]], worst: str) -> None:
-    """Print the report: a line for each finding, and below it what to do."""
-    for title, section in report.items():
-        out.print(title, style="bold")
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for each in section:
-            table.add_row(Text(each.status, _STYLES[each.status]), each.about, each.text)
-            if each.advice:
-                table.add_row("", "", f"-> {each.advice}", style="dim")
-        out.print(table)
-        out.print()
-    out.print(_VERDICTS[worst], style=_STYLES[worst])
+def show(out: Console, each: Finding) -> None:
+    """Print one finding: a line, and below it what to do."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, width=_STATUS_COLUMNS)
+    table.add_column(no_wrap=True, width=_ABOUT_COLUMNS)
+    table.add_column(overflow="fold")
+    table.add_row(Text(each.status, _STYLES[each.status]), each.about, each.text)
+    if each.advice:
+        table.add_row("", "", f"-> {each.advice}", style="dim")
+    out.print(table)

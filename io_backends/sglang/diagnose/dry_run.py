@@ -9,34 +9,51 @@ from its standard input, and writes its answer to the file that the request name
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
+from ....policy.decide import check_backend
 from ....policy.fact_spec import FactValue
 from ....policy.facts import Fact, Facts
-from ....policy.format.load import POLICY_VARIABLE
+from ....policy.format.errors import PolicyError
+from ....policy.format.layers import Policy
+from ....policy.format.load import MACHINE_VARIABLE, POLICY_VARIABLE
+from ....policy.names import NameProblem, nearest, with_hint
+from ....policy.terminal import working
+from ...policy_files import load_policy, policy_in_force
+from ...registry import BACKENDS
 from ..handover.machine_facts import detect
+from . import gpu_memory
 from .command_line import CommandLine, CommandLineError, read
 from .programs import VARIABLES_OF_SGLANG
 
 _MODULE = "sglang_hicache.io_backends.sglang.diagnose.dry_run"  # as a child it is __main__
 
+RESOLVING = "asking SGLang what this command line resolves to"
+
 TIMEOUT_S = 300
 """A resolution takes 6 to 10 s on two busy cores, most of it imports."""
 
-_STAND_IN_BYTES = 80 * 2**30
-"""Memory of the stand-in GPU. It sizes batches and pools, on which no fact rests."""
-
 _MODELS = ("model_path", "tokenizer_path", "speculative_draft_model_path", "uno_lora_path", "lora_paths")
 """Arguments of SGLang that name a folder or a model of the hub (0.5.18 to 0.5.23)."""
+
+_OF_MODELS = ("--model-path", "--model", "--tokenizer-path", "--speculative-draft-model-path")
+
+_OF_POLICIES = (POLICY_VARIABLE, MACHINE_VARIABLE)
+
+_ONLY_CONFIG = "nothing is downloaded, and only a model's config.json is read: name a folder that holds it"
 
 _OF_A_MACHINE = ("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHOME", "HOME")
 """Variables by which a process finds what is installed: the server's say nothing of this machine."""
@@ -56,6 +73,9 @@ class Server:
         hicache: whether HiCache is in use at all.
         retraction, offload: what a PD decode server writes to the host for requests that it retracts, and of
             those that it decodes, and past which fence of SGLang, in a sentence; None where it does not.
+        variables: those of the policy as the server has them; None: as this process has them.
+        command: what the text was understood as.
+        not_read: what another program than SGLang was given besides SGLang's options, in a sentence.
     """
 
     facts: Facts
@@ -64,34 +84,103 @@ class Server:
     hicache: bool
     retraction: str | None = None
     offload: str | None = None
+    variables: Mapping[str, str] | None = None
+    command: CommandLine | None = None
+    not_read: str | None = None
+
+    def policy_in_force(self) -> Policy:
+        """What this server decides by. Raises PolicyError."""
+        variables = self.variables
+        if variables is None:
+            return policy_in_force(self.policy)
+        by_variable = self.policy == variables.get(POLICY_VARIABLE)
+        kept = {name: os.environ.pop(name, None) for name in _OF_POLICIES}
+        os.environ.update(variables)
+        try:
+            return policy_in_force(None if by_variable else self.policy)
+        finally:
+            for name, value in kept.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
 
-def server_facts_of(command_line: str, given: Mapping[str, FactValue] | None = None) -> Server:
+def server_facts_of(
+    command_line: str, given: Mapping[str, FactValue] | None = None, *, gpu_gib: int | None = None
+) -> Server:
     """Resolve ``command_line`` as the server would.
 
     Args:
         command_line: a text that `command_line.read` understands.
         given: facts that count instead of resolved and detected ones; of ``gpu_arch`` SGLang is told.
+        gpu_gib: memory of a GPU of that architecture; without it every size that there is is asked about.
 
     Raises:
         CommandLineError: the text is not read, SGLang or this plug-in refuses it, a model's config.json is
             not here, or no GPU is here and no architecture was given.
         NameProblem: ``given`` holds a name that is no fact.
     """
+    with working(RESOLVING):
+        return resolved(understood(command_line), given, gpu_gib=gpu_gib)
+
+
+def understood(command_line: str) -> CommandLine:
+    """The variables and options in the text, checked as far as that takes no time. Raises NameProblem."""
+    command = read(command_line, os.environ)
+    _check_what_needs_no_sglang(command.argv)
+    return command
+
+
+def resolved(
+    command: CommandLine, given: Mapping[str, FactValue] | None = None, *, gpu_gib: int | None = None
+) -> Server:
+    """`server_facts_of` a command line that is `understood`: takes seconds. Raises as that."""
     known: dict[str, Any] = {name: value for name, value in (given or {}).items() if value is not None}
-    answer = _ask(read(command_line, os.environ), known.get("gpu_arch"))
+    answer = _ask(command, known.get("gpu_arch"), gpu_gib)
     facts = {**Facts.from_dict(answer["facts"])}
     facts.update({name: fact for name, fact in Facts.given(**known).items() if fact.value is not None})
-    return Server(Facts(facts), answer["backend"], answer["policy"], answer["hicache"], **answer["decode"])
+    return Server(
+        Facts(facts),
+        answer["backend"],
+        answer["policy"],
+        answer["hicache"],
+        **answer["decode"],
+        variables=answer["variables"],
+        command=command,
+        not_read=answer["not_read"],
+    )
 
 
-def _ask(command: CommandLine, gpu_arch: FactValue) -> dict[str, Any]:
+def _check_what_needs_no_sglang(argv: Sequence[str]) -> None:
+    """Refuse what is wrong whatever SGLang resolves: importing it takes longer than anybody wants to wait for
+    a typo. Raises CommandLineError.
+    """
+    for option, value in _values(argv, "--hicache-io-backend", "--hicache-io-policy"):
+        try:
+            check_backend(value, BACKENDS) if option == "--hicache-io-backend" else load_policy(value)
+        except (NameProblem, PolicyError) as error:
+            raise CommandLineError(f"{option}: {error}") from None
+    for option, value in _values(argv, *_OF_MODELS):
+        if value.startswith(("/", "./", "../", "~")) and not Path(value).exists():
+            raise CommandLineError(f"{option}: there is no folder {value} on this machine; {_ONLY_CONFIG}")
+
+
+def _values(argv: Sequence[str], *options: str) -> Iterator[tuple[str, str]]:
+    """The values that `argv` gives `options` by their full names."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name in options and (value := value if equals else following):
+            yield name, value
+
+
+def _ask(command: CommandLine, gpu_arch: FactValue, gpu_gib: int | None = None) -> dict[str, Any]:
     """The child's answer. Raises CommandLineError."""
     from ..no_gpu import fake_libcuda
 
     with tempfile.TemporaryDirectory(prefix="hicache-io-") as scratch:
         answer = Path(scratch, "answer.json")
-        request = {"argv": command.argv, "gpu_arch": gpu_arch, "answer": str(answer)}
+        request = {"argv": command.argv, "gpu_arch": gpu_arch, "gpu_gib": gpu_gib, "answer": str(answer)}
+        request["program"] = command.program
         try:
             environment = {
                 **_variables(command, fake_libcuda.environment(Path(scratch, "libcuda"))),
@@ -140,15 +229,83 @@ def _child() -> None:
     """Resolve the request's arguments and write the answer: facts, or an error."""
     request = json.loads(sys.stdin.read())
     gpu_arch = request["gpu_arch"]
+    setattr(argparse.ArgumentParser, "error", _refused_by_the_parser)  # noqa: B010 (it is a method)
     if gpu_arch not in (None, "cpu"):
         stand_in_gpu(gpu_arch)
-    try:
-        answer = _resolved(request["argv"], gpu_arch)
-    except SystemExit:
-        raise  # argparse or the plug-in has said why
-    except Exception as error:
-        answer = {"error": _reason(request["argv"], error)}
+    argv, not_read = request["argv"], None
+    if request["program"]:
+        argv, not_read = _options_of_sglang(argv, request["program"])
+    if gpu_arch in (None, "cpu"):
+        answer = _answer(argv, gpu_arch)
+    else:
+        answer = _at_every_size(argv, gpu_arch, gpu_memory.sizes(gpu_arch, request["gpu_gib"]))
+    answer["not_read"] = not_read
     Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def _options_of_sglang(argv: Sequence[str], program: str) -> tuple[list[str], str]:
+    """The words of another program's command that SGLang's parser takes, and a sentence about the others."""
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    ServerArgs.add_cli_args(parser)
+    others = parser.parse_known_args(list(argv))[1]
+    left, kept = list(others), list[str]()
+    for word in argv:  # parse_known_args keeps the order
+        if left and word == left[0]:
+            left.pop(0)
+        else:
+            kept.append(word)
+    said = f"its own options are not read ({' '.join(others)})" if others else "it was given no others"
+    return (
+        kept,
+        f"{program} takes SGLang's options among its own; {said}, and what it sets itself is not known",
+    )
+
+
+def _at_every_size(argv: Sequence[str], gpu_arch: str, sizes: Sequence[int]) -> dict[str, Any]:
+    """The answer for a GPU that is not here, whatever its memory is; each size in a process that has SGLang
+    imported.
+    """
+    stand_in_gpu(gpu_arch, sizes[0])
+    importlib.import_module("sglang.srt.server_args")
+    _trust_devices_of_another_machine()
+    answers: dict[int, dict[str, Any]] = {}
+    for size in sizes[1:]:
+        with tempfile.NamedTemporaryFile() as file:
+            if (child := os.fork()) == 0:
+                stand_in_gpu(gpu_arch, size)
+                Path(file.name).write_text(json.dumps(_answer(argv, gpu_arch)), encoding="utf-8")
+                os._exit(0)
+            os.waitpid(child, 0)
+            answers[size] = json.loads(Path(file.name).read_text(encoding="utf-8") or "{}")
+    here = {sizes[0]: _answer(argv, gpu_arch)}
+    return gpu_memory.merged({**here, **{size: each for size, each in answers.items() if each}})
+
+
+def _trust_devices_of_another_machine() -> None:
+    """Take names of InfiniBand devices as they are: SGLang looks for them in this machine's /sys."""
+    from sglang.srt import server_args
+
+    if find_spec("sglang.srt.arg_groups.validation_hook") is not None:
+        validation = importlib.import_module("sglang.srt.arg_groups.validation_hook")
+        setattr(validation, "validate_ib_devices", lambda device_str: device_str)  # noqa: B010 (not ours)
+    else:  # 0.5.18
+        server_args.ServerArgs._validate_ib_devices = lambda self, device_str: device_str
+
+
+def _answer(argv: Sequence[str], gpu_arch: str | None) -> dict[str, Any]:
+    """Facts, or an error."""
+    try:
+        return _resolved(argv, gpu_arch)
+    except SystemExit:
+        raise  # the plug-in has said why
+    except CommandLineError as error:
+        return {"error": error.message}
+    except Exception as error:
+        return {"error": _reason(argv, error)}
 
 
 def _resolved(argv: Sequence[str], gpu_arch: str | None) -> dict[str, Any]:
@@ -176,9 +333,25 @@ def _resolved(argv: Sequence[str], gpu_arch: str | None) -> dict[str, Any]:
         "facts": facts.to_dict(),
         "backend": getattr(server_args, resolution.WANTED_ATTRIBUTE, None) or config.hicache_io_backend,
         "policy": options.asked(server_args).policy or os.environ.get(POLICY_VARIABLE),
+        "variables": {name: os.environ[name] for name in _OF_POLICIES if name in os.environ},
         "hicache": resolution.hicache_in_use(config),
         "decode": _decode_writes(config, facts),
     }
+
+
+def _refused_by_the_parser(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """In place of usage, which is 480 lines of SGLang's: the message, and what was probably meant.
+
+    Raises:
+        CommandLineError: always.
+    """
+    if found := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+        known = [name for action in parser._actions for name in action.option_strings]
+        message = with_hint(message, nearest(found[1], known))
+    elif found := re.match(r"(argument \S+: invalid choice: '(.*?)') \(choose from (.*)\)$", message):
+        hint = nearest(found[2], re.findall(r"[\w.-]+", found[3]))
+        message = with_hint(found[1], hint) if hint else message
+    raise CommandLineError(f"SGLang refuses this: {message}")
 
 
 def _decode_writes(config: Any, facts: Facts) -> dict[str, str | None]:
@@ -226,14 +399,12 @@ def _reason(argv: Sequence[str], error: Exception) -> str:
     named = [each for each in missing if each[1] in str(error)]
     if missing and (named or isinstance(error, OSError)):
         models = ", ".join(f"{model} ({option})" for option, model in named or missing)
-        return f"config.json of the model {models} is not on this machine, and nothing is downloaded: {text}"
+        return f"the model {models} is not on this machine; {_ONLY_CONFIG}"
     return f"SGLang cannot resolve this: {text}"
 
 
 def _models(argv: Sequence[str]) -> list[tuple[str, str]]:
     """Every model that `argv` names, with its option, by SGLang's own parser."""
-    import argparse
-
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
@@ -262,8 +433,9 @@ def _is_here(model: str) -> bool:
         return False
 
 
-def stand_in_gpu(gpu_arch: str) -> None:
+def stand_in_gpu(gpu_arch: str, gib: int = 80) -> None:
     """Let torch.cuda say that eight GPUs of ``gpu_arch`` are here, so that SGLang resolves for them."""
+    nbytes = gib * 2**30
     import torch
 
     digits = gpu_arch.removeprefix("sm").rstrip("af")
@@ -272,7 +444,7 @@ def stand_in_gpu(gpu_arch: str) -> None:
         name=gpu_arch,
         major=major,
         minor=minor,
-        total_memory=_STAND_IN_BYTES,
+        total_memory=nbytes,
         multi_processor_count=132,
         is_integrated=False,
     )
@@ -283,7 +455,7 @@ def stand_in_gpu(gpu_arch: str) -> None:
         "get_device_capability": lambda device=None: (major, minor),
         "get_device_name": lambda device=None: gpu_arch,
         "get_device_properties": lambda device=None: properties,
-        "mem_get_info": lambda device=None: (_STAND_IN_BYTES, _STAND_IN_BYTES),
+        "mem_get_info": lambda device=None: (nbytes, nbytes),
     }
     for name, function in stand_in.items():
         setattr(torch.cuda, name, function)

@@ -29,11 +29,13 @@ class CommandLine:
             tell, and by which SGLang decides nothing (an access token), is left out.
         argv: SGLang's options, as ``prepare_server_args`` takes them.
         inherits: whether the server has the variables of the shell around the text too; a container has not.
+        program: another program that takes SGLang's options among its own; empty for SGLang itself.
     """
 
     variables: Mapping[str, str | None]
     argv: list[str]
     inherits: bool = True
+    program: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ _WRAPPERS = {
     "tini": _Wrapper("gsvwp:e:"),
     "dumb-init": _Wrapper("cv", "single-child verbose"),
 }
+# They add options to SGLang's own parser, and pass what it reads on (NVIDIA Dynamo's worker).
+_TAKES_OPTIONS_OF_SGLANG = ("dynamo.sglang", "dynamo.sglang.main")
 _SHELLS = ("bash", "sh", "dash", "zsh", "ksh")
 _PYTHON = re.compile(r"python(3(\.\d+)?)?")
 _NAMES_A_SERVER = re.compile(r"sglang[\w.]*\s+serve\b|launch_server\b|\.sglang\b")
@@ -132,6 +136,8 @@ def started(words: Sequence[str], process: Process, run_script: RunScript) -> Co
     if _PYTHON.fullmatch(program) and (module := _module(rest)):
         if module[0] == "sglang.launch_server":
             return _server(module[1:], process)
+        if module[0] in _TAKES_OPTIONS_OF_SGLANG:
+            return replace(_server(module[1:], process), program=module[0])
         rest = module[1:]
     elif program == "env":
         process, rest = _by_env(words, process)

@@ -38,6 +38,8 @@ _USE_OURS = "start with --hicache-io-backend auto"
 def server(asked: Server, policy: Policy) -> Iterator[Finding]:
     """Whether that server would run safely: by whose backend, and beside which kernels."""
     facts = asked.facts
+    if asked.not_read is not None:
+        yield Finding("server", WARNING, asked.not_read, "its log has what the plug-in decides")
     if not asked.hicache:
         yield Finding("server", OK, "HiCache is off: nothing is written back")
         return

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from multiprocessing import parent_process
+from pathlib import Path
 from typing import Any
 
 from ....policy.format.errors import PolicyError
 from ...policy_files import load_policy
 from ...registry import AUTO, UPSTREAM_NAMES, available_backends, unknown_backend
 from .. import unsafe
-from ..errors import RefusedError
+from ..errors import RefusedError, exit_with
 from ..handover.decision_handover import is_ours
 
 ASKED_ATTRIBUTE = "_hicache_io_asked"
@@ -30,6 +32,52 @@ def refuse_unservable(name: str, problem: str | None) -> None:
         raise RefusedError(f"--hicache-io-backend: {unknown_backend(name)}")
 
 
+def refuse_early(problem: str | None) -> None:
+    """In a process that was started as SGLang's server: refuse a wrong name or file of ours now. Until SGLang
+    parses it takes 5 s more, in which it imports its arguments.
+
+    Raises:
+        SystemExit: the server must not start; one line on standard error, status 2.
+    """
+    if parent_process() is not None or Path(sys.argv[0]).name not in _SERVERS:
+        return
+    refuse = _Refuse(problem)
+    for word, following in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option in refuse.of and (value := value if equals else following):
+            refuse.of[option](value)
+
+
+_SERVERS = ("sglang", "launch_server.py")
+
+
+class _Refuse:
+    """What argparse calls for the values of our options: it ends by itself, because argparse would print an
+    ArgumentTypeError below 480 lines of usage.
+    """
+
+    def __init__(self, problem: str | None) -> None:
+        self._problem = problem
+        self.of: Mapping[str, Callable[[str], str]] = {
+            "--hicache-io-backend": self.backend,
+            "--hicache-io-policy": self.policy_file,
+        }
+
+    def backend(self, name: str) -> str:
+        try:
+            refuse_unservable(name, self._problem)
+        except RefusedError as error:
+            raise exit_with(error, 2) from None
+        return name
+
+    def policy_file(self, path: str) -> str:
+        try:
+            load_policy(path)
+        except PolicyError as error:
+            raise exit_with(RefusedError(f"--hicache-io-policy: {error}"), 2) from None
+        return path
+
+
 def extend_parser(problem: str | None) -> Callable[..., None]:
     """Hook after ``ServerArgs.add_cli_args``: our names beside SGLang's, and the policy option.
 
@@ -37,31 +85,16 @@ def extend_parser(problem: str | None) -> Callable[..., None]:
         problem: why this SGLang cannot be served, if so: then any of our names is refused with it, at once.
     """
 
-    def backend(name: str) -> str:
-        try:
-            if is_ours(name) and name != AUTO and name not in available_backends():
-                # argparse would list the choices; the nearest name helps more.
-                raise argparse.ArgumentTypeError(unknown_backend(name))
-            refuse_unservable(name, problem)
-        except RefusedError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        return name
-
-    def policy_file(path: str) -> str:
-        try:
-            load_policy(path)
-        except PolicyError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        return path
+    refuse = _Refuse(problem)
 
     def hook(_result: object, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
         action = next(a for a in parser._actions if "--hicache-io-backend" in a.option_strings)
         action.choices = [*(action.choices or UPSTREAM_NAMES), AUTO, *available_backends()]
-        action.type = backend
+        action.type = refuse.backend
         action.help = f"{action.help}. {AUTO} and what follows it: sglang-hicache-io"
         parser.add_argument(
             "--hicache-io-policy",
-            type=policy_file,
+            type=refuse.policy_file,
             metavar="FILE",
             default=None,
             help="Policy file of sglang-hicache-io: which write-back backend, and which forwards wait "

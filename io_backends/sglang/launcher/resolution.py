@@ -6,7 +6,6 @@ final only at the end of the resolution (see `server_facts`).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from ....policy.backend_spec import spec_of
 from ....policy.decide import Decision, decide
 from ....policy.format.errors import PolicyError
+from ....policy.log import logger_of
 from ....policy.sentences import lost_sentence
 from ....policy.unfenced import lost_here
 from ...device import unavailable
@@ -26,7 +26,7 @@ from ..handover.server_facts import resolved_facts
 from ..scheduler import scheduler_hooks
 from .options import asked, is_ours, refuse_unservable
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _SOURCE = "sglang-hicache-io"
 

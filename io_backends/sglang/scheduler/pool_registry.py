@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ....policy.log import logger_of
 from ...device.base import Device
 from ...interface import Backend, OptionsError
 from ...plan.geometry import PoolGeometry
 from . import kernels
 from .pool_geometry import UnsupportedPoolError, describe_pool, host_buffers
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _REGISTERED_RANGES = "_sglang_cuda_host_registered_ranges"
 """Where SGLang leaves (address, bytes) of each registration of a host buffer."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ....policy.backend_spec import spec_of
 from ....policy.decide import Decision, describe_decision
+from ....policy.log import logger_of
 from ...device import open_device
 from ...device.base import Device
 from ...registry import BACKENDS, make_backend
@@ -24,7 +24,7 @@ from .indices import draft_pool_of
 from .metrics import metrics_of
 from .writeback import WriteBack
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 @dataclass(slots=True)

@@ -9,7 +9,6 @@ path, which counts as SM work.
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ....policy.log import logger_of
 from ...copy_engine import BREAK_EVEN_ENTRY_BYTES
 from ...device.base import Device, Event
 from ...interface import Backend, Submission, Transfer
@@ -34,7 +34,7 @@ from .metrics import Metrics
 from .pool_registry import PoolRegistry, label_of
 from .writes import UPSTREAM, Counters, PoolWrite, Write
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _NO_SLOTS = np.empty(0, dtype=np.int64)
 

@@ -1,0 +1,52 @@
+"""What SGLang decides by the memory of a GPU that is not here.
+
+Where its size is not known, SGLang is asked at every size that such a GPU has, and what differs is unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# GiB of each architecture's GPUs, by NVIDIA's data sheets; of several in one of the classes by which SGLang
+# sizes batches (memory_hook.py of 0.5.23: below 20, 35, 60, 90, 160 GiB), one. The first is asked first.
+_SIZES: Mapping[str, tuple[int, ...]] = {
+    "sm75": (16, 24, 48),
+    "sm80": (80, 40, 24),
+    "sm86": (24, 16, 48),
+    "sm89": (48, 24, 16),
+    "sm90": (80, 141),
+    "sm100": (180,),
+    "sm103": (268,),
+    "sm120": (96, 32, 16),
+    "sm121": (119,),
+}
+_ALL = (80, 16, 24, 48, 141, 180)
+
+HOW = "give --gpu-memory"
+
+
+def sizes(gpu_arch: str, given_gib: int | None) -> tuple[int, ...]:
+    """Sizes in GiB to ask SGLang at: what was given, else all that an architecture has."""
+    return (given_gib,) if given_gib is not None else _SIZES.get(gpu_arch, _ALL)
+
+
+def merged(answers: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    """One answer of those that a child process of `dry_run` gave, by GiB; facts that differ are unknown.
+
+    A server that SGLang refuses at one size and not at another is refused, with the size.
+    """
+    first = next(iter(answers.values()))
+    refused = {size: answer["error"] for size, answer in answers.items() if "error" in answer}
+    if len(refused) == len(answers):
+        return first
+    if refused:
+        size, error = next(iter(refused.items()))
+        return {"error": f"with {size} GiB of GPU memory: {error} ({HOW})"}
+    facts = dict(first["facts"])
+    for name in facts:
+        values = {size: answer["facts"][name]["value"] for size, answer in answers.items()}
+        if len(set(values.values())) > 1:
+            said = ", ".join(f"{value} with {size} GiB" for size, value in values.items())
+            facts[name] = {"value": None, "source": f"the GPU's memory decides it: {said}; {HOW}"}
+    return {**first, "facts": facts}

@@ -1,0 +1,59 @@
+"""Nothing of this machine decides about a server on another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_hicache.bench import tiny_model
+from sglang_hicache.io_backends.sglang.diagnose import dry_run, gpu_memory
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model.write(tmp_path_factory.mktemp("another") / "model")
+
+
+def test_an_infiniband_device_that_is_not_here(model: Path) -> None:
+    line = (
+        f"sglang serve {model} --skip-tokenizer-init --enable-hierarchical-cache --hicache-io-backend auto "
+        "--disaggregation-mode prefill --disaggregation-ib-device mlx5_77"
+    )
+    server = dry_run.server_facts_of(line, {"gpu_arch": "sm90"})
+    assert server.facts.value("prefill_attention_backend") == "fa3"
+    assert server.facts["gpu_arch"].value == "sm90"
+
+
+def test_a_fact_that_hangs_on_the_memory_of_the_gpu(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each size is resolved in a process of its own: SGLang sizes chunks of prefill by the memory."""
+    asked: list[Any] = []
+    ask = dry_run._ask
+
+    def noted(*given: Any) -> Any:
+        asked.append(given[1:])
+        return ask(*given)
+
+    monkeypatch.setattr(dry_run, "_ask", noted)
+    line = f"sglang serve {model} --skip-tokenizer-init --enable-hierarchical-cache"
+    known = dry_run.server_facts_of(line, {"gpu_arch": "sm90"}, gpu_gib=141).facts
+    unknown = dry_run.server_facts_of(line, {"gpu_arch": "sm90"}).facts
+    assert asked == [("sm90", 141), ("sm90", None)]
+    assert {name: fact.value for name, fact in known.items()} == {
+        name: fact.value for name, fact in unknown.items()
+    }
+    assert len(gpu_memory.sizes("sm90", None)) == 2
+
+
+def test_another_program_that_takes_sglangs_options(model: Path) -> None:
+    line = (
+        f"python3 -m dynamo.sglang --endpoint dyn://a.b.c --model-path {model} --skip-tokenizer-init "
+        "--migration-limit 3 --enable-hierarchical-cache --hicache-io-backend auto --page-size 64"
+    )
+    server = dry_run.server_facts_of(line, {"gpu_arch": "sm90"}, gpu_gib=80)
+    assert (server.facts.value("page_size"), server.backend, server.hicache) == (64, "auto", True)
+    assert server.not_read == (
+        "dynamo.sglang takes SGLang's options among its own; its own options are not read (--endpoint "
+        "dyn://a.b.c --migration-limit 3), and what it sets itself is not known"
+    )
