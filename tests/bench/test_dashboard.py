@@ -135,8 +135,8 @@ def test_an_alert_fires_for_that_rank_and_no_other(alert: str, spelling: str, tm
 DESCRIBED = {
     "HiCacheIoUnsafeFences": "--hicache-io-unsafe-fences none is an experiment: outputs may be wrong and the "
     "GPU may fault. Restart without it.",
-    "HiCacheIoStuckWrite": "It began 2m 59s ago. Its pages cannot be evicted. Look at the server's log and at "
-    "the GPU (nvidia-smi, dmesg); restart the server.",
+    "HiCacheIoStuckWrite": "It began 2m 59s ago. Its pages cannot be evicted. Look at the server's log and "
+    "at the GPU (nvidia-smi, dmesg); restart the server.",
     "HiCacheIoBacklog": "200B of rows wait that SGLang cannot evict. Forwards make more than the link takes: "
     "a larger staging_mb, write_through_selective, or less load.",
     "HiCacheIoFallback": "Fenced, and slower: r. If that is what this pool is (Mamba, DSA indexer, ...), "
