@@ -39,7 +39,7 @@ def why_not() -> str | None:
 
         Figure()
     except ImportError:
-        return "matplotlib is not installed (pip install 'sglang-hicache-io[plot]')"
+        return "matplotlib is not installed (pip install matplotlib)"
     except Exception as error:  # beside other versions of what it needs it imports, and fails later
         return f"matplotlib does not work here: {error}"
     return None

@@ -203,6 +203,8 @@ RELEASES = (
 """Oldest first."""
 
 SUPPORTED = tuple(release.version for release in RELEASES)
+INSTALL = f"pip install sglang=={SUPPORTED[-1]}"
+"""For who has no SGLang. This project is on no package index, so that no extra of it can be asked for."""
 POOL_COPIES = frozenset(release.pool_copy for release in RELEASES)
 
 
