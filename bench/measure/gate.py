@@ -1,8 +1,8 @@
 """Whether a run is slower than an earlier one, by contender and measurement, for ``bench compare``. Pure.
 
 Two runs of one code differ: another host's CPU, what else ran there, clocks. That moves whole measurements,
-far beyond the spread of the repeats within a run. So nothing is called slower by itself, only in proportion to
-what is measured beside it and did not change: SGLang's own copies, the plain loop of copies, and the link.
+far beyond the spread of the repeats within a run. So nothing is called slower by itself, only in proportion
+to what is measured beside it and did not change: SGLang's own copies, the plain loop of copies, and the link.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def gate(first: Results, second: Results, fail_over: float = FAIL_OVER) -> list[
 
     A contender is slower if it is so by more than ``fail_over`` in proportion to every unchanged contender
     that was measured in a quarter of its cases (the link, where there is none), and if in half of its cases
-    the repeats do not overlap. Else the same code on another day would be slower: a host with a slower CPU slows
-    down whatever is bound by it, and nothing else.
+    the repeats do not overlap. Else the same code on another day would be slower: a host with a slower
+    CPU slows down whatever is bound by it, and nothing else.
     """
     lines = list(_presence(first, second))
     earlier = {row.key: row for row in first.rows}

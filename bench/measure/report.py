@@ -16,9 +16,8 @@ body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 90em;
 table { border-collapse: collapse; margin: 0.5em 0; font-variant-numeric: tabular-nums }
 th, td { border: 1px solid #ccc; padding: 2px 8px; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left; background: #fff; position: sticky; left: 0 }
-thead th { background: #f2f2f2 } .scroll { overflow: auto; max-height: 85vh; max-width: 100% }
-.scroll thead th { position: sticky; top: 0; z-index: 1; background: #f2f2f2 }
-.scroll thead th:first-child { z-index: 2 }
+thead th { background: #f2f2f2 } .scroll { overflow-x: auto; max-width: 100% }
+.scroll thead th:first-child { background: #f2f2f2 }
 .about td { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top }
 .about td:first-child { white-space: nowrap; font-weight: bold; position: static }
 nav { columns: 22em; margin: 1em 0 } nav a { display: block } img { max-width: 100%; height: auto }
@@ -41,7 +40,9 @@ def as_html(run: Results) -> str:
     shown = f"<p>No pictures: {html.escape(reason)}</p>" if reason else pictures(plots.figures(run))
     terms = {name: f"{each.says} ({each.unit or 'share'})" for name, each in METRICS.items()}
     title = "Write-back of KV cache to host memory"
-    return page(title, run, tables.tables(run), shown, more=rates, terms=terms, first=tables.summary(run))
+    # The first lines say it in all; a phone has no room for more before the contents.
+    overview, rest = tables.summary(run)[:1], tables.summary(run)[1:]
+    return page(title, run, [*rest, *tables.tables(run)], shown, more=rates, terms=terms, first=overview)
 
 
 def page(

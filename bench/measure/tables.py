@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,16 +173,17 @@ def tables(run: Results) -> list[Table]:
 
 
 def summary(run: Results) -> list[Table]:
-    """``auto`` beside SGLang's default: a table for each layout, and one of the other measurements.
+    """``auto`` beside SGLang's default: in all, for each layout, and the other measurements.
 
     None without either of them.
     """
     bandwidth = [row for row in run.of("bandwidth") if row.metrics]
-    made = []
-    for layout in dict.fromkeys(row.case.layout for row in bandwidth):
-        pairs = _pairs([row for row in bandwidth if row.case.layout == layout])
-        if pairs:
-            made.append(_beside_default(layout, pairs))
+    by_layout = {row.case.layout: list[_Pair]() for row in bandwidth}
+    for pair in _pairs(bandwidth):
+        by_layout[pair[1].case.layout].append(pair)
+    found = {layout: pairs for layout, pairs in by_layout.items() if pairs}
+    made = [_overview(found)] if found else []
+    made += [_beside_default(layout, pairs) for layout, pairs in found.items()]
     others = []
     for name, shape in _SHAPES.items():
         if name != "bandwidth":
@@ -190,8 +191,8 @@ def summary(run: Results) -> list[Table]:
                 rows = [row for row in run.of(name) if metric in row.metrics]
                 others += _other(name, metric, _pairs(rows))
     if others:
-        columns = ("measurement", "layout", "cases", "SGLang's", "auto", "auto by SGLang's")
-        note = "Medians over the cases that both were measured in."
+        columns = ("measurement", "layout", "cases", "SGLang's", "auto", "by")
+        note = "Medians over the cases that both were measured in. by: auto by SGLang's default."
         made.append(
             Table("auto beside SGLang's default: other measurements", columns, tuple(others), (note,))
         )
@@ -212,6 +213,24 @@ def _pairs(rows: Sequence[Row]) -> list[_Pair]:
     return found
 
 
+def _overview(by_layout: Mapping[str, Sequence[_Pair]]) -> Table:
+    lines = []
+    for layout, pairs in by_layout.items():
+        by = sorted(
+            auto.metrics["gb_per_s"].median / default.metrics["gb_per_s"].median for default, auto in pairs
+        )
+        words = [_in_short(auto).partition(",")[0] for _, auto in pairs]
+        right = [str(words.count(word)) for word in ("yes", "not told apart", "no")]
+        shown = f"{statistics.median(by):.2f}x", f"{by[0]:.2f}x to {by[-1]:.2f}x"
+        lines.append((layout, str(len(pairs)), *shown, *right))
+    return Table(
+        "auto beside SGLang's default: GB/s of one write",
+        ("layout", "writes", "median", "least to most", "right", "even", "wrong"),
+        tuple(lines),
+        ("right: auto chose the fastest contender that keeps the policy's fences; even: not told apart.",),
+    )
+
+
 def _beside_default(layout: str, pairs: Sequence[_Pair]) -> Table:
     lines = []
     attention = len({auto.case.attention for _, auto in pairs}) > 1
@@ -219,7 +238,7 @@ def _beside_default(layout: str, pairs: Sequence[_Pair]) -> Table:
         theirs, ours = (row.metrics["gb_per_s"].median for row in (default, auto))
         case = _case_text(auto.case).replace(f" {layout}", "")
         name = case if attention else case.removesuffix(f" {auto.case.attention}")
-        lines.append((name, f"{theirs:.1f}", f"{ours:.1f}", f"{ours / theirs:.2f}x", verdict(auto)))
+        lines.append((name, f"{theirs:.1f}", f"{ours:.1f}", f"{ours / theirs:.2f}x", _in_short(auto)))
     names = ", ".join(dict.fromkeys(default.contender for default, _ in pairs))
     return Table(
         f"{layout}: GB/s of one write",
@@ -232,6 +251,16 @@ def _beside_default(layout: str, pairs: Sequence[_Pair]) -> Table:
     )
 
 
+def _in_short(auto: Row) -> str:
+    """:func:`verdict`, without who was faster."""
+    found = verdict(auto)
+    return (
+        f"no, by {auto.missed_by:.0%}"
+        if found.startswith("no:")
+        else found.partition(":")[0].partition(" (")[0]
+    )
+
+
 def _other(name: str, metric: str, pairs: Sequence[_Pair]) -> Iterator[tuple[str, ...]]:
     unit = METRICS[metric].unit
     for layout in dict.fromkeys(auto.case.layout for _, auto in pairs):
@@ -240,7 +269,7 @@ def _other(name: str, metric: str, pairs: Sequence[_Pair]) -> Iterator[tuple[str
             statistics.median(each[side].metrics[metric].median for each in here) for side in (0, 1)
         )
         by = f"{ours / theirs:.2f}x" if theirs else ""
-        yield f"{name}, {metric}", layout, str(len(here)), f"{theirs:,.4g} {unit}", f"{ours:,.4g} {unit}", by
+        yield f"{name} {metric}", layout, str(len(here)), f"{theirs:,.4g} {unit}", f"{ours:,.4g} {unit}", by
 
 
 def _table(run: Results, rows: Sequence[Row], name: str, shape: _Shape) -> Table:
