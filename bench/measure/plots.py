@@ -143,18 +143,14 @@ def colour(name: str) -> str:
     return _COLOURS.get(name, "#117733")
 
 
-def _style(name: str) -> dict[str, Any]:
-    return {"color": colour(name), "marker": _MARKERS.get(name, "*"), "label": name}
-
-
 def _with_bars(axis: Any, name: str, points: Sequence[tuple[float, Spread]], **more: Any) -> None:
     """Medians with least and greatest, joined by a line."""
     points = sorted(points, key=lambda point: point[0])
     mid = [each.median for _, each in points]
     below = [max(0.0, each.median - each.low) for _, each in points]
     above = [max(0.0, each.high - each.median) for _, each in points]
-    style = {"capsize": 2, "linewidth": 1, "elinewidth": 0.8, "markersize": 5, **_style(name), **more}
-    axis.errorbar([x for x, _ in points], mid, yerr=[below, above], **style)
+    look = {"capsize": 2, "linewidth": 1, "elinewidth": 0.8, "markersize": 5, **style(name), **more}
+    axis.errorbar([x for x, _ in points], mid, yerr=[below, above], **look)
 
 
 def _bandwidth(run: Results, rows: Sequence[Row]) -> Any:
@@ -287,8 +283,8 @@ def _sustained(run: Results, rows: Sequence[Row]) -> Any:
     for axis, (case, forward) in zip(flat, panels, strict=False):
         for row in rows:
             if (row.case, row.forward) == (case, forward) and row.series:
-                style = {**_style(row.contender), "marker": "", "linewidth": 1}
-                axis.plot([at / 1e3 for at, _ in row.series], [mb for _, mb in row.series], **style)
+                look = {**style(row.contender), "marker": "", "linewidth": 1}
+                axis.plot([at / 1e3 for at, _ in row.series], [mb for _, mb in row.series], **look)
         axis.set(xlabel="s", ylabel="MB")
         axis.set_title(f"{case.model}, page {case.page_size}, {forward}", fontsize=8)
         axis.set_ylim(bottom=0)
@@ -297,6 +293,23 @@ def _sustained(run: Results, rows: Sequence[Row]) -> Any:
         axis.set_axis_off()
     legend(figure, flat[: len(panels)])
     return figure
+
+
+def style(name: str) -> dict[str, Any]:
+    """Colour, marker and label of a contender or an arm."""
+    return {"color": colour(name), "marker": _MARKERS.get(name, "*"), "label": name}
+
+
+def log_ticks(axis: Any) -> None:
+    """Numbers at 1, 2 and 5 of each decade of a logarithmic x axis: where matplotlib labels every tick of a
+    short one, they lie on one another."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_xlim()
+    steps = (1.0, 2.0, 5.0) if high / low < 200 else (1.0,)
+    axis.xaxis.set_major_locator(LogLocator(subs=steps))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def legend(figure: Any, axes: Sequence[Any]) -> None:

@@ -274,7 +274,7 @@ def test_whether_auto_was_right(auto_ms: tuple[float, ...], other_ms: tuple[floa
 
 
 def test_contenders_are_told_apart_in_pictures() -> None:
-    styles = [plots._style(name) for name in names()]
+    styles = [plots.style(name) for name in names()]
     assert len({style["marker"] for style in styles}) == len(styles)
     assert len({style["color"] for style in styles}) == len(styles)
     for style in styles:
