@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from sglang_hicache.bench.cli import app
-from sglang_hicache.bench.measure import compare, gate, judge, plots, results, tables
+from sglang_hicache.bench.measure import compare, gate, judge, plots, report, results, tables
 from sglang_hicache.bench.measure.cases import Case
 from sglang_hicache.bench.measure.contenders import names
 from sglang_hicache.bench.measure.results import Results, Row, Spread
@@ -281,3 +282,21 @@ def test_contenders_are_told_apart_in_pictures() -> None:
         red, green, blue = (int(style["color"][at : at + 2], 16) / 255 for at in (1, 3, 5))
         # Yellow on white: the luminance of sRGB (ITU-R BT.709) leaves no contrast.
         assert 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.75, style
+
+
+def test_a_report_begins_with_a_summary_and_contents_that_lead_somewhere() -> None:
+    page = report.as_html(results.load(ONE_COMMIT[1]))
+    places = (
+        "auto beside SGLang&#x27;s default: GB/s of one write</h2>",
+        "<nav>",
+        'id="pictures"',
+        'id="page_first',
+    )
+    found = [page.index(each) for each in (*places, 'id="where"')]
+    assert found == sorted(found)
+    targets = re.findall(r'href="#([^"]+)"', page)
+    assert len(targets) == len(set(targets)) > 8
+    assert set(targets) <= set(re.findall(r'id="([^"]+)"', page))
+    assert 'name="viewport" content="width=device-width' in page
+    tables_in_boxes = page.count('<div class="scroll" tabindex="0"><table>')
+    assert page.count("<table") == tables_in_boxes + page.count('<table class="about">')

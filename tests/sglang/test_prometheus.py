@@ -20,6 +20,8 @@ from sglang_hicache.bench import serving, tiny_model, workload
 from sglang_hicache.bench.lab.dashboard import ALERTS, DASHBOARD
 from sglang_hicache.io_backends import Submission
 from sglang_hicache.io_backends.sglang.metrics import SAMPLED, Metrics
+from sglang_hicache.io_backends.sglang.scheduler.pool_registry import KnownPool
+from sglang_hicache.io_backends.sglang.scheduler.writeback import NOT_WHOLE, TRANSLATED, WriteBack
 
 prometheus_client = pytest.importorskip("prometheus_client")
 
@@ -197,3 +199,38 @@ def prometheus_after_scrapes(prometheus: Prometheus) -> Prometheus:
     """Once there are two scrapes, which a rate needs."""
     prometheus.until(lambda: prometheus.newest(dict(queries())["Writes"]) != [])
     return prometheus
+
+
+class _Counted:
+    """Stands for the metrics; keeps what is expected of each pool."""
+
+    def __init__(self) -> None:
+        self.expected: dict[str, tuple[list[str], list[str]]] = {}
+
+    def expect(self, pool: str, backends: list[str], reasons: list[str]) -> None:
+        self.expected[pool] = backends, reasons
+
+
+def test_each_pool_starts_with_what_may_be_counted_of_it() -> None:
+    """A pool that no backend serves has its fallbacks from the start, and no bytes of ours."""
+    hybrid, other, again = (SimpleNamespace(name=name) for name in ("hybrid", "copy_engine", "hybrid"))
+    pools = [SimpleNamespace(pool_label=name) for name in ("kv", "swa", "mamba")]
+    known = {
+        "kv": KnownPool((), object(), ()),  # type: ignore[arg-type]
+        "swa": KnownPool((), object(), ("too small",), {id(other): "too small"}),  # type: ignore[arg-type]
+        "mamba": KnownPool((), None, ("not a kind that is known",)),
+    }
+    counted = _Counted()
+
+    class Pools:
+        def __getitem__(self, pool: Any) -> KnownPool:
+            return known[pool.pool_label]
+
+    writeback: Any = SimpleNamespace(pools=Pools(), _backends=(hybrid, other, again), metrics=counted)
+    for pool in pools:
+        WriteBack.expect(writeback, pool)
+    assert counted.expected == {
+        "kv": (["hybrid", "copy_engine"], [NOT_WHOLE, TRANSLATED]),
+        "swa": (["hybrid"], [NOT_WHOLE, "too small"]),
+        "mamba": ([], ["not a kind that is known"]),
+    }
