@@ -148,13 +148,14 @@ def make_report(
 
 
 def print_run(run: Results, every: bool) -> None:
-    """A run's tables on standard output: the short ones, or all of them."""
-    shown = tables.summary(run)
+    """A run's tables on standard output: the short ones, or all of them. One measurement alone is short."""
+    shown = tables.summary(run) if run.of("bandwidth") else []
     tables.print_each(
         tables.tables(run) if every or not shown else shown, run.watermark, console_of(columns=200)
     )
     if shown and not every:
-        typer.echo("Every contender and case: --all")
+        missing = sum(not row.metrics for row in run.rows)
+        typer.echo(f"Every contender and case, and why {missing} have no figures: --all")
 
 
 def _found(path: Path) -> Results | serve_result.Result | None:

@@ -224,6 +224,10 @@ def test_show_prints_a_short_table_for_each_layout_and_all_with_all() -> None:
     titles = ("auto beside SGLang's default", "page_first", "layer_first", "page_first_direct")
     assert [head.partition(":")[0] for head in map(str.strip, heads)] == list(titles)
     assert len(done.stdout.splitlines()) < 160
+    missing = sum(not row.metrics for row in results.load(ONE_COMMIT[1]).rows)
+    assert f"why {missing} have no figures: --all" in done.stdout
+    alone = hicache_io("bench", "show", ONE_COMMIT[1], "--only", "latency")
+    assert "Latency: us from before" in alone.stdout
     every = hicache_io("bench", "show", ONE_COMMIT[1], "--all", "--only", "latency")
     assert "Latency: us from before" in every.stdout
     assert "Bandwidth" not in every.stdout
