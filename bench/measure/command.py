@@ -18,13 +18,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ...io_backends.registry import BACKENDS
 from ...policy.format.errors import PolicyError
 from ...policy.names import ATTENTION_BACKENDS, NameProblem, check_name
+from ..json_option import Json
 from ..serve.command import serve
-from . import report, results, saved, suite
+from . import report, results, saved_runs, suite
 from .cases import LAYOUTS, MODELS
 from .contenders import names
 from .devices import gpu_missing
 from .results import Results
-from .saved import Json, refuse, say_written, stderr_console
+from .saved_runs import refuse, say_written, stderr_console
 
 ALL = "all"
 
@@ -77,7 +78,7 @@ def _measurement(name: str, text: str) -> None:
             Path | None,
             typer.Option(metavar="DIR", help="Write JSON, CSV, tables, plots and a report there."),
         ] = None,
-        every: saved.All = False,
+        every: saved_runs.All = False,
         as_json: Json = False,
     ) -> None:
         only = {
@@ -98,7 +99,7 @@ def _measurement(name: str, text: str) -> None:
             _check(what, given, known)
         _positive("--page-size", page_size)
         _positive("--tokens", tokens)
-        ask = suite.Ask(
+        ask = suite.MeasureOptions(
             measurements=tuple(suite.GRIDS) if name == ALL else (name,),
             cpu=gpu_missing() is not None,
             only={key: values for key, values in only.items() if values},
@@ -132,13 +133,13 @@ for _name, _text in {
 
 
 bench.command("serve")(serve)
-bench.command("list")(saved.list_runs)
-bench.command("show")(saved.show)
-bench.command("compare")(saved.compare)
-bench.command("report")(saved.make_report)
+bench.command("list")(saved_runs.list_runs)
+bench.command("show")(saved_runs.show)
+bench.command("compare")(saved_runs.compare)
+bench.command("report")(saved_runs.make_report)
 
 
-def _run(ask: suite.Ask, out: Path | None, every: bool, as_json: bool) -> None:
+def _run(ask: suite.MeasureOptions, out: Path | None, every: bool, as_json: bool) -> None:
     console = stderr_console()
     if ask.cpu:
         console.print(f"No GPU: {gpu_missing()}. {results.CPU_WATERMARK}.", style="bold red")
@@ -152,7 +153,7 @@ def _run(ask: suite.Ask, out: Path | None, every: bool, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(run.to_dict(), indent=1))
     else:
-        saved.print_run(run, every)
+        saved_runs.print_run(run, every)
     wrong, measured = run.wrong(), any(row.metrics for row in run.rows)
     for row in wrong:
         console.print(f"{row.measurement}: {row.case}: {row.contender}: {row.reason}", style="bold red")
@@ -180,7 +181,7 @@ class Live:
             disable=not console.is_terminal,
         )
 
-    def __enter__(self) -> suite.Say:
+    def __enter__(self) -> suite.SuiteProgress:
         self._bars.start()
         task = self._bars.add_task("measuring", total=1)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..measure.plots import FORMATS, canvas, legend, log_ticks, style
-from .account import SHARES, Distribution, Turn
-from .result import CellResult, Result
+from .account import SHARES, ArmRound, Distribution
+from .result import CellResult, ServeResult
 from .tables import about
 
 _SHOWN = (("first_token_s", "ms to the first token"), ("between_tokens_s", "ms between tokens"))
@@ -17,7 +17,7 @@ _EVERY = 12
 """Shares from one marker on a line to the next."""
 
 
-def figures(result: Result) -> dict[str, Any]:
+def figures(result: ServeResult) -> dict[str, Any]:
     """matplotlib figures by name, one for each cell and workload: a line for each arm and round."""
     found = {}
     for cell in result.cells:
@@ -28,7 +28,7 @@ def figures(result: Result) -> dict[str, Any]:
     return found
 
 
-def save(result: Result, folder: Path) -> list[Path]:
+def save(result: ServeResult, folder: Path) -> list[Path]:
     """Each figure as PNG and SVG in ``folder``; returns their paths."""
     paths = []
     for name, figure in figures(result).items():
@@ -39,7 +39,7 @@ def save(result: Result, folder: Path) -> list[Path]:
     return paths
 
 
-def _figure(result: Result, cell: CellResult, workload: str, turns: Sequence[Turn]) -> Any:
+def _figure(result: ServeResult, cell: CellResult, workload: str, turns: Sequence[ArmRound]) -> Any:
     shown = [each for each in _SHOWN if any(_of(turn, each[0]).count for turn in turns)]
     title = f"{about(cell)}: {workload}; one line a round"
     figure, axes = canvas(result, title, 1, len(shown), (5.2 * len(shown) + 1.2, 4.4))
@@ -65,6 +65,6 @@ def _figure(result: Result, cell: CellResult, workload: str, turns: Sequence[Tur
     return figure
 
 
-def _of(turn: Turn, name: str) -> Distribution:
+def _of(turn: ArmRound, name: str) -> Distribution:
     found: Distribution = getattr(turn, name)
     return found

@@ -74,6 +74,7 @@ def serve(address: str) -> None:
     import gc
     import importlib
 
+    _end_with_parent()
     for module in MODULES:
         importlib.import_module(module)
     assert not any(name.startswith("sglang_hicache") for name in sys.modules)
@@ -96,6 +97,7 @@ def serve(address: str) -> None:
 
 def _keep(connection: socket.socket) -> None:
     """Run what is asked for in a child, tell how it ended, and kill what is left of it at the end."""
+    _end_with_parent()
     length, fds, _, _ = socket.recv_fds(connection, 8, 3)
     data = b""
     while len(data) < int.from_bytes(length, "big"):
@@ -133,6 +135,7 @@ def _run(request: Mapping[str, object], fds: list[int]) -> None:
 
     from faults import injected
 
+    _end_with_parent()
     os.setsid()
     for target, fd in enumerate(fds):
         os.dup2(fd, target)
@@ -175,6 +178,12 @@ def _run(request: Mapping[str, object], fds: list[int]) -> None:
         os._exit(code)
 
 
+def _end_with_parent() -> None:
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def _set_environ(environ: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environ)
@@ -212,7 +221,6 @@ def _let_spawned_processes_be_forked() -> None:
 
 def _fork_the_fork_server() -> None:
     """Start multiprocessing's fork server as a fork of this process, which has done nothing yet."""
-    import ctypes
     import tempfile
     from multiprocessing import forkserver
 
@@ -225,8 +233,8 @@ def _fork_the_fork_server() -> None:
     pid = os.fork()
     if pid == 0:
         os.close(alive_w)
-        # A spawned process ends with its parent, and tells it when it fails (PR_SET_PDEATHSIG, SIGQUIT).
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        # A spawned process ends with its parent, and tells it when it fails.
+        _end_with_parent()
         signal.signal(signal.SIGQUIT, lambda *_: os.kill(launcher, signal.SIGQUIT))
         try:
             forkserver.main(listener.detach(), alive_r, preload=None)

@@ -17,7 +17,7 @@ from ....policy.fact_table import ATTENTION_FACTS, SERVER_FACTS
 from ....policy.facts import Fact, Facts
 from ....policy.names import NO_SPECULATION
 from .. import versions
-from ..scheduler.pool_geometry import UnsupportedPoolError, describe
+from ..scheduler.pool_geometry import UnsupportedPoolError, describe_pool
 from .machine_facts import detect
 
 RESOLVED = "resolved by SGLang"
@@ -236,7 +236,7 @@ def _pool_facts(scheduler: Any) -> dict[str, FactValue]:
         anchor = entries[0].host_pool if entries else group
         if anchor is not None:
             try:
-                geometry = describe(anchor)
+                geometry = describe_pool(anchor)
             except UnsupportedPoolError:
                 continue
             return {

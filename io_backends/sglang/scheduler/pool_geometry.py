@@ -26,7 +26,7 @@ class UnsupportedPoolError(ValueError):
     """A pool that cannot be described; the message says why, as a sentence for the operator."""
 
 
-def describe(host_pool: Any) -> PoolGeometry:
+def describe_pool(host_pool: Any) -> PoolGeometry:
     """Geometry of an SGLang host pool and the device buffers it mirrors.
 
     Raises:

@@ -11,7 +11,7 @@ from ...device.base import Device
 from ...interface import Backend, OptionsError
 from ...plan.geometry import PoolGeometry
 from . import kernels
-from .pool_geometry import UnsupportedPoolError, describe, host_buffers
+from .pool_geometry import UnsupportedPoolError, describe_pool, host_buffers
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class PoolRegistry:
         if known is not None and known.fingerprint == fingerprint:
             return known
         try:
-            geometry = describe(host_pool)
+            geometry = describe_pool(host_pool)
         except UnsupportedPoolError as error:
             pool = KnownPool(fingerprint, None, (str(error),))
         else:

@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from ....policy.backend_spec import spec_of
-from ....policy.decide import Decision, describe
+from ....policy.decide import Decision, describe_decision
 from ...device import open_device
 from ...device.base import Device
 from ...registry import BACKENDS, make_backend
@@ -127,7 +127,7 @@ def around_scheduler_init(
         ranks.agree(scheduler, decision, refusal)
     except RefusedError as error:
         raise exit_with(error, 1) from (refusal or error)
-    logger.info("%s", describe(decision))
+    logger.info("%s", describe_decision(decision))
     unsafe.warn(unsafe_fences)
 
 

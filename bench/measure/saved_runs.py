@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from ...policy.terminal import console as console_of
+from ..json_option import Json
 from ..serve import report as serve_report
 from ..serve import result as serve_result
 from ..serve import tables as serve_tables
@@ -20,7 +21,6 @@ from . import gate, plots, report, results, tables
 from .results import Results
 
 All = Annotated[bool, typer.Option("--all", help="Show every case and contender, too.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Saved = Annotated[Path, typer.Argument(help="A saved run, such as bench.json.")]
 
 
@@ -158,7 +158,7 @@ def print_run(run: Results, every: bool) -> None:
         typer.echo(f"Every contender and case, and why {missing} have no figures: --all")
 
 
-def _found(path: Path) -> Results | serve_result.Result | None:
+def _found(path: Path) -> Results | serve_result.ServeResult | None:
     """What is in a file, if it is a saved run."""
     try:
         return serve_result.load(path) if serve_result.is_one(path) else results.load(path)
@@ -166,7 +166,7 @@ def _found(path: Path) -> Results | serve_result.Result | None:
         return None
 
 
-def _measured(run: Results | serve_result.Result) -> dict[str, int]:
+def _measured(run: Results | serve_result.ServeResult) -> dict[str, int]:
     """Measurements, and how many rows or cells of each."""
     if not isinstance(run, Results):
         return {"servers": len(run.cells)}
