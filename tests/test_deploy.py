@@ -69,7 +69,7 @@ def test_the_server_of_a_file_would_start(text: Any, tmp_path: Path) -> None:
     model |= {"vocab_size": 512, "max_position_embeddings": 4096, "torch_dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(model))
     given = text(str(tmp_path)).replace(POLICY, str(DEPLOY / "policy.yaml"))
-    explain = [sys.executable, "-m", "sglang_hicache.bench.cli", "explain", "--gpu-arch", "sm90", "--json"]
+    explain = [Path(sys.executable).with_name("hicache-io"), "explain", "--gpu-arch", "sm90", "--json"]
     done = subprocess.run([*explain, "--server-args", given], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
