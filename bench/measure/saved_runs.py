@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -37,7 +37,7 @@ def list_runs(
     as_json: Json = False,
 ) -> None:
     """Every saved run in a folder: file, date, GPU, what was measured."""
-    found = []
+    found: list[dict[str, Any]] = []
     for path in sorted(folder.rglob("*.json")):
         run = _found(path)
         if run is not None:

@@ -184,7 +184,7 @@ def summary(run: Results) -> list[Table]:
     found = {layout: pairs for layout, pairs in by_layout.items() if pairs}
     made = [_overview(found)] if found else []
     made += [_beside_default(layout, pairs) for layout, pairs in found.items()]
-    others = []
+    others: list[tuple[str, ...]] = []
     for name, shape in _SHAPES.items():
         if name != "bandwidth":
             for metric in shape.headline:
