@@ -50,7 +50,15 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "hicache-io bench serve --model MODEL --rounds 2 --out results",
         "hicache-io bench serve --arm kernel --arm auto --workload prefill",
     ),
-    "bench compare": ("hicache-io bench compare a/bench.json b/bench.json",),
+    "bench list": ("hicache-io bench list bench/results",),
+    "bench show": (
+        "hicache-io bench show results/bench.json",
+        "hicache-io bench show results/bench.json --only bandwidth --all",
+    ),
+    "bench compare": (
+        "hicache-io bench compare a/bench.json b/bench.json",
+        "hicache-io bench compare a/bench.json b/bench.json --fail-over 5%",
+    ),
     "bench report": ("hicache-io bench report results/bench.json --out report",),
 }
 """By command; ``bench measurement`` stands for each of them."""

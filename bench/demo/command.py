@@ -19,6 +19,7 @@ import typer
 
 from ...io_backends.registry import AUTO, OWN_NAMES, available_backends, unknown_backend
 from ...io_backends.sglang.no_gpu.fake_libcuda import NoCompilerError
+from ...io_backends.sglang.versions import INSTALL
 from ...policy.names import MEM_LAYOUTS, NameProblem, check_name
 from ...policy.terminal import styled
 from ...policy.text import answer
@@ -111,7 +112,7 @@ def _check_input(backends: list[str], layout: str | None, model: str | None) -> 
     except NameProblem as problem:
         _refuse(str(problem))
     if find_spec("sglang") is None:
-        _refuse("SGLang is not installed; pip install 'sglang-hicache-io[sglang]'")
+        _refuse(f"SGLang is not installed; {INSTALL}")
     if model is not None:
         import torch
 

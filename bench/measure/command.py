@@ -18,20 +18,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ...io_backends.registry import BACKENDS
 from ...policy.format.errors import PolicyError
 from ...policy.names import ATTENTION_BACKENDS, NameProblem, check_name
-from ...policy.terminal import console as console_of
 from ...policy.text import answer
 from ..examples import epilog
 from ..json_option import Json
 from ..outputs import check_folder, refuse
-from ..serve import report as serve_report
-from ..serve import result as serve_result
 from ..serve.command import serve
-from . import compare as comparing
-from . import plots, report, results, suite, tables
+from . import report, results, saved_runs, suite
 from .cases import LAYOUTS, MODELS
 from .contenders import names
 from .devices import gpu_missing
 from .results import Results
+from .saved_runs import say_written, stderr_console
 
 ALL = "all"
 
@@ -42,8 +39,6 @@ bench = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-
-Saved = Annotated[Path, typer.Argument(help="A saved run (bench.json).")]
 
 
 def _many(metavar: str, text: str) -> Any:
@@ -88,6 +83,7 @@ def _measurement(name: str, text: str) -> None:
             Path | None,
             typer.Option(metavar="DIR", help="Write JSON, CSV, tables, plots and a report there."),
         ] = None,
+        every: saved_runs.All = False,
         as_json: Json = False,
     ) -> None:
         only = {
@@ -124,7 +120,7 @@ def _measurement(name: str, text: str) -> None:
         if not any(ask.cases(each) for each in ask.measurements):
             refuse("no case is left: a write has fewer --tokens than a page has")
         check_folder("--out", out)
-        _run(ask, out, as_json)
+        _run(ask, out, every, as_json)
 
     command.__doc__ = text
     bench.command(name, epilog=epilog("bench measurement", name=name))(command)
@@ -143,76 +139,27 @@ for _name, _text in {
 
 
 bench.command("serve", epilog=epilog("bench serve"))(serve)
+bench.command("list", epilog=epilog("bench list"))(saved_runs.list_runs)
+bench.command("show", epilog=epilog("bench show"))(saved_runs.show)
+bench.command("compare", epilog=epilog("bench compare"))(saved_runs.compare)
+bench.command("report", epilog=epilog("bench report"))(saved_runs.make_report)
 
 
-@bench.command("compare", epilog=epilog("bench compare"))
-def compare(
-    first: Saved,
-    second: Saved,
-    least: Annotated[
-        float, typer.Option(min=0, help="Smallest relative change that counts.")
-    ] = comparing.LEAST_CHANGE,
-    every: Annotated[bool, typer.Option("--all", help="Show what did not change, too.")] = False,
-    as_json: Json = False,
-) -> None:
-    """What changed from FIRST to SECOND beyond the spread of the repeats; status 1 if anything got slower."""
-    runs = [_load(first), _load(second)]
-    problem = comparing.not_comparable(runs[0], runs[1])
-    if problem is not None:
-        refuse(problem)
-    changes = list(comparing.compare(runs[0], runs[1], least))
-    worse = [each for each in changes if each.verdict in comparing.WORSE]
-    if as_json:
-        answer(
-            json.dumps(
-                {
-                    "ok": not worse,
-                    "watermark": runs[1].watermark,
-                    "first": runs[0].environment,
-                    "second": runs[1].environment,
-                    "changes": [each.to_dict() for each in changes if every or each.verdict != "same"],
-                },
-                indent=1,
-            )
-        )
-    else:
-        _show_changes(changes, runs, every)
-    raise typer.Exit(1 if worse else 0)
-
-
-@bench.command("report", epilog=epilog("bench report"))
-def make_report(
-    saved: Annotated[list[Path], typer.Argument(help="Saved runs of one machine; later ones replace rows.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write.")],
-) -> None:
-    """Write JSON, CSV, tables, plots and the HTML report of saved runs, or of saved results of serve."""
-    check_folder("--out", out)
-    try:
-        if all(map(serve_result.is_one, saved)):
-            found = serve_result.merged([serve_result.load(path) for path in saved])
-            _say_written(serve_report.write_all(found, out))
-            return
-        run = results.merged(_load(path) for path in saved)
-    except ValueError as error:
-        refuse(str(error))
-    _say_written(report.write_all(run, out))
-
-
-def _run(ask: suite.MeasureOptions, out: Path | None, as_json: bool) -> None:
+def _run(ask: suite.MeasureOptions, out: Path | None, every: bool, as_json: bool) -> None:
     console = stderr_console()
     if ask.cpu:
         console.print(f"No GPU: {gpu_missing()}. {results.CPU_WATERMARK}.", style="bold red")
     try:
         with Live(console) as say:
-            run = suite.measure(ask, say, save=lambda run: None if out is None else _save(run, out))
+            run = suite.measure(ask, say, save=lambda run: _save(run, out))
     except PolicyError as error:
         refuse(str(error))
     if out is not None:
-        _say_written(report.write_all(run, out))
+        say_written(report.write_all(run, out))
     if as_json:
         answer(json.dumps(run.to_dict(), indent=1))
     else:
-        tables.print_tables(run, console_of(columns=200))
+        saved_runs.print_run(run, every)
     wrong, measured = run.wrong(), any(row.metrics for row in run.rows)
     for row in wrong:
         console.print(f"{row.measurement}: {row.case}: {row.contender}: {row.reason}", style="bold red")
@@ -221,13 +168,9 @@ def _run(ask: suite.MeasureOptions, out: Path | None, as_json: bool) -> None:
     raise typer.Exit(0 if measured and not wrong else 1)
 
 
-def _save(run: Results, out: Path) -> None:
-    results.save(run, out)
-
-
-def stderr_console() -> Console:
-    """Where progress goes: standard output is the result's."""
-    return console_of(stderr=True, columns=160)
+def _save(run: Results, out: Path | None) -> None:
+    if out is not None:
+        results.save(run, out)
 
 
 class Live:
@@ -256,52 +199,6 @@ class Live:
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
-
-
-def _show_changes(changes: Sequence[comparing.Change], runs: Sequence[Results], every: bool) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    console = console_of(columns=180)
-    if runs[1].watermark:
-        console.print(runs[1].watermark, style="bold red")
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("measurement", "case", "contender", "figure", "before", "after", "change", "verdict"):
-        shown.add_column(name, overflow="fold")
-    for each in changes:
-        if every or each.verdict != "same":
-            row = each.row
-            who = row.contender + (f" beside {row.forward}" if row.forward else "")
-            figures = [_spread(each.before), _spread(each.after)]
-            change = "" if each.change is None else f"{each.change:+.1%}"
-            shown.add_row(
-                row.measurement, str(row.case), who, each.metric or "", *figures, change, each.verdict
-            )
-    if shown.row_count:
-        console.print(shown)
-    counts = {
-        verdict: sum(each.verdict == verdict for each in changes) for verdict in ("slower", "faster", "same")
-    }
-    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
-
-
-def _spread(each: results.Spread | None) -> str:
-    return "" if each is None else f"{each.median:.4g} ({each.low:.4g} to {each.high:.4g})"
-
-
-def _say_written(paths: Sequence[Path]) -> None:
-    console = stderr_console()
-    console.print(f"written: {', '.join(str(path) for path in paths)}", soft_wrap=True)
-    missing = plots.why_not()
-    if missing is not None:
-        console.print(f"no plots: {missing}")
-
-
-def _load(path: Path) -> Results:
-    try:
-        return results.load(path)
-    except ValueError as error:
-        refuse(str(error))
 
 
 def _contiguity(word: str | None) -> tuple[bool, ...]:

@@ -1,4 +1,7 @@
-"""Two runs side by side: what changed beyond the spread of their repeats. Pure."""
+"""Two runs side by side, figure by figure: what changed beyond the spread of the repeats. Pure.
+
+What another host does to a whole run counts here: whether the code got slower, :mod:`.gate` says.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,6 @@ COMPARED = (
     "values_us",
     *SUSTAINED,
 )
-
-
-WORSE = ("slower", "fails")
-"""Verdicts that make ``hicache-io bench compare`` end with 1."""
 
 
 @dataclass(frozen=True)

@@ -11,25 +11,45 @@ from .results import Results, Row, Spread
 
 FORMATS = ("png", "svg")
 
-# Okabe and Ito's colours, told apart without colour vision; the same contender has the same one everywhere.
+# Okabe and Ito's colours without their yellow, which white paper hides, and three of Paul Tol's: told apart
+# without colour vision. The same contender has the same colour and marker everywhere.
 _COLOURS = {
     "auto": "#000000",
     "hybrid": "#0072B2",
     "copy_engine": "#009E73",
     "fenced_kernel": "#D55E00",
-    "memcpy_loop": "#999999",
+    "memcpy_loop": "#777777",
     "sglang_staged": "#CC79A7",
     "sglang_kernel": "#E69F00",
-    "sglang_kernel_tma": "#F0E442",
+    "sglang_kernel_tma": "#882255",
     "sglang_aot": "#56B4E9",
-    "sglang_direct": "#666666",
+    "sglang_direct": "#332288",
     # Arms of whole servers.
-    "none": "#999999",
+    "none": "#777777",
     "kernel": "#E69F00",
     "direct": "#CC79A7",
     "null": "#56B4E9",
 }
-_MARKERS = {"auto": "x", "hybrid": "o", "copy_engine": "s", "fenced_kernel": "^"}
+_MARKERS = {
+    "auto": "X",
+    "hybrid": "o",
+    "copy_engine": "s",
+    "fenced_kernel": "^",
+    "memcpy_loop": "p",
+    "sglang_staged": "v",
+    "sglang_kernel": "D",
+    "sglang_kernel_tma": "P",
+    "sglang_aot": "<",
+    "sglang_direct": ">",
+    "none": "p",
+    "kernel": "D",
+    "direct": "v",
+    "null": "<",
+}
+
+
+_ASIDE = 0.05
+"""Decades between the points of two contenders at one size of entry."""
 
 
 def why_not() -> str | None:
@@ -39,7 +59,7 @@ def why_not() -> str | None:
 
         Figure()
     except ImportError:
-        return "matplotlib is not installed (pip install 'sglang-hicache-io[plot]')"
+        return "matplotlib is not installed (pip install matplotlib)"
     except Exception as error:  # beside other versions of what it needs it imports, and fails later
         return f"matplotlib does not work here: {error}"
     return None
@@ -120,11 +140,7 @@ def canvas(run: Marked, title: str, rows: int, columns: int, size: tuple[float, 
 
 def colour(name: str) -> str:
     """The contender's colour."""
-    return _COLOURS.get(name, "#882255")
-
-
-def _style(name: str) -> dict[str, Any]:
-    return {"color": colour(name), "marker": _MARKERS.get(name, "."), "label": name}
+    return _COLOURS.get(name, "#117733")
 
 
 def _with_bars(axis: Any, name: str, points: Sequence[tuple[float, Spread]], **more: Any) -> None:
@@ -133,8 +149,8 @@ def _with_bars(axis: Any, name: str, points: Sequence[tuple[float, Spread]], **m
     mid = [each.median for _, each in points]
     below = [max(0.0, each.median - each.low) for _, each in points]
     above = [max(0.0, each.high - each.median) for _, each in points]
-    style = {"capsize": 2, "linewidth": 1, "elinewidth": 0.8, "markersize": 5, **_style(name), **more}
-    axis.errorbar([x for x, _ in points], mid, yerr=[below, above], **style)
+    look = {"capsize": 2, "linewidth": 1, "elinewidth": 0.8, "markersize": 5, **style(name), **more}
+    axis.errorbar([x for x, _ in points], mid, yerr=[below, above], **look)
 
 
 def _bandwidth(run: Results, rows: Sequence[Row]) -> Any:
@@ -147,7 +163,7 @@ def _bandwidth(run: Results, rows: Sequence[Row]) -> Any:
     lines = -(-len(panels) // columns) or 1
     figure, axes = canvas(
         run,
-        f"Write-back of {tokens:,} tokens (hollow: contiguous slots)",
+        f"Write-back of {tokens:,} tokens (hollow: contiguous slots; points of one size side by side)",
         lines,
         columns,
         (4.6 * columns + 0.6, 3.6 * lines + 1.0),
@@ -155,10 +171,13 @@ def _bandwidth(run: Results, rows: Sequence[Row]) -> Any:
     flat = list(axes.flat)
     for axis, (model, layout) in zip(flat, panels, strict=False):
         here = [row for row in rows if (row.case.model, row.case.layout) == (model, layout)]
-        for name in dict.fromkeys(row.contender for row in here):
+        names = list(dict.fromkeys(row.contender for row in here))
+        for index, name in enumerate(names):
+            # Side by side: all copy the same entries, and the fast ones would lie on one another.
+            aside = 10 ** (_ASIDE * (index - (len(names) - 1) / 2))
             for fragmented in (True, False):
                 points = [
-                    (float(row.entry_bytes or 0), row.metrics["gb_per_s"])
+                    (float(row.entry_bytes or 0) * aside, row.metrics["gb_per_s"])
                     for row in here
                     if row.contender == name and row.case.fragmented == fragmented
                 ]
@@ -171,12 +190,13 @@ def _bandwidth(run: Results, rows: Sequence[Row]) -> Any:
             axis.axhline(link.median, color="#444444", linestyle="--", linewidth=0.8)
             axis.annotate(
                 "link",
-                (1, link.median),
+                (0.99, link.median),
                 xycoords=("axes fraction", "data"),
                 ha="right",
                 va="bottom",
                 fontsize=7,
             )
+            axis.set_ylim(top=max(axis.get_ylim()[1], 1.12 * link.median))
         axis.set(xscale="log", title=f"{model}, {layout}", xlabel="bytes an entry (drain)", ylabel="GB/s")
         axis.set_ylim(bottom=0)
         axis.title.set_fontsize(9)
@@ -263,8 +283,8 @@ def _sustained(run: Results, rows: Sequence[Row]) -> Any:
     for axis, (case, forward) in zip(flat, panels, strict=False):
         for row in rows:
             if (row.case, row.forward) == (case, forward) and row.series:
-                style = {**_style(row.contender), "marker": "", "linewidth": 1}
-                axis.plot([at / 1e3 for at, _ in row.series], [mb for _, mb in row.series], **style)
+                look = {**style(row.contender), "marker": "", "linewidth": 1}
+                axis.plot([at / 1e3 for at, _ in row.series], [mb for _, mb in row.series], **look)
         axis.set(xlabel="s", ylabel="MB")
         axis.set_title(f"{case.model}, page {case.page_size}, {forward}", fontsize=8)
         axis.set_ylim(bottom=0)
@@ -275,10 +295,27 @@ def _sustained(run: Results, rows: Sequence[Row]) -> Any:
     return figure
 
 
+def style(name: str) -> dict[str, Any]:
+    """Colour, marker and label of a contender or an arm."""
+    return {"color": colour(name), "marker": _MARKERS.get(name, "*"), "label": name}
+
+
+def log_ticks(axis: Any) -> None:
+    """Numbers at 1, 2 and 5 of each decade of a logarithmic x axis: where matplotlib labels every tick of a
+    short one, they lie on one another."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_xlim()
+    steps = (1.0, 2.0, 5.0) if high / low < 200 else (1.0,)
+    axis.xaxis.set_major_locator(LogLocator(subs=steps))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
 def legend(figure: Any, axes: Sequence[Any]) -> None:
-    """One legend for all axes, beside them."""
+    """One legend for all axes, beside them: at half their height, where no title is."""
     entries: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    figure.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize=7)
+    figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize=7)

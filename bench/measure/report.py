@@ -12,11 +12,21 @@ from . import plots, results, tables
 from .results import METRICS, Results
 
 _STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 110em; padding: 0 1em }
+body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 90em; padding: 0 1em; color: #111 }
 table { border-collapse: collapse; margin: 0.5em 0; font-variant-numeric: tabular-nums }
 th, td { border: 1px solid #ccc; padding: 2px 8px; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left }
-.scroll { overflow-x: auto } img { max-width: 100% }
+th:first-child, td:first-child { text-align: left; background: #fff; position: sticky; left: 0 }
+thead th { background: #f2f2f2 } .scroll { overflow-x: auto; max-width: 100% }
+.scroll thead th:first-child { background: #f2f2f2 }
+.about td { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top }
+.about td:first-child { white-space: nowrap; font-weight: bold; position: static }
+nav { columns: 22em; margin: 1em 0 } nav a { display: block } img { max-width: 100%; height: auto }
+@media (max-width: 40em) {
+  body { margin: 1em auto; font-size: 13px }
+  .scroll td:first-child, .scroll th:first-child { min-width: 9em; white-space: normal }
+  .about td:first-child { white-space: normal; min-width: 9em }
+  #pictures p { overflow-x: auto } #pictures img { max-width: none; width: 60em }
+}
 .mark { color: #b00020; font-weight: bold } dt { font-weight: bold } dd { margin: 0 0 0.2em 1em }
 """
 
@@ -31,7 +41,9 @@ def as_html(run: Results) -> str:
     shown = f"<p>No pictures: {html.escape(reason)}</p>" if reason else pictures(plots.figures(run))
     terms = {name: f"{each.says} ({each.unit or 'share'})" for name, each in METRICS.items()}
     title = "Write-back of KV cache to host memory"
-    return page(title, run, tables.tables(run), shown, more=rates, terms=terms)
+    # The first lines say it in all; a phone has no room for more before the contents.
+    overview, rest = tables.summary(run)[:1], tables.summary(run)[1:]
+    return page(title, run, [*rest, *tables.tables(run)], shown, more=rates, terms=terms, first=overview)
 
 
 def page(
@@ -43,8 +55,10 @@ def page(
     more: Mapping[str, str] | None = None,
     terms: Mapping[str, str] | None = None,
     problems: Sequence[str] = (),
+    first: Sequence[tables.Table] = (),
 ) -> str:
-    """A page: where it was measured, problems, pictures, tables, and what the numbers are.
+    """A page: problems, the tables to read first, contents, pictures, all tables, what the numbers are, and
+    where it was measured.
 
     Args:
         title: heading.
@@ -54,6 +68,7 @@ def page(
         more: further lines of the environment.
         terms: what each number is, by name.
         problems: what went wrong, a sentence each.
+        first: the tables to read first.
     """
     mark = f'<p class="mark">{html.escape(run.watermark)}</p>' if run.watermark else ""
     about = "".join(
@@ -61,13 +76,24 @@ def page(
         for name, value in {**run.environment, **(more or {})}.items()
     )
     wrong = "".join(f'<p class="mark">{html.escape(problem)}</p>' for problem in problems)
-    below = "".join(f'<div class="scroll">{tables.as_html(each, run.watermark)}</div>' for each in shown)
+    above, below = ("".join(tables.as_html(each, run.watermark) for each in some) for some in (first, shown))
     said = "".join(f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in (terms or {}).items())
-    glossary = f"<h2>What the numbers are</h2><dl>{said}</dl>" if said else ""
+    glossary = f'<h2 id="numbers">What the numbers are</h2><dl>{said}</dl>' if said else ""
+    entries = {tables.anchor(each): each.title for each in (*first, *shown)}
+    entries |= {"pictures": "Pictures"} if drawn else {}
+    entries |= {"numbers": "What the numbers are"} if said else {}
+    entries |= {"where": "Where it was measured"}
+    contents = "".join(f'<a href="#{name}">{html.escape(text)}</a>' for name, text in entries.items())
+    what = run.environment.get("gpu") or run.environment.get("cpu")
+    line = f"{what}, SGLang {run.environment.get('sglang')}, {str(run.environment.get('date'))[:10]}"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>hicache-io bench</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style></head><body>\n<h1>{html.escape(title)}</h1>{mark}{wrong}\n"
-        f"<table><tbody>{about}</tbody></table>\n{drawn}{below}{glossary}{mark}</body></html>\n"
+        f"<p>{html.escape(line)}</p>\n{above}<h2>Contents</h2><nav>{contents}</nav>\n"
+        f'<div id="pictures">{drawn}</div>{below}{glossary}\n'
+        f'<h2 id="where">Where it was measured</h2><table class="about"><tbody>{about}</tbody></table>{mark}'
+        "</body></html>\n"
     )
 
 

@@ -43,6 +43,13 @@ CONTENDERS = {
 }
 """Names, and what each is."""
 
+DEFAULTS = {
+    "page_first": ("sglang_staged",),
+    "layer_first": ("sglang_kernel_tma", "sglang_kernel"),
+    "page_first_direct": (DIRECT,),
+}
+"""By layout, what SGLang runs unless told otherwise: the first of these that can write a case."""
+
 _SERVES = {
     "page_first": ("sglang_staged", "sglang_kernel", "sglang_kernel_tma", "sglang_aot"),
     "layer_first": ("sglang_kernel", "sglang_kernel_tma", DIRECT),

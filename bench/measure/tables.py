@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,8 @@ from ...io_backends.registry import AUTO
 from ...policy import html
 from .cases import Case
 from .contenders import names as contender_names
-from .results import Results, Row
+from .results import METRICS, Results, Row
+from .sglang_pools import DEFAULTS
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class _Shape:
     cell: Callable[[Row], str]
     notes: tuple[str, ...]
     judged: bool = False
+    headline: tuple[str, ...] = ()
+    """Metrics for :func:`summary`."""
 
 
 def _number(row: Row, metric: str, shape: str) -> str:
@@ -106,6 +111,7 @@ _SHAPES = {
             "The longest wait of one forward, from the fence reached when the submission returned to the "
             "fence released; held: from before the submission to there. Nothing waits for copy engines.",
         ),
+        headline=("stall_ms", "held_ms"),
     ),
     "interference": _Shape(
         "Interference: time of a forward beside write-back that never stops, by its time alone",
@@ -114,6 +120,7 @@ _SHAPES = {
             "No forward waits here: it is the price of sharing the GPU. half: thread blocks for half of the "
             "SMs; decode steps: the thread that submits the writes waits for the ids of each, a step behind.",
         ),
+        headline=("slow_down",),
     ),
     "submit": _Shape(
         "Submit: us of the scheduler's thread for one write",
@@ -122,12 +129,14 @@ _SHAPES = {
             "In brackets: planning + device seam (driver, torch, Triton); later: for what was left to gaps "
             "between forwards. host_values: the wait for device indices that copy_engine needs, alone.",
         ),
+        headline=("submit_us",),
     ),
     "latency": _Shape(
         "Latency: us from before the submission until the host sees one write complete",
         _latency,
         (),
         judged=True,
+        headline=("ack_us",),
     ),
     "sustained": _Shape(
         "Sustained: forwards back to back, each of which leaves rows to write",
@@ -138,6 +147,7 @@ _SHAPES = {
             "forward in flight then to done, p50/p99 each; MB not enqueued and MB not done, most at any "
             "time. SGLang's own copies run without a fence for forwards here.",
         ),
+        headline=("kept_gb_per_s", "slow_down"),
     ),
 }
 _IDLE_NOTE = (
@@ -162,6 +172,106 @@ def tables(run: Results) -> list[Table]:
     return made
 
 
+def summary(run: Results) -> list[Table]:
+    """``auto`` beside SGLang's default: in all, for each layout, and the other measurements.
+
+    None without either of them.
+    """
+    bandwidth = [row for row in run.of("bandwidth") if row.metrics]
+    by_layout = {row.case.layout: list[_Pair]() for row in bandwidth}
+    for pair in _pairs(bandwidth):
+        by_layout[pair[1].case.layout].append(pair)
+    found = {layout: pairs for layout, pairs in by_layout.items() if pairs}
+    made = [_overview(found)] if found else []
+    made += [_beside_default(layout, pairs) for layout, pairs in found.items()]
+    others: list[tuple[str, ...]] = []
+    for name, shape in _SHAPES.items():
+        if name != "bandwidth":
+            for metric in shape.headline:
+                rows = [row for row in run.of(name) if metric in row.metrics]
+                others += _other(name, metric, _pairs(rows))
+    if others:
+        columns = ("measurement", "layout", "cases", "SGLang's", "auto", "by")
+        note = "Medians over the cases that both were measured in. by: auto by SGLang's default."
+        made.append(
+            Table("auto beside SGLang's default: other measurements", columns, tuple(others), (note,))
+        )
+    return made
+
+
+_Pair = tuple[Row, Row]
+
+
+def _pairs(rows: Sequence[Row]) -> list[_Pair]:
+    """SGLang's default and ``auto`` of each case that has both."""
+    found = []
+    for (case, _), beside in _by_case(rows).items():
+        by_name = {row.contender: row for row in beside}
+        default = next((by_name[name] for name in DEFAULTS[case.layout] if name in by_name), None)
+        if default is not None and AUTO in by_name:
+            found.append((default, by_name[AUTO]))
+    return found
+
+
+def _overview(by_layout: Mapping[str, Sequence[_Pair]]) -> Table:
+    lines = []
+    for layout, pairs in by_layout.items():
+        by = sorted(
+            auto.metrics["gb_per_s"].median / default.metrics["gb_per_s"].median for default, auto in pairs
+        )
+        words = [_in_short(auto).partition(",")[0] for _, auto in pairs]
+        right = [str(words.count(word)) for word in ("yes", "not told apart", "no")]
+        shown = f"{statistics.median(by):.2f}x", f"{by[0]:.2f}x to {by[-1]:.2f}x"
+        lines.append((layout, str(len(pairs)), *shown, *right))
+    return Table(
+        "auto beside SGLang's default: GB/s of one write",
+        ("layout", "writes", "median", "least to most", "right", "even", "wrong"),
+        tuple(lines),
+        ("right: auto chose the fastest contender that keeps the policy's fences; even: not told apart.",),
+    )
+
+
+def _beside_default(layout: str, pairs: Sequence[_Pair]) -> Table:
+    lines = []
+    attention = len({auto.case.attention for _, auto in pairs}) > 1
+    for default, auto in pairs:
+        theirs, ours = (row.metrics["gb_per_s"].median for row in (default, auto))
+        case = _case_text(auto.case).replace(f" {layout}", "")
+        name = case if attention else case.removesuffix(f" {auto.case.attention}")
+        lines.append((name, f"{theirs:.1f}", f"{ours:.1f}", f"{ours / theirs:.2f}x", _in_short(auto)))
+    names = ", ".join(dict.fromkeys(default.contender for default, _ in pairs))
+    return Table(
+        f"{layout}: GB/s of one write",
+        ("write", "SGLang's", "auto", "by", "auto right?"),
+        tuple(lines),
+        (
+            f"SGLang's default: {names}. by: auto by it. p: tokens a page; "
+            "contig, frag: contiguous, fragmented.",
+        ),
+    )
+
+
+def _in_short(auto: Row) -> str:
+    """:func:`verdict`, without who was faster."""
+    found = verdict(auto)
+    return (
+        f"no, by {auto.missed_by:.0%}"
+        if found.startswith("no:")
+        else found.partition(":")[0].partition(" (")[0]
+    )
+
+
+def _other(name: str, metric: str, pairs: Sequence[_Pair]) -> Iterator[tuple[str, ...]]:
+    unit = METRICS[metric].unit
+    for layout in dict.fromkeys(auto.case.layout for _, auto in pairs):
+        here = [each for each in pairs if each[1].case.layout == layout]
+        theirs, ours = (
+            statistics.median(each[side].metrics[metric].median for each in here) for side in (0, 1)
+        )
+        by = f"{ours / theirs:.2f}x" if theirs else ""
+        yield f"{name} {metric}", layout, str(len(here)), f"{theirs:,.4g} {unit}", f"{ours:,.4g} {unit}", by
+
+
 def _table(run: Results, rows: Sequence[Row], name: str, shape: _Shape) -> Table:
     measured = [row for row in rows if row.metrics]
     found = dict.fromkeys(row.contender for row in measured)
@@ -183,9 +293,11 @@ def _table(run: Results, rows: Sequence[Row], name: str, shape: _Shape) -> Table
 
 
 def verdict(auto: Row | None) -> str:
-    """Whether ``auto`` was the fastest safe choice, in words."""
+    """Whether ``auto`` was the fastest safe choice, in words; inside the spread that is not known."""
     if auto is None or auto.auto_right is None:
         return ""
+    if auto.auto_right and auto.missed_by and auto.backend != auto.fastest_safe:
+        return f"not told apart: {auto.backend}, {auto.fastest_safe}"
     if auto.auto_right:
         return f"yes ({auto.backend})"
     return f"no: {auto.fastest_safe}, {auto.backend} takes {auto.missed_by:.0%} longer"
@@ -249,18 +361,24 @@ def as_html(table: Table, watermark: str | None) -> str:
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in table.notes)
     mark = f'<p class="mark">{html.escape(watermark)}</p>' if watermark else ""
     return (
-        f"<h2>{html.escape(table.title)}</h2>{mark}<table><thead><tr>{head}</tr></thead>\n"
-        f"<tbody>{body}</tbody></table>{notes}\n"
+        f'<h2 id="{anchor(table)}">{html.escape(table.title)}</h2>{mark}\n'
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>{notes}\n"
     )
 
 
-def print_tables(run: Results, console: Any) -> None:
-    """Every table on a rich console, each with the watermark in its title."""
+def anchor(table: Table) -> str:
+    """What a link on the page leads to it by."""
+    return re.sub(r"\W+", "-", table.title.lower()).strip("-")
+
+
+def print_each(shown_tables: Sequence[Table], watermark: str | None, console: Any) -> None:
+    """Tables on a rich console, each with the watermark in its title."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table as RichTable
 
-    for table in tables(run):
-        title = table.title + (f"\n{run.watermark}" if run.watermark else "")
+    for table in shown_tables:
+        title = table.title + (f"\n{watermark}" if watermark else "")
         shown = RichTable(title=title, box=SIMPLE_HEAD, pad_edge=False, title_justify="left")
         for index, name in enumerate(table.columns):
             shown.add_column(name, justify="left" if index == 0 else "right", overflow="fold")

@@ -24,6 +24,7 @@ from ...io_backends.registry import AUTO, BACKENDS, UPSTREAM_NAMES
 from ...io_backends.sglang.diagnose.serving import refusal
 from ...io_backends.sglang.handover.machine_facts import detect
 from ...io_backends.sglang.no_gpu import fake_libcuda
+from ...io_backends.sglang.versions import INSTALL
 from ...policy.decide import Decision, check_backend, decide
 from ...policy.facts import Facts
 from ...policy.format.errors import PolicyError
@@ -242,9 +243,9 @@ def _defaults(known: dict[str, Any]) -> dict[str, Any]:
 def _check_libraries(plot: Path | None) -> None:
     """Exits where something is not installed."""
     if find_spec("sglang") is None:
-        _refuse("SGLang is not installed; pip install 'sglang-hicache-io[sglang]', or --sglang-path DIR")
+        _refuse(f"SGLang is not installed; {INSTALL}, or --sglang-path DIR")
     if plot is not None and find_spec("matplotlib") is None:
-        _refuse("--plot needs matplotlib; pip install 'sglang-hicache-io[plot]'")
+        _refuse("--plot needs matplotlib; pip install matplotlib")
     warnings.filterwarnings("ignore", module=r"sglang\.")
     if not fake_libcuda.loader_finds_libcuda():
         with tempfile.TemporaryDirectory() as folder:

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ...io_backends.sglang.versions import INSTALL
 from ...policy.names import MEM_LAYOUTS, NameProblem, check_name
 from ...policy.text import answer, say
 from ..json_option import Json
@@ -182,9 +183,9 @@ def _check(chosen: list[str], asked: list[str], layout: str | None, cpu: bool) -
         why = arms.unserved(arm, cpu=cpu)
         if why is not None:
             _refuse(why)
-    for module, package in (("sglang", "sglang"), ("aiohttp", "stress")):
+    for module, install in (("sglang", INSTALL), ("aiohttp", "pip install aiohttp")):
         if find_spec(module) is None:
-            _refuse(f"{module} is not installed; pip install 'sglang-hicache-io[{package}]'")
+            _refuse(f"{module} is not installed; {install}")
 
 
 def _refuse(why: str) -> Any:

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..measure.plots import FORMATS, canvas, colour, legend
+from ..measure.plots import FORMATS, canvas, legend, log_ticks, style
 from .account import SHARES, ArmRound, Distribution
 from .result import CellResult, ServeResult
 from .tables import about
 
 _SHOWN = (("first_token_s", "ms to the first token"), ("between_tokens_s", "ms between tokens"))
+
+_EVERY = 12
+"""Shares from one marker on a line to the next."""
 
 
 def figures(result: ServeResult) -> dict[str, Any]:
@@ -48,13 +51,15 @@ def _figure(result: ServeResult, cell: CellResult, workload: str, turns: Sequenc
                 axis.plot(
                     [1e3 * value for value in values.at],
                     [1 - share / 100 for share in SHARES],
-                    color=colour(turn.arm),
+                    **{**style(turn.arm), "label": turn.arm if first else None},
+                    markersize=4,
+                    markevery=_EVERY,
                     linewidth=1,
-                    label=turn.arm if first else None,
                 )
         # Shares from 1 to 0.001: a tail of one in a hundred is as visible as the median.
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="share of them that took longer")
         axis.set_ylim(8e-4, 1.1)
+        log_ticks(axis)
         axis.grid(alpha=0.25)
     legend(figure, list(axes.flat))
     return figure

@@ -29,9 +29,17 @@ def write_all(
     paths = [result.save(found, folder, stem), as_csv, as_text]
     as_csv.write_text(result.to_csv(found), encoding="utf-8")
     as_text.write_text(markdown_of(made, found.watermark), encoding="utf-8")
+    first = [each for each in made if each.title.endswith(tables.AGAINST)]
     drawn = {} if why_not() is not None else plots.figures(found)
     as_page.write_text(
-        page("SGLang servers under load", found, made, pictures(drawn), problems=found.problems()),
+        page(
+            "SGLang servers under load",
+            found,
+            [each for each in made if each not in first],
+            pictures(drawn),
+            problems=found.problems(),
+            first=first,
+        ),
         encoding="utf-8",
     )
     return [*paths, *(plots.save(found, folder) if drawn and single_pictures else []), as_page]

@@ -81,7 +81,7 @@ def stress(
     2: wrong input, no usable server to begin with, or outputs that differ and cannot be judged.
     """
     if find_spec("aiohttp") is None:
-        _refuse("aiohttp is not installed; pip install 'sglang-hicache-io[stress]' (SGLang brings it too)")
+        _refuse("aiohttp is not installed; pip install aiohttp (SGLang brings it too)")
     from . import report, run
 
     urls = [_url(url), *([_url(compare)] if compare else [])]

@@ -203,6 +203,8 @@ RELEASES = (
 """Oldest first."""
 
 SUPPORTED = tuple(release.version for release in RELEASES)
+INSTALL = f"pip install sglang=={SUPPORTED[-1]}"
+"""For who has no SGLang. This project is on no package index, so that no extra of it can be asked for."""
 POOL_COPIES = frozenset(release.pool_copy for release in RELEASES)
 
 
@@ -242,6 +244,20 @@ def arguments() -> Arguments:
 def view(server_args: Any) -> Any:
     """An object whose attributes are the values of these arguments, as resolved so far."""
     return arguments().view(server_args)
+
+
+def rank_labels(scheduler: Any) -> dict[str, int]:
+    """The ranks that tell a scheduler from the others of its server, as SGLang's scheduler metrics name them.
+
+    ``dp_rank`` is the replica's (``--dp-size``), or the attention-DP group's; 0 where there is one of each.
+    """
+    state = getattr(scheduler, "ps", None)  # up to 0.5.20
+    if state is None:
+        from sglang.srt.runtime_context import get_parallel
+
+        state = get_parallel()
+    dp_rank = state.attn_dp_rank if state.dp_rank is None else state.dp_rank
+    return {"tp_rank": state.tp_rank, "pp_rank": state.pp_rank, "dp_rank": dp_rank}
 
 
 def problem_with(version: str) -> str | None:

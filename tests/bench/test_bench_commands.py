@@ -136,14 +136,14 @@ def test_compare_ends_with_1_when_something_got_slower_and_0_when_not(tmp_path: 
     slower = saved(tmp_path / "b", 2.0, 2.1, 2.2)
     done = hicache_io("bench", "compare", before, slower)
     assert done.exit_code == 1
-    assert "1 slower, 0 faster, 1 same" in done.stdout
+    assert "1 slower, 0 faster, 0 same" in done.stdout
     assert hicache_io("bench", "compare", slower, before).exit_code == 0
     assert hicache_io("bench", "compare", before, before).exit_code == 0
-    assert hicache_io("bench", "compare", before, slower, "--least", "2").exit_code == 0
+    assert hicache_io("bench", "compare", before, slower, "--fail-over", "200%").exit_code == 0
     broken = saved(tmp_path / "c", reason="WRONG BYTES: here")
     done = hicache_io("bench", "compare", before, broken, "--json")
     assert done.exit_code == 1
-    (change,) = json.loads(done.stdout)["changes"]
+    (change,) = json.loads(done.stdout)["lines"]
     assert (change["verdict"], change["reason"]) == ("fails", "WRONG BYTES: here")
     cpu = saved(tmp_path / "d", 1.0, 1.1, ran_on="CPU")
     done = hicache_io("bench", "compare", before, cpu)

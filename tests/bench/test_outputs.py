@@ -184,7 +184,7 @@ COMMANDS = [
     [],
     *([name] for name in ("explain", *LAZY)),
     *(["policy", name] for name in ("init", "show", "validate", "schema")),
-    *(["bench", name] for name in ("bandwidth", "all", "serve", "compare", "report")),
+    *(["bench", name] for name in ("bandwidth", "all", "serve", "list", "show", "compare", "report")),
 ]
 
 

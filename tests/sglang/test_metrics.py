@@ -15,7 +15,8 @@ from launching import Machine
 
 from sglang_hicache.bench import serving, tiny_model, workload
 from sglang_hicache.io_backends import Submission
-from sglang_hicache.io_backends.sglang.scheduler.metrics import SAMPLED, Metrics, metrics_of
+from sglang_hicache.io_backends.sglang import versions
+from sglang_hicache.io_backends.sglang.metrics import SAMPLED, Metrics, metrics_of
 
 prometheus_client = pytest.importorskip("prometheus_client")
 
@@ -153,7 +154,58 @@ def no_global_metrics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(prometheus_client, "Counter", lambda **_: None)
     monkeypatch.setattr(prometheus_client, "Gauge", lambda **_: None)
     monkeypatch.setattr(prometheus_client, "Histogram", lambda **_: None)
+    monkeypatch.setattr(versions, "view", lambda server_args: server_args)
     return
+
+
+def scheduler_of(tree_cache: Any, *, dp_rank: int | None = None, **more: Any) -> Any:
+    """Of SGLang up to 0.5.20: the second rank, in the fourth attention-DP group or in a replica."""
+    ranks = SimpleNamespace(tp_rank=1, pp_rank=2, dp_rank=dp_rank, attn_dp_rank=3)
+    arguments = SimpleNamespace(served_model_name="a model")
+    return SimpleNamespace(tree_cache=tree_cache, server_args=arguments, ps=ranks, **more)
+
+
+@pytest.mark.usefixtures("no_global_metrics")
+def test_each_rank_and_replica_has_series_of_its_own() -> None:
+    """SGLang's cache metrics name no rank before 0.5.21, and dp_rank 0 for every replica after."""
+    for labels in ({"cache_type": "radix"}, {"cache_type": "radix", "dp_rank": 0, "tp_rank": 0}):
+        cache = SimpleNamespace(metrics_collector=SimpleNamespace(labels=labels))
+        for dp_rank, shown in ((None, 3), (5, 5)):
+            found = metrics_of(scheduler_of(cache, dp_rank=dp_rank))
+            assert found is not None
+            ranks = {"tp_rank": 1, "pp_rank": 2, "dp_rank": shown}
+            assert found._labels == {"model_name": "a model", "cache_type": "radix", **ranks}
+
+
+def test_what_may_be_counted_starts_at_0(metrics: Metrics, registry: Any) -> None:
+    """A series that appears with its first event is no increase to Prometheus."""
+    metrics.expect("kv", ["hybrid", "copy_engine"], ["one reason", "another"])
+    metrics.expect("mamba", [], ["not a kind that is known"])
+    there = {
+        (
+            sample.name.removeprefix("sglang:hicache_io_"),
+            sample.labels.get("backend") or sample.labels.get("reason"),
+        )
+        for family in registry.collect()
+        for sample in family.samples
+        if not sample.name.endswith(("_created", "_bucket", "_sum"))
+    }
+    by_backend = ("bytes_total", "writes_total", "copy_entries_total", "short_entry_writes_total")
+    names = (*by_backend, "transfer_seconds_count")
+    reasons = ("one reason", "another", "not a kind that is known")
+    assert there == {
+        *((name, backend) for name in names for backend in ("hybrid", "copy_engine")),
+        *(("fallback_writes_total", reason) for reason in reasons),
+        ("forward_fences_total", None),
+        ("forward_fence_seconds_count", None),
+    }
+    assert samples(registry) == {}
+
+
+def test_what_runs_is_an_info_metric(metrics: Metrics, registry: Any) -> None:
+    metrics.runs("hybrid", rule='a "rule"\n', fence_forward="extend", version="1.0", unsafe_fences="none")
+    assert samples(registry) == {'info hybrid a "rule"\n extend 1.0 none': 1}
+    assert 'rule="a \\"rule\\"\\n"' in prometheus_client.generate_latest(registry).decode()
 
 
 @pytest.mark.usefixtures("no_global_metrics")
@@ -162,8 +214,8 @@ def test_only_a_scheduler_with_metrics_has_these() -> None:
     off = SimpleNamespace(metrics_collector=None)
     assert metrics_of(SimpleNamespace(tree_cache=off, metrics_collector=None)) is None
     assert metrics_of(SimpleNamespace(tree_cache=off)) is None
-    assert metrics_of(SimpleNamespace(tree_cache=SimpleNamespace(metrics_collector=collector))) is not None
-    assert metrics_of(SimpleNamespace(tree_cache=off, metrics_collector=collector)) is not None
+    assert metrics_of(scheduler_of(SimpleNamespace(metrics_collector=collector))) is not None
+    assert metrics_of(scheduler_of(off, metrics_collector=collector)) is not None
 
 
 class TestDashboard:

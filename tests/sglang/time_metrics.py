@@ -24,7 +24,7 @@ def main() -> None:
         import prometheus_client
 
         from sglang_hicache.io_backends import Submission
-        from sglang_hicache.io_backends.sglang.scheduler.metrics import Metrics
+        from sglang_hicache.io_backends.sglang.metrics import Metrics
 
         metrics = Metrics({"cache_type": "UnifiedRadixCache", "tp_rank": "0"}, prometheus_client)
         submission, backend = Submission(copies=4, nbytes=1000), Ring()

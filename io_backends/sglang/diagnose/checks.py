@@ -71,7 +71,7 @@ def installation() -> Iterator[Finding]:
             "SGLang",
             WARNING,
             f"cannot be imported here: {error}",
-            "pip install 'sglang-hicache-io[sglang]', or run doctor in the server's environment",
+            f"{versions.INSTALL}, or run doctor in the server's environment",
         )
         return
     problem = versions.problem_with(version)
@@ -88,7 +88,7 @@ def _plug_in() -> Finding:
             "plug-in",
             BAD,
             f"SGLang does not see {_PLUGIN} here",
-            "pip install sglang-hicache-io into SGLang's environment",
+            "pip install . in a checkout of sglang-hicache-io, into SGLang's environment",
         )
     chosen = os.environ.get("SGLANG_PLUGINS", "")
     if chosen and _PLUGIN not in [name.strip() for name in chosen.split(",")]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ...device.base import Device, Event, Stream
 
 if TYPE_CHECKING:
-    from .metrics import Metrics
+    from ..metrics import Metrics
 
 
 class LaunchesForwards(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 from ....policy.backend_spec import spec_of
@@ -17,11 +18,11 @@ from .. import hooks, unsafe, versions
 from ..errors import RefusedError, end_scheduler
 from ..handover import decision_handover, ranks
 from ..handover.decision_handover import ATTRIBUTE, is_ours
+from ..metrics import metrics_of
 from ..no_gpu import cpu_engine
 from . import kernels
 from .fences import Fences, forwards_of
 from .indices import draft_pool_of
-from .metrics import metrics_of
 from .writeback import WriteBack
 
 logger = logger_of(__name__)
@@ -47,6 +48,18 @@ class Active:
         self.writeback.before_forward()
         waits = self.writeback.fences.before_forward(forwards, self.writeback.metrics)
         self.writeback.counters.forward_fences += bool(waits)
+
+    def tell_metrics(self) -> None:
+        """What runs here, as an info metric."""
+        if self.writeback.metrics is not None:
+            for route in self.decision.routes:
+                self.writeback.metrics.runs(
+                    route.backend,
+                    rule=route.rule,
+                    fence_forward="+".join(route.fence_forward),
+                    version=metadata.version("sglang-hicache-io"),
+                    unsafe_fences=self.unsafe_fences or "",
+                )
 
     def summary(self) -> dict[str, Any]:
         """The decision in short, and the counters, for ``/server_info``."""
@@ -165,6 +178,7 @@ def _make_ready(scheduler: Any) -> None:
             _prepare(controller, _active)
             unsafe.leave_out_sglangs(controller, _active.unsafe_fences)
     _active.writeback.start(_step_tokens(scheduler))
+    _active.tell_metrics()
 
 
 def _step_tokens(scheduler: Any) -> int:
@@ -188,8 +202,9 @@ def _prepare(controller: Any, active: Active) -> None:
     draft = draft_pool_of(controller)
     if draft is not None:  # two pools with one vector of indices go one way
         active.writeback.pools.serve_alike([*pools, draft])
+        active.writeback.expect(draft)
     for pool in pools:
-        active.writeback.pools.serves(pool)
+        active.writeback.expect(pool)
         kernel_options = [
             r.options for r in active.decision.routes if spec_of(BACKENDS, r.backend).upstream_copy
         ]

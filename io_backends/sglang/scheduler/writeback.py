@@ -26,11 +26,11 @@ from ...plan.geometry import PoolGeometry
 from ...plan.staged_write import is_whole
 from ...routes import Route, distinct, write_facts
 from .. import versions
+from ..metrics import Metrics
 from . import kernels
 from .deferred_event import deferred
 from .fences import Fences
 from .indices import PlainIndices, translated
-from .metrics import Metrics
 from .pool_registry import PoolRegistry, label_of
 from .writes import UPSTREAM, Counters, PoolWrite, Write
 
@@ -41,6 +41,9 @@ _NO_SLOTS = np.empty(0, dtype=np.int64)
 NOT_WHOLE = "a write to a paged layout was not whole pages, each in order"
 """Why a write takes SGLang's own path though a backend serves its pool. SGLang writes nothing else (0.5.18 to
 0.5.23, see :mod:`~sglang_hicache.io_backends.plan.staged_write`), so this is looked at, and never seen."""
+
+TRANSLATED = "SGLang translates or shards its indices"
+"""The same, of a write whose indices no backend can read."""
 
 
 class WriteBack:
@@ -132,6 +135,18 @@ class WriteBack:
             if line is not None:
                 logger.info("hicache-io: %s", line)
         self.pools.serving = True
+        if self.metrics is not None:
+            self._gauge()
+
+    def expect(self, pool: Any) -> None:
+        """A host pool is known before serving: prepare the backends for it, and start its counters at 0."""
+        known = self.pools[pool]
+        if self.metrics is None:
+            return
+        served = known.geometry is not None
+        names = [each.name for each in self._backends if served and known.reason(each) is None]
+        whys = [*([NOT_WHOLE] if served else []), known.reasons[0] if known.reasons else TRANSLATED]
+        self.metrics.expect(label_of(pool), list(dict.fromkeys(names)), whys)
 
     def before_forward(self) -> None:
         """A forward is about to be launched: the last chance for what runs in the gap before it.
@@ -313,7 +328,7 @@ class WriteBack:
         self.counters.bytes += tokens * int(part.pool.size_per_token)
         if self.metrics is not None:
             reasons = self.pools[part.pool].reasons
-            reason = part.why or (reasons[0] if reasons else "SGLang translates or shards its indices")
+            reason = part.why or (reasons[0] if reasons else TRANSLATED)
             self.metrics.fell_back(label_of(part.pool), reason)
 
     def _keep(self, completion: Any, backends: Sequence[str], write: Write) -> None:

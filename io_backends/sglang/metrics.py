@@ -1,7 +1,8 @@
 """What write-back does, on SGLang's own Prometheus endpoint (``--enable-metrics``).
 
-Labels are those of the cache's own metrics (rank, cache type, what ``--extra-metric-labels`` adds), names
-follow SGLang's. Without ``--enable-metrics`` nothing here is made, and a write asks for one attribute.
+Labels are those of the cache's own metrics (cache type, what ``--extra-metric-labels`` adds), the model and
+this scheduler's ranks; names follow SGLang's. Without ``--enable-metrics`` nothing here is made, and a write
+asks for one attribute.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from ...device.base import Device, Event, Stream
-from ...interface import Submission
+from ..device.base import Device, Event, Stream
+from ..interface import Submission
+from . import versions
 
 PREFIX = "sglang:hicache_io_"
 
@@ -38,7 +40,8 @@ class Timing(Protocol):
         ...
 
 
-_OWN_LABELS = frozenset({"backend", "pool", "reason"})
+_OF_INFO = ("backend", "rule", "fence_forward", "version", "unsafe_fences")
+_OWN_LABELS = frozenset({"pool", "reason", *_OF_INFO})
 
 
 class _Written(NamedTuple):
@@ -54,7 +57,7 @@ class Metrics:
     """The counters of one scheduler.
 
     Args:
-        labels: of SGLang's cache metrics in this process.
+        labels: of every metric in this process.
         kinds: where the metric classes come from: ``prometheus_client``, or what stands for it.
     """
 
@@ -79,6 +82,12 @@ class Metrics:
                 multiprocess_mode="mostrecent",
             )
 
+        self._info = gauge(
+            "info",
+            "1: what write-back does, a series for each route of the decision. version: of this plug-in. "
+            "unsafe_fences: the fences that an experiment leaves in place, empty without one.",
+            *_OF_INFO,
+        )
         self._bytes = counter("bytes_total", "Bytes written to host memory.", "backend", "pool")
         self._writes = counter("writes_total", "Writes of a pool to host memory.", "backend", "pool")
         self._entries = counter(
@@ -122,20 +131,41 @@ class Metrics:
         self._timed: deque[tuple[Event, Event]] = deque()
         self._fences_seen = 0
 
+    def runs(self, backend: str, *, rule: str, fence_forward: str, version: str, unsafe_fences: str) -> None:
+        """One route of the decision that holds here, in the words of ``/server_info``."""
+        own = (backend, rule, fence_forward, version, unsafe_fences)
+        self._of(self._info, **dict(zip(_OF_INFO, own, strict=True))).set(1)
+
+    def expect(self, pool: str, backends: Sequence[str], reasons: Sequence[str]) -> None:
+        """What may be counted of a pool is there from the start, at 0: the first event is then an increase.
+
+        Args:
+            pool: which.
+            backends: that may write it.
+            reasons: why SGLang's own copy may.
+        """
+        for backend in backends:
+            self._written_by(backend, pool)
+            self._of(self._transfers, backend=backend)
+        for reason in reasons:
+            self._of(self._fallbacks, pool=pool, reason=reason)
+        self._of(self._fences)
+        self._of(self._stalls)
+
     def wrote(self, backend: Any, pool: str, submission: Submission, *, short: bool) -> None:
         """A backend enqueued a write of a pool."""
         known = self._written.get((backend.name, pool))
         if known is None:
-            known = self._written[backend.name, pool] = self._written_by(backend, pool)
+            known = self._written[backend.name, pool] = self._written_by(backend.name, pool)
         known.bytes(submission.nbytes)
         known.writes()
         known.entries(submission.copies)
         if short:
             known.short()
 
-    def _written_by(self, backend: Any, pool: str) -> _Written:
+    def _written_by(self, backend: str, pool: str) -> _Written:
         """Looked up once: that costs more than counting."""
-        by = {"backend": backend.name, "pool": pool}
+        by = {"backend": backend, "pool": pool}
         return _Written(
             bytes=self._of(self._bytes, **by).inc,
             writes=self._of(self._writes, **by).inc,
@@ -152,10 +182,9 @@ class Metrics:
             oldest: when the oldest write began, seconds since 1970; 0: there is none.
         """
         for backend, (used, total, waiting) in staged.items():
-            if total:
-                self._of(self._staging, backend=backend).set(used)
-                self._of(self._staging_size, backend=backend).set(total)
-                self._of(self._waiting, backend=backend).set(waiting)
+            self._of(self._staging, backend=backend).set(used)
+            self._of(self._staging_size, backend=backend).set(total)
+            self._of(self._waiting, backend=backend).set(waiting)
         self._of(self._oldest).set(oldest)
 
     def fell_back(self, pool: str, reason: str) -> None:
@@ -199,5 +228,10 @@ def metrics_of(scheduler: Any) -> Metrics | None:
             # Not before: it reads PROMETHEUS_MULTIPROC_DIR, which SGLang sets, when it is imported.
             import prometheus_client
 
-            return Metrics(labels, prometheus_client)
+            model = versions.view(scheduler.server_args).served_model_name
+            # SGLang's cache metrics name no rank before 0.5.21, and none of --dp-size's replicas after:
+            # series of one name would be added up, or overwrite each other, in the one endpoint of a node.
+            return Metrics(
+                {"model_name": model, **labels, **versions.rank_labels(scheduler)}, prometheus_client
+            )
     return None
