@@ -67,7 +67,8 @@ class Option:
             number = f"a whole number above {self.least - 1:,}"
             raise NameProblem(f"{self.name} must be {' or '.join((number, *self.words))}, not {shown(value)}")
         if self.most is not None and value > self.most:
-            raise NameProblem(f"{self.name} must be at most {self.most:,}, not {value:,}: {self.because}")
+            because = f": {self.because}" if self.because else ""
+            raise NameProblem(f"{self.name} must be at most {self.most:,}, not {value:,}{because}")
 
 
 @dataclass(frozen=True)

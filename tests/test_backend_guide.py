@@ -12,14 +12,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sglang_hicache.bench.explain.explanation import Explanation
+from sglang_hicache.io_backends import CopyBatch, direct_copies
 from sglang_hicache.io_backends.policy_files import load_policy_text, policy_json_schema
 from sglang_hicache.io_backends.registry import BACKENDS, make_backend, register_backend, unregister_backend
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.format.errors import PolicyError
+from sglang_hicache.policy.unfenced import losses
 
 GUIDE = Path(__file__).parents[1] / "docs" / "writing-a-backend.md"
 NAME = "small_batches"
@@ -35,7 +38,7 @@ def module(name: str, text: str) -> ModuleType:
     return made
 
 
-BACKEND, CHECKS = blocks("python")
+BACKEND, LAYERS, CHECKS = blocks("python")
 (POLICY,) = blocks("yaml")
 
 
@@ -94,8 +97,37 @@ def test_a_policy_may_choose_it_with_options_that_are_checked(factory: Any) -> N
     )
 
 
+def test_its_policy_takes_no_fence_away(factory: Any) -> None:
+    def rules_that_lose(text: str) -> set[str]:
+        policy = load_policy_text(text, "mine.yaml")
+        assert policy.below is not None
+        return {loss.rule for loss in losses(policy.below, policy)}
+
+    assert rules_that_lose(POLICY) == set()
+    assert rules_that_lose(POLICY.replace("[extend, decode]", "[]")) == {"mine"}
+
+
+def test_all_of_a_pool_may_be_copied_some_layers_at_a_time() -> None:
+    some_layers, checks = module("layers", LAYERS).some_layers, module("checks", CHECKS)
+    rows = np.zeros((checks.LAYERS, checks.SLOTS, checks.ROW), dtype=np.uint8)
+    pool = checks.make_pool(1 << 20, rows)
+    host, device = np.arange(4), np.array([5, 3, 9, 10])
+    whole = direct_copies(pool, host, device)
+    parts = [
+        direct_copies(some_layers(pool, first, first + 1), host, device) for first in range(checks.LAYERS)
+    ]
+
+    def addresses(*batches: CopyBatch) -> list[list[int]]:
+        return sorted(
+            each for one in batches for each in np.stack([one.dst, one.src, one.nbytes], axis=1).tolist()
+        )
+
+    assert addresses(*parts) == addresses(whole)
+    assert some_layers(pool, 1, 64).layers == checks.LAYERS - 1
+
+
 def test_explain_knows_it(factory: Any) -> None:
-    policy = load_policy_text(POLICY.replace("fence_forward: []", "fence_forward: [decode]"), "mine.yaml")
+    policy = load_policy_text(POLICY, "mine.yaml")
     said = Explanation.of(policy, Facts.given(mem_layout="page_first"), backend="auto").to_dict()
     assert said["fences"].startswith("No forward waits for small_batches, which has no work on the SMs")
     refused = Explanation.of(policy, Facts.given(mem_layout="page_head"), backend=NAME).to_dict()["refused"]

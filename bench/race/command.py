@@ -82,8 +82,12 @@ def race(
     gpu_arch: Annotated[
         str | None, typer.Option(metavar="ARCH", help="sm90 if nothing is said.", show_default=False)
     ] = None,
-    mem_layout: Annotated[str | None, typer.Option(metavar="LAYOUT", help="Of the host pool.")] = None,
-    page_size: Annotated[str | None, typer.Option(metavar="TOKENS", help="Tokens in a page.")] = None,
+    mem_layout: Annotated[
+        str | None, typer.Option(metavar="LAYOUT", help="Of the host pool; page_first if nothing is said.")
+    ] = None,
+    page_size: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="Tokens in a page; 1 if nothing is said.")
+    ] = None,
     kv_kind: Annotated[
         str | None, typer.Option(metavar="KIND", help="mha (if nothing is said) or mla.")
     ] = None,

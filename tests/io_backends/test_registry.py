@@ -202,3 +202,5 @@ def test_options_take_what_can_work(option: Option, good: list[Any], bad: list[A
 def test_a_default_must_work() -> None:
     with pytest.raises(NameProblem, match="n must be at most 4, not 5: four"):
         Option("n", default=5, most=4, because="four")
+    with pytest.raises(NameProblem, match=r"^n must be at most 4, not 5$"):
+        Option("n", default=5, most=4)
