@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_hicache.io_backends.sglang.scheduler.pool_geometry import OTHER_KINDS
+from sglang_hicache.io_backends.sglang.pools.geometry import OTHER_KINDS
 from sglang_hicache.io_backends.sglang.versions import (
     HOST_POOL,
     RELEASES,

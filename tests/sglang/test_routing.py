@@ -18,9 +18,9 @@ from sglang_hicache.io_backends.interface import Backend, OptionsError
 from sglang_hicache.io_backends.plan.geometry import Component, PoolGeometry, host_strides
 from sglang_hicache.io_backends.registry import OWN_NAMES
 from sglang_hicache.io_backends.routes import Route, one_route, routes_of
+from sglang_hicache.io_backends.sglang.pools.errors import UnsupportedPoolError
 from sglang_hicache.io_backends.sglang.scheduler import kernels, pool_registry, writeback
 from sglang_hicache.io_backends.sglang.scheduler.indices import PlainIndices
-from sglang_hicache.io_backends.sglang.scheduler.pool_geometry import UnsupportedPoolError
 from sglang_hicache.io_backends.sglang.scheduler.writeback import WriteBack
 from sglang_hicache.policy.routes import WriteFacts, WriteRoute
 
@@ -352,7 +352,7 @@ def described(monkeypatch: pytest.MonkeyPatch) -> None:
         return PoolGeometry("kv", "mla", pool.layout, "uint8", 1, 4, 2, 64, 64, (part,))
 
     monkeypatch.setattr(pool_registry, "describe", describe)
-    monkeypatch.setattr(pool_registry, "_fingerprint", id)
+    monkeypatch.setattr(pool_registry, "fingerprint", id)
 
 
 def long_entries(write: WriteFacts) -> bool:
