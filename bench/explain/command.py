@@ -144,8 +144,11 @@ def explain(
         _show_matrix(table.matrix(in_force, given, backend=backend), markdown, as_json)
         return
     facts = server.facts if server else detect(given)
-    explanation = Explanation.of(in_force, facts, backend=backend)
-    then = None if other is None else Explanation.of(in_force, changed(facts, other), backend=backend)
+    pools = (server.pools, server.pools_unknown) if server else ((), None)
+    explanation = Explanation.of(in_force, facts, backend=backend, pools=pools)
+    then = None
+    if other is not None:
+        then = Explanation.of(in_force, changed(facts, other), backend=backend, pools=pools)
     if as_json:
         answer = explanation.to_dict()
         if then is not None:

@@ -906,7 +906,7 @@ def test_a_pool_whose_memory_changed_is_looked_at_again(
 
     def fingerprint() -> tuple[int, ...]:
         pool = SimpleNamespace(**{f"device_{name}_buffers": buffers(name) for name in names})
-        return pool_registry._fingerprint(pool)
+        return pool_registry.fingerprint(pool)
 
     before = fingerprint()
     assert fingerprint() == before

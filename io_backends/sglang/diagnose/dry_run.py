@@ -24,6 +24,7 @@ from ....policy.fact_spec import FactValue
 from ....policy.facts import Fact, Facts
 from ....policy.format.load import POLICY_VARIABLE
 from ..handover.machine_facts import detect
+from ..pools.host_pools import HostPool
 from .command_line import CommandLine, CommandLineError, read
 from .programs import VARIABLES_OF_SGLANG
 
@@ -56,6 +57,8 @@ class Server:
         hicache: whether HiCache is in use at all.
         retraction, offload: what a PD decode server writes to the host for requests that it retracts, and of
             those that it decodes, and past which fence of SGLang, in a sentence; None where it does not.
+        pools: its host pools, which nobody is to write yet; see :mod:`..pools.prediction`.
+        pools_unknown: why there are none, or None.
     """
 
     facts: Facts
@@ -64,6 +67,8 @@ class Server:
     hicache: bool
     retraction: str | None = None
     offload: str | None = None
+    pools: tuple[HostPool, ...] = ()
+    pools_unknown: str | None = None
 
 
 def server_facts_of(command_line: str, given: Mapping[str, FactValue] | None = None) -> Server:
@@ -82,7 +87,15 @@ def server_facts_of(command_line: str, given: Mapping[str, FactValue] | None = N
     answer = _ask(read(command_line, os.environ), known.get("gpu_arch"))
     facts = {**Facts.from_dict(answer["facts"])}
     facts.update({name: fact for name, fact in Facts.given(**known).items() if fact.value is not None})
-    return Server(Facts(facts), answer["backend"], answer["policy"], answer["hicache"], **answer["decode"])
+    return Server(
+        Facts(facts),
+        answer["backend"],
+        answer["policy"],
+        answer["hicache"],
+        **answer["decode"],
+        pools=tuple(HostPool.from_dict(each) for each in answer.get("pools", ())),
+        pools_unknown=answer.get("pools_unknown"),
+    )
 
 
 def _ask(command: CommandLine, gpu_arch: FactValue) -> dict[str, Any]:
@@ -142,16 +155,35 @@ def _child() -> None:
     gpu_arch = request["gpu_arch"]
     if gpu_arch not in (None, "cpu"):
         stand_in_gpu(gpu_arch)
+    server_args: Any = None
     try:
-        answer = _resolved(request["argv"], gpu_arch)
+        answer, server_args = _resolved(request["argv"], gpu_arch)
     except SystemExit:
         raise  # argparse or the plug-in has said why
     except Exception as error:
         answer = {"error": _reason(request["argv"], error)}
     Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+    if answer.get("hicache"):
+        # Apart, and after it: whatever happens to the pools, the facts are known.
+        answer |= _pools(server_args)
+        Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
 
 
-def _resolved(argv: Sequence[str], gpu_arch: str | None) -> dict[str, Any]:
+def _pools(server_args: Any) -> dict[str, Any]:
+    """`Server.pools` and `Server.pools_unknown`."""
+    from ..pools import prediction
+    from ..pools.errors import ShortHostRowsError
+
+    try:
+        return {"pools": [pool.to_dict() for pool in prediction.predicted(server_args)]}
+    except ShortHostRowsError as error:
+        return {"pools_unknown": f"no server may start with them: {error}"}
+    except prediction.UnknownPoolsError as error:
+        return {"pools_unknown": f"SGLang's own code does not build them: {error}"}
+
+
+def _resolved(argv: Sequence[str], gpu_arch: str | None) -> tuple[dict[str, Any], Any]:
+    """The answer, and SGLang's resolved arguments."""
     from sglang.srt.plugins import load_plugins
 
     from .. import versions
@@ -172,13 +204,14 @@ def _resolved(argv: Sequence[str], gpu_arch: str | None) -> dict[str, Any]:
         facts = Facts(
             {n: Fact(f.value, told) if f.source == server_facts.RESOLVED else f for n, f in facts.items()}
         )
-    return {
+    answer = {
         "facts": facts.to_dict(),
         "backend": getattr(server_args, resolution.WANTED_ATTRIBUTE, None) or config.hicache_io_backend,
         "policy": options.asked(server_args).policy or os.environ.get(POLICY_VARIABLE),
         "hicache": resolution.hicache_in_use(config),
         "decode": _decode_writes(config, facts),
     }
+    return answer, server_args
 
 
 def _decode_writes(config: Any, facts: Facts) -> dict[str, str | None]:

@@ -18,6 +18,9 @@ from .errors import UnsupportedPoolError, check_rows
 STATE, INDEX = "state", "index"
 """Values of :attr:`~sglang_hicache.io_backends.plan.geometry.PoolGeometry.kv_kind` for these pools."""
 
+FOLLOWING = frozenset({"DSAIndexerPoolHost", "QSAIndexerPoolHost", "MHATokenToKOnlyPoolHost"})
+"""Host pools that are given the indices of the pool of keys and values, by class."""
+
 
 def states(pool: Any) -> PoolGeometry:
     """A ``MambaPoolHost``: temporal state and convolution states, a record each a slot and layer.

@@ -30,16 +30,22 @@ class KnownPool:
         geometry: the pool, or None where all of its writes take SGLang's own path.
         reasons: why that is so, or why single backends do not serve it.
         unserved: the last, by the instance: two of one name may differ in their options.
+        by_name: of those backends no instance of whose name serves it.
     """
 
     fingerprint: tuple[int, ...]
     geometry: PoolGeometry | None
     reasons: tuple[str, ...]
     unserved: Mapping[int, str] = field(default_factory=dict)
+    by_name: Mapping[str, str] = field(default_factory=dict)
 
     def reason(self, backend: Backend) -> str | None:
         """Why ``backend`` does not serve it; None if it does."""
         return self.unserved.get(id(backend))
+
+    def reason_of(self, name: str) -> str | None:
+        """Why no backend of that name serves it; None if one does."""
+        return "; ".join(self.reasons) if self.geometry is None else self.by_name.get(name)
 
 
 class PoolRegistry:
@@ -91,7 +97,9 @@ class PoolRegistry:
             if id(backend) in unserved:
                 what = f"what {backend.name} was chosen for in pool {label_of(host_pool)}"
                 self._say(what, unserved[id(backend)])
-        return KnownPool(memory, geometry, reasons, unserved)
+        serving = {backend.name for backend in self._backends if id(backend) not in unserved}
+        by_name = {b.name: unserved[id(b)] for b in self._backends if b.name not in serving}
+        return KnownPool(memory, geometry, reasons, unserved, by_name)
 
     @staticmethod
     def _say(what: str, reason: str) -> None:
