@@ -30,6 +30,7 @@ from typing import Any
 from .server_options import HiCache, base_args, cpu_engine_env
 
 __all__ = [
+    "LAUNCH",
     "HiCache",
     "Progress",
     "Server",
@@ -42,6 +43,9 @@ __all__ = [
     "open_url",
     "server_info",
 ]
+
+LAUNCH = (sys.executable, "-m", "sglang.launch_server")
+"""The command that starts a server."""
 
 # Reports what a server is doing: a few words, and the seconds since its process was started.
 Progress = Callable[[str, float], None]
@@ -136,7 +140,7 @@ class Server:
         env: variables on top of this process's own.
         start_timeout_s: how long the start may take, in seconds.
         progress: called about four times a second during the start.
-        launch: the command that starts a server.
+        launch: the command that starts a server; None for `LAUNCH`.
 
     Attributes:
         url: `http://127.0.0.1:PORT`.
@@ -151,14 +155,14 @@ class Server:
         env: Mapping[str, str] | None = None,
         start_timeout_s: float = 300,
         progress: Progress | None = None,
-        launch: Sequence[str] = (sys.executable, "-m", "sglang.launch_server"),
+        launch: Sequence[str] | None = None,
     ) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         self.start_s = 0.0
         self._began = 0.0
-        self._command = [*launch, *args, "--host", "127.0.0.1", "--port", str(port)]
+        self._command = [*(launch or LAUNCH), *args, "--host", "127.0.0.1", "--port", str(port)]
         self._env = {
             **os.environ,
             # Healthy then means "up": the health check sends no request of its own, which would take a

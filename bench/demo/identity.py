@@ -33,6 +33,7 @@ class DemoSetup:
         device_pool_tokens: capacity of the device pool, smaller than the workload.
         reference_pool_tokens: the same for the server without HiCache. Where it is smaller than the workload,
             that server computes evicted prefixes again, which rounds otherwise than the first time.
+        launch: the command that starts a server; None for that of `serving.Server`.
     """
 
     model: str
@@ -44,6 +45,7 @@ class DemoSetup:
     workload: Workload
     device_pool_tokens: int = 4096
     reference_pool_tokens: int = 4096
+    launch: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def run(setup: DemoSetup, name: str, backend: str | None, *, status: Status) -> 
         options,
         log=setup.logs / f"{name}.log",
         env=setup.env,
+        launch=setup.launch,
         progress=lambda what, seconds: status(f"starting: {what}", 0, seconds),
     )
     with server:

@@ -9,8 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -20,19 +22,33 @@ SHARD = "CASES_SHARD"
 """Variable that leaves a process one of several shares of a module's cases: ``0/3`` is the first of three."""
 
 
-def run_cases(module: str | Path, environment: Mapping[str, str], *options: str) -> None:
-    """Run the cases of ``module`` (a file beside this one, or a path; not collected by itself).
-
-    Fails if one of them fails.
-    """
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(HERE / module)]
-    done = subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        pytest.fail(
-            f"{module}: see its own output\n{done.stdout[-20_000:]}{done.stderr[-4_000:]}", pytrace=False
+def run_cases(subtests: pytest.Subtests, module: Path, environment: Mapping[str, str]) -> None:
+    """Run the cases of ``module``, which is not collected by itself, and report each as a subtest."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        done = subprocess.run(
+            [*command, str(module)],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
         )
+        said = f"{module.name}: see its own output\n{done.stdout[-20_000:]}{done.stderr[-4_000:]}"
+        if not report.exists():
+            pytest.fail(said, pytrace=False)
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    bad = 0
+    for case in cases:
+        with subtests.test(case.get("name")):
+            for kind in ("failure", "error"):
+                if (problem := case.find(kind)) is not None:
+                    bad += 1
+                    pytest.fail(problem.text or kind, pytrace=False)
+            if (skipped := case.find("skipped")) is not None:
+                pytest.skip(skipped.get("message") or "")
+    if not cases or (done.returncode != 0) != (bad > 0):
+        pytest.fail(said, pytrace=False)
 
 
 def fake_driver(folder: Path) -> dict[str, str]:

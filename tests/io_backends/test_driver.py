@@ -23,8 +23,8 @@ from sglang_hicache.io_backends.device.host_memory import (
 )
 
 
-def test_driver_calls_against_a_stand_in_library(tmp_path: Path) -> None:
-    run_cases("driver_cases.py", fake_driver(tmp_path))
+def test_driver_calls_against_a_stand_in_library(subtests: pytest.Subtests, tmp_path: Path) -> None:
+    run_cases(subtests, Path(__file__).with_name("driver_cases.py"), fake_driver(tmp_path))
 
 
 def batch_of(entries: list[tuple[int, int, int]]) -> CopyBatch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,9 +14,9 @@ from strategies import pools
 from sglang_hicache.io_backends.device.gather_plan import access_width, block_units, plan
 
 
-def test_kernel_in_tritons_interpreter() -> None:
+def test_kernel_in_tritons_interpreter(subtests: pytest.Subtests) -> None:
     pytest.importorskip("triton", reason="the gather needs Triton")
-    run_cases("gather_cases.py", {"TRITON_INTERPRET": "1"})
+    run_cases(subtests, Path(__file__).with_name("gather_cases.py"), {"TRITON_INTERPRET": "1"})
 
 
 @given(st.lists(st.integers(0, 2**48), min_size=1))

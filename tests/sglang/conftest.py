@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import preloaded
 import pytest
 from launching import Machine
 from own_process import SHARD
@@ -45,6 +48,14 @@ def cpu_sglang(libcuda: None) -> None:
 
 
 @pytest.fixture(scope="session")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    """A folder to start servers from."""
-    return Machine(tmp_path_factory.mktemp("machine"))
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A folder to start servers from, by a Python that has SGLang imported already."""
+    fresh = Machine(tmp_path_factory.mktemp("machine"))
+    with preloaded.started(fresh.cache, fresh.env()) as python:
+        yield replace(fresh, python=python)
+
+
+@pytest.fixture(scope="session")
+def fresh_machine(machine: Machine) -> Machine:
+    """The same, started as users start it: every process imports SGLang itself."""
+    return machine.with_python_of_its_own()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from faults import injected
+from faults.injected import CHILDREN, LAUNCHER
 
 from sglang_hicache.bench import server_options, serving, tiny_model
 
-LAUNCHER, CHILDREN = "launcher", "children"
-"""Where a fault goes: the process that was started, or those that it spawned."""
+__all__ = ["CHILDREN", "LAUNCHER", "Ended", "Machine", "inject"]
+
+FAULTS = Path(__file__).parent / "faults"
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,24 @@ class Ended:
 
 @dataclass(frozen=True)
 class Machine:
-    """A folder with the tiny model and the stand-in driver."""
+    """A folder with the tiny model and the stand-in driver.
+
+    Attributes:
+        cache: the folder.
+        python: the command that runs Python, with or without SGLang imported already.
+    """
 
     cache: Path
+    python: tuple[str, ...] = (sys.executable,)
+
+    def with_python_of_its_own(self) -> Machine:
+        """For what must be different before SGLang is imported, or as it is started by users."""
+        return replace(self, python=(sys.executable,))
+
+    @property
+    def launcher(self) -> tuple[str, ...]:
+        """The command that starts a server."""
+        return (*self.python, "-m", "sglang.launch_server")
 
     @property
     def model(self) -> Path:
@@ -55,7 +74,7 @@ class Machine:
         """Run a server that is expected to refuse; a server that comes up is killed and is a failure."""
         port = str(serving.free_port())
         process = subprocess.Popen(
-            [sys.executable, *command, *args, "--host", "127.0.0.1", "--port", port],
+            [*self.python, *command, *args, "--host", "127.0.0.1", "--port", port],
             env={**os.environ, **self.env(), **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -72,35 +91,8 @@ class Machine:
         return Ended(process.returncode, output)
 
 
-def inject(folder: Path, where: str, module: str, code: str) -> dict[str, str]:
-    """Run ``code`` right after ``module`` was imported, in the launcher or in the processes it spawns.
-
-    Returns the environment that does it, through a ``sitecustomize`` of its own in ``folder``.
-    """
-    text = f"""
-        import sys
-        child = any("multiprocessing.spawn" in word for word in getattr(sys, "orig_argv", []))
-        if child == {where == CHILDREN!r}:
-            import importlib.abc, importlib.util
-
-            class Finder(importlib.abc.MetaPathFinder):
-                def find_spec(self, name, path, target=None):
-                    if name != {module!r}:
-                        return None
-                    sys.meta_path.remove(self)
-                    spec = importlib.util.find_spec(name)
-                    run = spec.loader.exec_module
-
-                    def exec_module(module):
-                        run(module)
-                        exec({code!r}, vars(module))
-
-                    spec.loader.exec_module = exec_module
-                    return spec
-
-            sys.meta_path.insert(0, Finder())
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sitecustomize.py").write_text(textwrap.dedent(text))
+def inject(where: str, module: str, code: str) -> dict[str, str]:
+    """Variables that run ``code`` right after ``module`` was imported, in ``LAUNCHER`` or ``CHILDREN``."""
     inherited = os.environ.get("PYTHONPATH", "")
-    return {"PYTHONPATH": f"{folder}:{inherited}" if inherited else str(folder)}
+    fault = json.dumps({"where": where, "module": module, "code": code})
+    return {"PYTHONPATH": f"{FAULTS}:{inherited}" if inherited else str(FAULTS), injected.FAULT: fault}

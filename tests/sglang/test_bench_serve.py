@@ -9,6 +9,7 @@ import pytest
 from launching import Machine
 from typer.testing import CliRunner
 
+from sglang_hicache.bench import serving
 from sglang_hicache.bench.cli import app
 from sglang_hicache.bench.serve.result import CPU_WATERMARK
 
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.server
 
 def test_three_arms_take_turns(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sglang_hicache.bench.serve.command.gpu_missing", lambda: "not used here")
+    monkeypatch.setattr(serving, "LAUNCH", machine.launcher)
     words = ["--workload", "chat", "--rounds", "1", "--pool-tokens", "2048", "--json", "--out", str(tmp_path)]
     arms = ["--arm", "none", "--arm", "auto", "--arm", "null"]
     done = CliRunner().invoke(app, ["bench", "serve", *arms, *words])

@@ -34,8 +34,9 @@ def open_device(name):
 """
 
 
-def test_writes_through_sglangs_pools_on_virtual_streams(tmp_path: Path) -> None:
-    run_cases(HERE / "emulated_cases.py", {**fake_driver(tmp_path), "TRITON_INTERPRET": "1"})
+def test_writes_through_sglangs_pools_on_virtual_streams(subtests: pytest.Subtests, tmp_path: Path) -> None:
+    environment = {**fake_driver(tmp_path), "TRITON_INTERPRET": "1"}
+    run_cases(subtests, HERE / "emulated_cases.py", environment)
 
 
 # The device pool holds 4,096 tokens.
@@ -43,7 +44,10 @@ WORKLOAD = Workload(tiny_model.VOCAB_SIZE, conversations=8, turns=2, output_toke
 
 
 def serve(machine: Machine, folder: Path, backend: str | None, **env: str) -> DemoRun:
-    given = DemoSetup(str(machine.model), True, 16, None, {**machine.env(), **env}, folder, WORKLOAD)
+    given = DemoSetup(
+        *(str(machine.model), True, 16, None, {**machine.env(), **env}, folder, WORKLOAD),
+        launch=machine.launcher,
+    )
     return identity.run(given, backend or "reference", backend, status=lambda *_: None)
 
 
@@ -51,14 +55,16 @@ def serve_emulated(machine: Machine, folder: Path, **env: str) -> DemoRun:
     """Writes of 1.4 MiB (700 tokens) through a ring of 1 MiB, and forwards that wait for gathers."""
     (folder / "policy.yaml").write_text(POLICY)
     hooks = "sglang_hicache.io_backends.sglang.scheduler.scheduler_hooks"
-    site = inject(folder / "site", CHILDREN, hooks, EMULATED)
+    site = inject(CHILDREN, hooks, EMULATED)
     emulated = {
+        **site,
         "PYTHONPATH": os.pathsep.join([site["PYTHONPATH"], str(EMULATION)]),
         "TRITON_INTERPRET": "1",
         "EMULATED_CUDA_SEED": "1",
         "SGLANG_HICACHE_IO_POLICY": str(folder / "policy.yaml"),
     }
-    result = serve(machine, folder, "auto", **fake_driver(folder), **emulated, **env)
+    # The stand-in driver and Triton's interpreter are chosen when they are imported.
+    result = serve(machine.with_python_of_its_own(), folder, "auto", **fake_driver(folder), **emulated, **env)
     assert result.plugin is not None
     assert result.plugin["rule"] == "here"
     assert result.count("fallback_writes") == 0

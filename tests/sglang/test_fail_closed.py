@@ -31,23 +31,21 @@ def assert_refused(ended: Ended, *words: str, advice: str = "--hicache-io-backen
         ("sglang.srt.managers.scheduler", "del Scheduler.run_batch", "Scheduler.run_batch"),
     ],
 )
-def test_a_hook_target_is_gone(
-    machine: Machine, tmp_path: Path, module: str, fault: str, target: str
-) -> None:
-    ended = machine.launch(machine.hicache_args(), env=inject(tmp_path, LAUNCHER, module, fault))
+def test_a_hook_target_is_gone(machine: Machine, module: str, fault: str, target: str) -> None:
+    ended = machine.launch(machine.hicache_args(), env=inject(LAUNCHER, module, fault))
     assert_refused(ended, f"{target} is not there")
     assert ended.status == 2
     assert "Load weight begin" not in ended.output
 
 
-def test_a_hook_target_is_gone_in_the_scheduler_only(machine: Machine, tmp_path: Path) -> None:
+def test_a_hook_target_is_gone_in_the_scheduler_only(machine: Machine) -> None:
     fault = "del L2TransferEngine.submit_device_to_host"
-    env = inject(tmp_path, CHILDREN, "sglang.srt.mem_cache.l2_transfer", fault)
+    env = inject(CHILDREN, "sglang.srt.mem_cache.l2_transfer", fault)
     ended = machine.launch(machine.hicache_args("copy_engine"), env=env)
     assert_refused(ended, "L2TransferEngine.submit_device_to_host is not there")
 
 
-def test_a_hook_cannot_be_applied_in_the_scheduler(machine: Machine, tmp_path: Path) -> None:
+def test_a_hook_cannot_be_applied_in_the_scheduler(machine: Machine) -> None:
     # SGLang logs a hook that fails to apply and goes on.
     fault = """
 original_apply = HookRegistry._apply_target.__func__
@@ -57,21 +55,19 @@ def _apply_target(cls, target, hooks):
     return original_apply(cls, target, hooks)
 HookRegistry._apply_target = classmethod(_apply_target)
 """
-    env = inject(tmp_path, CHILDREN, "sglang.srt.plugins.hook_registry", fault)
+    env = inject(CHILDREN, "sglang.srt.plugins.hook_registry", fault)
     assert_refused(machine.launch(machine.hicache_args(), env=env), "the hook on", "Scheduler.run_batch")
 
 
-def test_the_plugin_raises_while_loading_in_the_scheduler(machine: Machine, tmp_path: Path) -> None:
+def test_the_plugin_raises_while_loading_in_the_scheduler(machine: Machine) -> None:
     fault = "def _load():\n    raise RuntimeError('injected')\n"
-    env = inject(tmp_path, CHILDREN, "sglang_hicache.io_backends.sglang.plugin", fault)
+    env = inject(CHILDREN, "sglang_hicache.io_backends.sglang.plugin", fault)
     ended = machine.launch(machine.hicache_args("fenced_kernel"), env=env)
     assert_refused(ended, "failed to load", "injected", "without fences")
 
 
-def test_the_plugin_is_left_out_in_the_scheduler(machine: Machine, tmp_path: Path) -> None:
-    env = inject(
-        tmp_path, CHILDREN, "sglang.srt.environ", "import os\nos.environ['SGLANG_PLUGINS'] = 'another'\n"
-    )
+def test_the_plugin_is_left_out_in_the_scheduler(machine: Machine) -> None:
+    env = inject(CHILDREN, "sglang.srt.environ", "import os\nos.environ['SGLANG_PLUGINS'] = 'another'\n")
     assert_refused(machine.launch(machine.hicache_args(), env=env), "SGLANG_PLUGINS", "without fences")
 
 
@@ -85,9 +81,7 @@ def test_the_plugin_is_left_out_in_the_launcher(machine: Machine) -> None:
 
 def test_the_plugin_is_left_out_in_the_launcher_of_an_engine(machine: Machine, tmp_path: Path) -> None:
     """`Engine` checks no choices, so the name reaches a scheduler that has the plug-in; it refuses there."""
-    env = inject(
-        tmp_path, CHILDREN, "sglang.srt.environ", "import os\nos.environ.pop('SGLANG_PLUGINS', None)\n"
-    )
+    env = inject(CHILDREN, "sglang.srt.environ", "import os\nos.environ.pop('SGLANG_PLUGINS', None)\n")
     script = tmp_path / "engine.py"
     script.write_text(
         "import sglang, sys\n"
@@ -105,22 +99,22 @@ def test_the_plugin_is_left_out_in_the_launcher_of_an_engine(machine: Machine, t
 
 
 @pytest.mark.parametrize("version", ["0.5.17", "0.5.24"])
-def test_an_sglang_that_is_not_known(machine: Machine, tmp_path: Path, version: str) -> None:
-    env = inject(tmp_path, LAUNCHER, "sglang.version", f"__version__ = {version!r}")
-    ended = machine.launch(machine.hicache_args(), env=env)
+def test_an_sglang_that_is_not_known(fresh_machine: Machine, version: str) -> None:
+    env = inject(LAUNCHER, "sglang.version", f"__version__ = {version!r}")
+    ended = fresh_machine.launch(fresh_machine.hicache_args(), env=env)
     assert_refused(ended, f"SGLang {version} is not known", "0.5.18 to 0.5.23")
     assert ended.status == 2
 
 
-def test_an_sglang_that_is_not_known_still_serves_its_own_backends(machine: Machine, tmp_path: Path) -> None:
+def test_an_sglang_that_is_not_known_still_serves_its_own_backends(fresh_machine: Machine) -> None:
     """The refusal is for our names only: parsing `kernel` goes through (and `--help` shows both)."""
-    env = inject(tmp_path, LAUNCHER, "sglang.version", "__version__ = '0.5.24'")
+    env = inject(LAUNCHER, "sglang.version", "__version__ = '0.5.24'")
     script = (
         "import sys; from sglang.srt.plugins import load_plugins; load_plugins();"
         "from sglang.srt.server_args import prepare_server_args;"
         "print('parsed', prepare_server_args(sys.argv[1:]).hicache_io_backend)"
     )
-    args = machine.hicache_args("kernel")
-    ended = machine.launch(args, env=env, command=("-c", script))
+    args = fresh_machine.hicache_args("kernel")
+    ended = fresh_machine.launch(args, env=env, command=("-c", script))
     assert "parsed kernel" in ended.output
     assert ended.status == 0

@@ -21,19 +21,19 @@ VERSIONS = HERE.parents[1] / ".sglang-versions"
 # Minutes of one core each; more where others run beside it.
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("share", ["0/4", "1/4", "2/4", "3/4"])
-def test_fences_and_races(share: str) -> None:
-    run_cases(HERE / "race_cases.py", {SHARD: share})
+def test_fences_and_races(subtests: pytest.Subtests, share: str) -> None:
+    run_cases(subtests, HERE / "race_cases.py", {SHARD: share})
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("share", ["0/3", "1/3", "2/3"])
-def test_every_mode(share: str) -> None:
-    run_cases(HERE / "race_mode_cases.py", {SHARD: share})
+def test_every_mode(subtests: pytest.Subtests, share: str) -> None:
+    run_cases(subtests, HERE / "race_mode_cases.py", {SHARD: share})
 
 
 @pytest.mark.timeout(1800)
-def test_any_program() -> None:
-    run_cases(HERE / "race_programs.py", {})
+def test_any_program(subtests: pytest.Subtests) -> None:
+    run_cases(subtests, HERE / "race_programs.py", {})
 
 
 def race(*options: str, status: int) -> subprocess.CompletedProcess[str]:

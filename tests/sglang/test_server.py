@@ -30,6 +30,7 @@ def setup(machine: Machine, tmp_path: Path, *, page_size: int = 16, layout: str 
         env=machine.env(),
         logs=tmp_path,
         workload=WORKLOAD,
+        launch=machine.launcher,
     )
 
 
@@ -69,6 +70,8 @@ def assert_right(result: DemoRun, reference: DemoRun) -> None:
 def test_prefixes_come_back_right(
     machine: Machine, tmp_path: Path, reference: DemoRun, backend: str, layout: str | None, page_size: int
 ) -> None:
+    if backend == "auto":
+        machine = machine.with_python_of_its_own()  # as users start it
     result = run(setup(machine, tmp_path, page_size=page_size, layout=layout), backend)
     assert_right(result, reference)
     assert result.plugin is not None
@@ -157,11 +160,11 @@ def test_a_third_partys_backend_is_picked_by_name(
     assert result.plugin["backend"] == "row_by_row"
 
 
-def test_an_sglang_without_a_write_fence(machine: Machine, tmp_path: Path) -> None:
+def test_an_sglang_without_a_write_fence(fresh_machine: Machine, tmp_path: Path) -> None:
     """0.5.22 has no `write_fence_stream`: the producer fence is ours alone."""
     other = VERSIONS / "0.5.22"
     assert other.is_dir(), "run `make versions`"
-    given = setup(machine, tmp_path)
+    given = setup(fresh_machine, tmp_path)
     given = replace(given, env={**given.env, "PYTHONPATH": str(other)})
     reference = run(given, None)
     result = run(given, "hybrid")

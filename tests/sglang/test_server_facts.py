@@ -269,7 +269,7 @@ def init_attention_backends(self):
     self.decode_attention_backend_str = "fa3"
 ModelRunner.init_attention_backends = init_attention_backends
 """
-    env = inject(tmp_path, CHILDREN, "sglang.srt.model_executor.model_runner", fault)
+    env = inject(CHILDREN, "sglang.srt.model_executor.model_runner", fault)
     ended = machine.launch(machine.hicache_args(), env=env)
     assert ended.status != 0
     (message,) = set(ended.lines_of_ours())

@@ -33,12 +33,13 @@ def server(machine: Machine, folder: Path, backend: str, *more: str, **env: str)
         machine.hicache_args(backend, *more),
         log=folder / "server.log",
         env={**machine.env(), **tiny_model.environment(), **env},
+        launch=machine.launcher,
     )
 
 
 @pytest.fixture(scope="module")
-def good_server(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.Server]:
-    with server(machine, tmp_path_factory.mktemp("good"), "auto") as running:
+def good_server(fresh_machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.Server]:
+    with server(fresh_machine, tmp_path_factory.mktemp("good"), "auto") as running:
         yield running
 
 
@@ -126,8 +127,8 @@ def test_damage_is_told_from_rounding(machine: Machine, tmp_path: Path) -> None:
     assert "by the server's own recomputation" in side["first_problem"]["what"]
 
 
-def test_what_an_experiment_leaves_out() -> None:
-    run_cases(HERE / "unsafe_cases.py", {})
+def test_what_an_experiment_leaves_out(subtests: pytest.Subtests) -> None:
+    run_cases(subtests, HERE / "unsafe_cases.py", {})
 
 
 # Every way to ask for it, in one process: most of its time is SGLang's import.

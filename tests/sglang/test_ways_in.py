@@ -109,17 +109,19 @@ def test_without_hicache_nothing_happens(machine: Machine) -> None:
     assert "has nothing to do without --enable-hierarchical-cache" in ended.output
 
 
-def test_the_engine(machine: Machine, policy: Path, tmp_path: Path) -> None:
+def test_the_engine(fresh_machine: Machine, policy: Path, tmp_path: Path) -> None:
+    options = {
+        **{"model_path": str(fresh_machine.model), "device": "cpu", "dtype": "float32"},
+        **{"attention_backend": "torch_native", "skip_tokenizer_init": True, "max_total_tokens": 1024},
+        **{"page_size": 16, "enable_hierarchical_cache": True, "hicache_ratio": 4.0},
+        **{"hicache_io_backend": "auto", "hicache_io_policy": str(policy)},
+    }
     script = tmp_path / "engine.py"
     script.write_text(
         f"""
 import json, sglang
 if __name__ == "__main__":
-    engine = sglang.Engine(
-        model_path={str(machine.model)!r}, device="cpu", attention_backend="torch_native", dtype="float32",
-        skip_tokenizer_init=True, max_total_tokens=1024, page_size=16, enable_hierarchical_cache=True,
-        hicache_ratio=4.0, hicache_io_backend="auto", hicache_io_policy={str(policy)!r},
-    )
+    engine = sglang.Engine(**{options!r})
     answer = engine.generate(input_ids=list(range(200)), sampling_params={{"max_new_tokens": 4}})
     state = engine.get_server_info()["internal_states"][0]["hicache_io"]
     print("STATE", json.dumps([len(answer["output_ids"]), state["backend"], state["rule"],
@@ -127,7 +129,7 @@ if __name__ == "__main__":
     engine.shutdown()
 """
     )
-    ended = machine.launch([], command=(str(script),), timeout_s=180)
+    ended = fresh_machine.launch([], command=(str(script),), timeout_s=180)
     said = [line for line in ended.output.splitlines() if line.startswith("STATE ")]
     assert said, ended.output[-3000:]
     tokens, backend, rule, nbytes = json.loads(said[0].removeprefix("STATE "))
