@@ -54,13 +54,18 @@ class RecordPool:
         for on_host, on_device in self.rows:
             got = on_host.reshape(on_host.shape[0], -1).contiguous().view(torch.uint8)
             want = torch.full_like(got, POISON)
-            moved = on_device.reshape(on_device.shape[0], -1).contiguous().view(torch.uint8)
+            moved = on_device.cpu().reshape(on_device.shape[0], -1).contiguous().view(torch.uint8)
             want[host] = moved[device]
             assert torch.equal(got, want)
 
 
-def build(kind: str, layout: str, *, strided: bool = False) -> RecordPool:
-    """One of :data:`KINDS` in a host layout; device records random, host memory poisoned."""
+def build(kind: str, layout: str, *, strided: bool = False, device: str = "cpu") -> RecordPool:
+    """One of :data:`KINDS` in a host layout; device records random, host memory poisoned.
+
+    Args:
+        strided: states of a slot together with others, as unified memory has them.
+        device: of the records; host memory is pinned where that is a GPU.
+    """
     import torch
 
     torch.manual_seed(0)
@@ -69,11 +74,11 @@ def build(kind: str, layout: str, *, strided: bool = False) -> RecordPool:
         "index_pages": _index_pages,
         "packed_pages": _packed_pages,
         "keys_only": _keys_only,
-    }[kind](layout, strided)
-    for _, device in pool.rows:
-        device.copy_(
-            torch.randint(0, 256, (*device.shape, device.element_size()), dtype=torch.uint8)
-            .view(device.dtype)
+    }[kind](layout, strided, device)
+    for _, records in pool.rows:
+        records.copy_(
+            torch.randint(0, 256, (*records.shape, records.element_size()), dtype=torch.uint8)
+            .view(records.dtype)
             .squeeze(-1)
         )
     from sglang_hicache.io_backends.sglang.pools.geometry import host_buffers
@@ -83,16 +88,16 @@ def build(kind: str, layout: str, *, strided: bool = False) -> RecordPool:
     return pool
 
 
-def _states(layout: str, strided: bool) -> RecordPool:
+def _states(layout: str, strided: bool, on: str) -> RecordPool:
     import torch
     from sglang.srt.mem_cache.device_pool_info import MambaStateBufferInfo
     from sglang.srt.mem_cache.pool_host.mamba import MambaPoolHost
 
     slots = 24
-    temporal = torch.zeros(LAYERS, slots, 2 * (1 + strided), 8, 6, dtype=torch.float32)[:, :, :2]
-    conv = [torch.zeros(LAYERS, slots, width, 3, dtype=torch.bfloat16) for width in (10, 16)]
+    temporal = torch.zeros(LAYERS, slots, 2 * (1 + strided), 8, 6, dtype=torch.float32, device=on)[:, :, :2]
+    conv = [torch.zeros(LAYERS, slots, width, 3, dtype=torch.bfloat16, device=on) for width in (10, 16)]
     info = MambaStateBufferInfo(conv=tuple(conv), temporal=temporal)
-    host = MambaPoolHost(info, 2.0, 0, device_capacity=slots, layout=layout, pin_memory=False)
+    host = MambaPoolHost(info, 2.0, 0, device_capacity=slots, layout=layout, pin_memory=on != "cpu")
     rows = [
         (buffer[:, layer, 0], device[layer])
         for buffer, device in zip([host.temporal_buffer, *host.conv_buffer], [temporal, *conv], strict=True)
@@ -104,14 +109,14 @@ def _states(layout: str, strided: bool) -> RecordPool:
 class Anchor:
     """What an indexer's host pool reads of the pool of keys and values that it follows."""
 
-    def __init__(self, layout: str, page_size: int, pages: int) -> None:
+    def __init__(self, layout: str, page_size: int, pages: int, on: str) -> None:
         self.layout, self.page_size, self.page_num = layout, page_size, pages
         self.size = pages * page_size
         self.device = "cpu"
-        self.pin_memory = False
+        self.pin_memory = on != "cpu"
 
 
-def _index_pages(layout: str, strided: bool) -> RecordPool:
+def _index_pages(layout: str, strided: bool, on: str) -> RecordPool:
     import torch
     from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
     from sglang.srt.mem_cache.pool_host.dsa import DSAIndexerPoolHost, make_dsa_indexer_pool_decl
@@ -124,7 +129,7 @@ def _index_pages(layout: str, strided: bool) -> RecordPool:
         dtype=torch.bfloat16,
         qk_rope_head_dim=16,
         layer_num=LAYERS,
-        device="cpu",
+        device=on,
         index_head_dim=128,
         enable_memory_saver=False,
         kv_cache_dim=80,
@@ -132,14 +137,14 @@ def _index_pages(layout: str, strided: bool) -> RecordPool:
         skip_topk_layers=[False, True, False],
     )
     decl = make_dsa_indexer_pool_decl(device)
-    host = DSAIndexerPoolHost(decl, Anchor(layout, page, 20), pin_memory=False)
+    host = DSAIndexerPoolHost(decl, Anchor(layout, page, 20, on), pin_memory=on != "cpu")
     buffer = host.index_k_with_scale_buffer
     on_host = buffer.unbind(0) if layout == "layer_first" else buffer[:, :, 0].unbind(1)
     rows = list(zip(on_host, host.packed_device_index_buffers, strict=True))
     return RecordPool("index_pages", host, device, rows, page, pages)
 
 
-def _packed_pages(layout: str, strided: bool) -> RecordPool:
+def _packed_pages(layout: str, strided: bool, on: str) -> RecordPool:
     import torch
     from sglang.srt.mem_cache.pool_host.qsa import QSAIndexerPoolHost
 
@@ -147,10 +152,10 @@ def _packed_pages(layout: str, strided: bool) -> RecordPool:
     device = SimpleNamespace(
         qsa_compress_ratio=ratio,
         qsa_compressed_k_buffer_pool=[
-            torch.zeros(pages * page // ratio, 1, 32, dtype=torch.bfloat16) for _ in range(LAYERS)
+            torch.zeros(pages * page // ratio, 1, 32, dtype=torch.bfloat16, device=on) for _ in range(LAYERS)
         ],
     )
-    anchor = Anchor(layout, page, 20)
+    anchor = Anchor(layout, page, 20, on)
     host = QSAIndexerPoolHost(device, anchor)
     on_host = [
         host.kv_buffer[:, layer] if layout == "page_first" else host.kv_buffer[:, layer, 0]
@@ -160,14 +165,14 @@ def _packed_pages(layout: str, strided: bool) -> RecordPool:
     return RecordPool("packed_pages", host, device, rows, page, pages)
 
 
-def _keys_only(layout: str, strided: bool) -> RecordPool:
+def _keys_only(layout: str, strided: bool, on: str) -> RecordPool:
     import torch
     from sglang.srt.mem_cache.memory_pool import MHATokenToKOnlyPool
     from sglang.srt.mem_cache.pool_host.mha import MHATokenToKOnlyPoolHost
 
     page, pages = 8, 12
-    device = MHATokenToKOnlyPool(pages * page, page, torch.bfloat16, 2, 16, LAYERS, "cpu", False)
-    host = MHATokenToKOnlyPoolHost(device, Anchor(layout, page, 20), layout, pin_memory=False)
+    device = MHATokenToKOnlyPool(pages * page, page, torch.bfloat16, 2, 16, LAYERS, on, False)
+    host = MHATokenToKOnlyPoolHost(device, Anchor(layout, page, 20, on), layout, pin_memory=on != "cpu")
     buffer = host.k_buffer
     on_host = [
         buffer[layer]

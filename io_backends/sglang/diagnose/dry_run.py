@@ -169,6 +169,12 @@ def _child() -> None:
         Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
 
 
+def resolve(argv: Sequence[str], gpu_arch: str | None) -> dict[str, Any]:
+    """The child's answer, with the pools. For a process of its own; the GPU is stood in for by the caller."""
+    answer, server_args = _resolved(argv, gpu_arch)
+    return answer | _pools(server_args)
+
+
 def _pools(server_args: Any) -> dict[str, Any]:
     """`Server.pools` and `Server.pools_unknown`."""
     from ..pools import prediction
