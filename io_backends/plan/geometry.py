@@ -104,7 +104,8 @@ class PoolGeometry:
 
     Attributes:
         label: SGLang's name for the pool (``kv``, ``swa``, ...).
-        kv_kind: ``mha``, ``mla``, ``state`` or ``index``: what it holds, for messages.
+        kv_kind: what it holds: ``mha``, ``mla``, ``index``, or ``state``, where a slot is of a whole prefix and
+            not of a token.
         layout: host layout name.
         dtype: storage dtype's name, for messages; copies are byte copies.
         heads: KV heads stored per row.
@@ -156,6 +157,11 @@ class PoolGeometry:
     def paged(self) -> bool:
         """Whether rows are unevenly spaced across a page boundary on the host."""
         return self.layout in PAGED_LAYOUTS
+
+    @property
+    def by_token(self) -> bool:
+        """Whether every token that a forward computes gets bytes here."""
+        return self.kv_kind != "state"
 
     @property
     def unit_slots(self) -> int:
