@@ -104,8 +104,7 @@ class PoolGeometry:
 
     Attributes:
         label: SGLang's name for the pool (``kv``, ``swa``, ...).
-        kv_kind: what it holds: ``mha``, ``mla``, ``index``, or ``state``, where a slot is of a whole prefix and
-            not of a token.
+        kv_kind: what it holds: ``mha``, ``mla``, ``index``, or ``state``, where a slot is of a whole prefix.
         layout: host layout name.
         dtype: storage dtype's name, for messages; copies are byte copies.
         heads: KV heads stored per row.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -77,7 +77,12 @@ def test_of_a_window_no_more_is_written_than_it_holds() -> None:
 
 
 class TestCost:
-    ENTRY = {"backend": "hybrid", "kind": "measured", "text": "50.5 GB/s", "source": "a run"}
+    ENTRY: ClassVar[dict[str, Any]] = {
+        "backend": "hybrid",
+        "kind": "measured",
+        "text": "50.5 GB/s",
+        "source": "a run",
+    }
 
     def test_no_speed_is_named_for_a_server_whose_bytes_sglang_copies(self) -> None:
         rows = assigned([pool(undescribed="not ours", share=1.0)], decision("hybrid"))
@@ -118,13 +123,11 @@ class TestRealPools:
             layout="page_first",
             size_per_token=4,
         )
-        with pytest.raises(ShortHostRowsError, match="pool indexer holds 1,280 tokens .* up to 10,240"):
+        with pytest.raises(ShortHostRowsError, match=r"pool indexer holds 1,280 tokens .* up to 10,240"):
             host_pools([("kv", anchor), ("indexer", built.host)])
         anchor.logical_size = built.host.size
-        assert [row.name for row in host_pools([("kv", anchor), ("indexer", built.host)])] == [
-            "kv",
-            "indexer",
-        ]
+        found = host_pools([("kv", anchor), ("indexer", built.host)])
+        assert [row.name for row in found] == ["kv", "indexer"]
 
 
 def by_name(server: dict[str, Any]) -> dict[str, HostPool]:

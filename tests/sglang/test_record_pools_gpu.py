@@ -1,4 +1,4 @@
-"""Pools of pages and states on a GPU: what our backends write is what SGLang's own copy writes, to the byte."""
+"""Pools of pages and states on a GPU: our backends write what SGLang's own copy writes, to the byte."""
 
 from __future__ import annotations
 
