@@ -32,9 +32,9 @@ from .server_options import HiCache, base_args, cpu_engine_env
 __all__ = [
     "LAUNCH",
     "HiCache",
-    "Progress",
-    "Server",
     "ServerError",
+    "ServerProcess",
+    "StartProgress",
     "base_args",
     "cpu_engine_env",
     "free_port",
@@ -48,7 +48,7 @@ LAUNCH = (sys.executable, "-m", "sglang.launch_server")
 """The command that starts a server."""
 
 # Reports what a server is doing: a few words, and the seconds since its process was started.
-Progress = Callable[[str, float], None]
+StartProgress = Callable[[str, float], None]
 
 # What SGLang logs at the end of each step of its start, and what it does from then on. 0.5.18 to 0.5.23.
 _MILESTONES = (
@@ -129,7 +129,7 @@ def server_info(url: str) -> dict[str, Any]:
     return info
 
 
-class Server:
+class ServerProcess:
     """A running SGLang server, as a context manager.
 
     Entering starts the process and returns when it answers; leaving kills its whole process group.
@@ -154,7 +154,7 @@ class Server:
         log: Path,
         env: Mapping[str, str] | None = None,
         start_timeout_s: float = 300,
-        progress: Progress | None = None,
+        progress: StartProgress | None = None,
         launch: Sequence[str] | None = None,
     ) -> None:
         port = free_port()
@@ -179,7 +179,7 @@ class Server:
         self._scratch: str | None = None
         self._closing = threading.Lock()
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> ServerProcess:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._began = time.monotonic()
         atexit.register(self.close)

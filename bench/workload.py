@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .serving import Server
+from .serving import ServerProcess
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Workload:
+class EvictingWorkload:
     """What is sent.
 
     Attributes:
@@ -78,7 +78,7 @@ class Workload:
         ]
 
 
-def generate(server: Server, input_ids: Sequence[int], output_tokens: int) -> Answer:
+def generate(server: ServerProcess, input_ids: Sequence[int], output_tokens: int) -> Answer:
     """Generate exactly `output_tokens` tokens greedily.
 
     Raises:
@@ -96,7 +96,9 @@ def generate(server: Server, input_ids: Sequence[int], output_tokens: int) -> An
     return Answer(output_ids, len(input_ids), int(cached.get("device", 0)), int(cached.get("host", 0)))
 
 
-def run(server: Server, workload: Workload, progress: Callable[[int], None] | None = None) -> list[Answer]:
+def run(
+    server: ServerProcess, workload: EvictingWorkload, progress: Callable[[int], None] | None = None
+) -> list[Answer]:
     """Send the whole workload, turn by turn, and return the answers in a fixed order.
 
     Args:

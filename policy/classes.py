@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .conditions import Condition, Flags, Names, Numbers
-from .fact_spec import FactValue, Kind
+from .fact_spec import FactKind, FactValue
 from .fact_table import ANY_ATTENTION, CONDITIONS, FORWARDS_OF
 from .format.schema import Default, Rule
 from .format.validators import USES
@@ -149,7 +149,7 @@ def _candidates(name: str, conditions: Sequence[Condition]) -> Iterator[FactValu
         # One that SGLang has and no rule names, for the reader; and one that nobody has heard of, as there
         # may be.
         yield from known
-        if spec.kind is Kind.ARCHITECTURE:
+        if spec.kind is FactKind.ARCHITECTURE:
             yield from ("sm80", "sm90", "sm100", "cpu")
         another = "another"
         while any(one.holds(another) for one in names):

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from .fact_spec import FactValue, Kind
+from .fact_spec import FactKind, FactValue
 from .fact_table import CONDITIONS
 from .names import NameProblem
 from .version_sets import Versions
@@ -163,11 +163,11 @@ def condition(key: str, values: Iterable[int | str | bool]) -> Condition:
     Raises NameProblem for a comparison or a specifier that cannot be read.
     """
     match CONDITIONS[key].kind:
-        case Kind.FLAG:
+        case FactKind.FLAG:
             return Flags(frozenset(value for value in values if isinstance(value, bool)))
-        case Kind.NUMBER:
+        case FactKind.NUMBER:
             return Numbers.of(values)
-        case Kind.VERSION:
+        case FactKind.VERSION:
             return Versions.of(map(str, values))
-        case Kind.NAME | Kind.ARCHITECTURE | Kind.TEXT:
+        case FactKind.NAME | FactKind.ARCHITECTURE | FactKind.TEXT:
             return Names.of(key, map(str, values))

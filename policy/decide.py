@@ -165,7 +165,7 @@ def check_backend(name: str, backends: Backends) -> str:
     return check_name("backend", name, (AUTO, *backends, *UPSTREAM_NAMES))
 
 
-def describe(decision: Decision) -> str:
+def describe_decision(decision: Decision) -> str:
     """The one line that each scheduler logs: backends, fences, rule, and why in short."""
     why = textwrap.shorten(decision.because, 160, placeholder=" ...")
     backends = " or ".join(dict.fromkeys(route.backend for route in decision.routes))

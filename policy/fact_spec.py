@@ -14,7 +14,7 @@ from .names import NameProblem, check_name, nearest
 FactValue = str | int | bool | None
 
 
-class Kind(Enum):
+class FactKind(Enum):
     """What values a fact has: how they are typed, checked and compared."""
 
     NAME = "one of some names"
@@ -42,7 +42,7 @@ class FactSpec:
         kind: what its values are.
         source: where it comes from.
         called: what a message calls such a name; of a number or a text, what it is.
-        values: of `Kind.NAME`, the valid ones.
+        values: of `FactKind.NAME`, the valid ones.
         unknown: why it is unknown where nobody gives it and detection does not look for it.
         default, default_because: SGLang's default, where it has one, and what is said of it.
         example: a value, for messages.
@@ -57,7 +57,7 @@ class FactSpec:
     """
 
     name: str
-    kind: Kind
+    kind: FactKind
     source: FactSource = FactSource.SERVER
     called: str = ""
     values: tuple[str, ...] = ()
@@ -88,13 +88,13 @@ class FactSpec:
     @property
     def python_type(self) -> type[str] | type[int] | type[bool]:
         """Of its values."""
-        return {Kind.NUMBER: int, Kind.FLAG: bool}.get(self.kind, str)
+        return {FactKind.NUMBER: int, FactKind.FLAG: bool}.get(self.kind, str)
 
     def check_word(self, word: str) -> str:
         """`word` if it is a name, an architecture or a text of this fact. Raises NameProblem otherwise."""
-        if self.kind is Kind.ARCHITECTURE:
+        if self.kind is FactKind.ARCHITECTURE:
             return check_gpu_arch(word)
-        if self.kind is Kind.TEXT:
+        if self.kind is FactKind.TEXT:
             if not word.strip():
                 raise NameProblem(f"{self.name} is empty; leave it out, or give it a value")
             return word
@@ -107,7 +107,7 @@ class FactSpec:
         valid.
         """
         match self.kind:
-            case Kind.VERSION:
+            case FactKind.VERSION:
                 try:
                     Version(text)
                 except InvalidVersion:
@@ -115,14 +115,14 @@ class FactSpec:
                         f"'{text}' is not a version of {self.name}, such as {self.example}"
                     ) from None
                 return text
-            case Kind.NUMBER:
+            case FactKind.NUMBER:
                 if not (text.isascii() and text.isdigit() and int(text) >= 1):
                     raise NameProblem(f"'{text}' is not {self.called}")
                 return int(text)
-            case Kind.FLAG:
+            case FactKind.FLAG:
                 word = check_name(self.name, text.lower(), ("true", "false", "yes", "no", "on", "off"))
                 return word in ("true", "yes", "on")
-            case Kind.TEXT if not text.strip():
+            case FactKind.TEXT if not text.strip():
                 raise NameProblem(f"'{text}' is not {self.called}")
             case _:
                 return self.check_word(text)

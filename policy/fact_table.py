@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .fact_spec import FactSource, FactSpec, FactValue, Kind
+from .fact_spec import FactKind, FactSource, FactSpec, FactValue
 from .names import (
     ATTENTION_BACKENDS,
     DECODE,
@@ -62,7 +62,7 @@ def _attention(
 ) -> FactSpec:
     return FactSpec(
         name,
-        Kind.NAME,
+        FactKind.NAME,
         called="attention backend",
         values=ATTENTION_BACKENDS,
         unknown=unknown,
@@ -77,7 +77,7 @@ def _attention(
 
 def _version(name: str, example: str = "0.5.23", metavar: str = "", help: str = "") -> FactSpec:
     return FactSpec(
-        name, Kind.VERSION, FactSource.MACHINE, example=example, metavar=metavar, help=help, compared=True
+        name, FactKind.VERSION, FactSource.MACHINE, example=example, metavar=metavar, help=help, compared=True
     )
 
 
@@ -93,7 +93,7 @@ def _number(
 ) -> FactSpec:
     return FactSpec(
         name,
-        Kind.NUMBER,
+        FactKind.NUMBER,
         called=called,
         unknown=unknown,
         default=default,
@@ -121,7 +121,7 @@ FACTS: tuple[FactSpec, ...] = (
     _attention("draft_attention_backend", EXTEND, DECODE, unknown=_SPECULATIVE_ONLY, speculative_only=True),
     FactSpec(
         "gpu_arch",
-        Kind.ARCHITECTURE,
+        FactKind.ARCHITECTURE,
         FactSource.MACHINE,
         called="gpu_arch",
         example="sm90",
@@ -132,7 +132,7 @@ FACTS: tuple[FactSpec, ...] = (
     ),
     FactSpec(
         "gpu_name",
-        Kind.TEXT,
+        FactKind.TEXT,
         FactSource.MACHINE,
         called="a GPU's name: what nvidia-smi prints, such as NVIDIA H200",
         example="NVIDIA H200",
@@ -145,11 +145,16 @@ FACTS: tuple[FactSpec, ...] = (
     _version("sgl_kernel", metavar="VERSION", help="Version of sglang-kernel."),
     _version("flashinfer"),
     FactSpec(
-        "fa3_binary", Kind.NAME, FactSource.MACHINE, called="FA3 build", values=FA3_BINARIES, compared=True
+        "fa3_binary",
+        FactKind.NAME,
+        FactSource.MACHINE,
+        called="FA3 build",
+        values=FA3_BINARIES,
+        compared=True,
     ),
     FactSpec(
         "kv_kind",
-        Kind.NAME,
+        FactKind.NAME,
         called="KV kind",
         values=KV_KINDS,
         unknown="not given; SGLang takes it from the model",
@@ -159,7 +164,7 @@ FACTS: tuple[FactSpec, ...] = (
     ),
     FactSpec(
         "mem_layout",
-        Kind.NAME,
+        FactKind.NAME,
         called="memory layout",
         values=MEM_LAYOUTS,
         default="page_first",
@@ -184,18 +189,18 @@ FACTS: tuple[FactSpec, ...] = (
         unknown="not given; follows from the model",
     ),
     FactSpec(
-        "write_policy", Kind.NAME, called="write policy", values=WRITE_POLICIES, default="write_through"
+        "write_policy", FactKind.NAME, called="write policy", values=WRITE_POLICIES, default="write_through"
     ),
     FactSpec(
         "overlap",
-        Kind.FLAG,
+        FactKind.FLAG,
         default=True,
         default_because="SGLang's default; some options and models turn it off",
         compared=True,
     ),
     FactSpec(
         "speculative",
-        Kind.NAME,
+        FactKind.NAME,
         called="speculative algorithm",
         values=SPECULATIVE,
         default=NO_SPECULATION,
@@ -207,14 +212,14 @@ FACTS: tuple[FactSpec, ...] = (
     _number("pp", "a pipeline-parallel size: a whole number, 1 or more", 1),
     FactSpec(
         "pinned_memory",
-        Kind.FLAG,
+        FactKind.FLAG,
         unknown="not given; SGLang decides it when it allocates",
         compared=True,
     ),
-    FactSpec("batch_copy", Kind.FLAG, FactSource.MACHINE, compared=True),
+    FactSpec("batch_copy", FactKind.FLAG, FactSource.MACHINE, compared=True),
     FactSpec(
         "device",
-        Kind.NAME,
+        FactKind.NAME,
         called="device",
         values=DEVICES,
         follows="gpu_arch",
@@ -222,10 +227,10 @@ FACTS: tuple[FactSpec, ...] = (
         # To difflib "cpu" is the nearest to "gpu", which is the opposite of what was meant.
         hints={"gpu": "cuda", "nvidia": "cuda"},
     ),
-    FactSpec("write_tokens", Kind.NUMBER, FactSource.WRITE, phrase="of {} tokens"),
-    FactSpec("write_entries", Kind.NUMBER, FactSource.WRITE, phrase="of {} entries"),
-    FactSpec("write_entry_bytes", Kind.NUMBER, FactSource.WRITE, phrase="with entries of {} bytes"),
-    FactSpec("write_contiguous", Kind.FLAG, FactSource.WRITE),
+    FactSpec("write_tokens", FactKind.NUMBER, FactSource.WRITE, phrase="of {} tokens"),
+    FactSpec("write_entries", FactKind.NUMBER, FactSource.WRITE, phrase="of {} entries"),
+    FactSpec("write_entry_bytes", FactKind.NUMBER, FactSource.WRITE, phrase="with entries of {} bytes"),
+    FactSpec("write_contiguous", FactKind.FLAG, FactSource.WRITE),
 )
 
 #: What ``when`` of a rule may ask, by key.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .conditions import Condition, condition
-from .fact_spec import Kind
+from .fact_spec import FactKind
 from .fact_table import CONDITIONS
 
 WriteCondition = tuple[int | str | bool, ...]
@@ -116,7 +116,7 @@ _SIGNS = {"<": "under ", "<=": "at most ", ">": "over ", ">=": "at least ", "!="
 
 def _in_words(key: str, values: WriteCondition) -> str:
     spec = CONDITIONS[key]
-    if spec.kind is Kind.FLAG:
+    if spec.kind is FactKind.FLAG:
         if True not in values:
             return "in more than one run of host slots"
         return "in any runs of host slots" if False in values else "in one run of host slots"

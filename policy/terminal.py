@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from .text import printable as escaped
+from .text import escaped
 
 
 class _PlainConsole(Console):

@@ -18,7 +18,7 @@ def unsafe_character(text: str, *, allowed: str = "") -> str | None:
     return next((each for each in text if _is_unsafe(each) and each not in allowed), None)
 
 
-def printable(text: str, *, allowed: str = "") -> str:
+def escaped(text: str, *, allowed: str = "") -> str:
     """`text` with unsafe characters but `allowed` ones as escapes such as ``\\x1b`` and ``\\u202e``."""
     if unsafe_character(text, allowed=allowed) is None:
         return text

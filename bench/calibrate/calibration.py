@@ -21,7 +21,7 @@ Sweep = Mapping[int, Sequence[float]]
 """ms of each round, by what was varied: bytes an entry, or an option's value."""
 
 
-class RefusedError(ValueError):
+class InconclusiveError(ValueError):
     """The measurements do not give one number; the message says which rounds, or what is missing."""
 
 
@@ -61,21 +61,23 @@ def segments(times: Mapping[str, Sweep]) -> tuple[Segment, ...]:
         RefusedError: something is missing, a round has no single order of backends, or rounds disagree.
     """
     if len(times) < 2:
-        raise RefusedError(f"only {', '.join(times) or 'nothing'} was measured: there is nothing to compare")
+        raise InconclusiveError(
+            f"only {', '.join(times) or 'nothing'} was measured: there is nothing to compare"
+        )
     sizes, rounds = _complete(times)
     answers = [_one_round(times, sizes, n) for n in range(rounds)]
     orders = [tuple(backend for backend, _ in answer) for answer in answers]
     if len(set(orders)) > 1:
-        raise RefusedError(f"the rounds disagree: {_in_words(answers, sizes)}")
+        raise InconclusiveError(f"the rounds disagree: {_in_words(answers, sizes)}")
     found = []
     for position, backend in enumerate(orders[0]):
         steps = [answer[position][1] for answer in answers]
         if max(steps) - min(steps) > 1:
-            raise RefusedError(f"the rounds disagree about {backend}: {_in_words(answers, sizes)}")
+            raise InconclusiveError(f"the rounds disagree about {backend}: {_in_words(answers, sizes)}")
         middle = sorted(steps)[len(steps) // 2]
         found.append(Segment(backend, sizes[middle], sizes[min(steps)], sizes[max(steps)]))
     if any(later.at_least <= earlier.at_least for earlier, later in pairwise(found)):
-        raise RefusedError(f"the rounds disagree: {_in_words(answers, sizes)}")
+        raise InconclusiveError(f"the rounds disagree: {_in_words(answers, sizes)}")
     return tuple(found)
 
 
@@ -86,7 +88,7 @@ def best_value(times: Sweep) -> Choice:
         RefusedError: less than two values or rounds, or rounds that are more than one step apart.
     """
     if len(times) < 2:
-        raise RefusedError(f"measured with {len(times)} value: there is nothing to compare")
+        raise InconclusiveError(f"measured with {len(times)} value: there is nothing to compare")
     values, rounds = _complete({"it": times})
     steps = []
     for n in range(rounds):
@@ -95,7 +97,7 @@ def best_value(times: Sweep) -> Choice:
         steps.append(next(step for step, fast in enumerate(as_fast) if fast))
     if max(steps) - min(steps) > 1:
         said = ", ".join(f"round {n + 1} says {values[step]}" for n, step in enumerate(steps))
-        raise RefusedError(f"the rounds disagree: {said}")
+        raise InconclusiveError(f"the rounds disagree: {said}")
     return Choice(values[sorted(steps)[rounds // 2]], values[min(steps)], values[max(steps)])
 
 
@@ -106,14 +108,14 @@ def _complete(times: Mapping[str, Sweep]) -> tuple[list[int], int]:
     for name, sweep in times.items():
         missing = [size for size in sizes if not sweep.get(size)]
         if missing:
-            raise RefusedError(f"{name} has no times at {', '.join(map(str, missing))}")
+            raise InconclusiveError(f"{name} has no times at {', '.join(map(str, missing))}")
     if len(counts) != 1:
-        raise RefusedError(f"the number of rounds differs: {sorted(counts)}")
+        raise InconclusiveError(f"the number of rounds differs: {sorted(counts)}")
     rounds = counts.pop()
     if rounds < 2:
-        raise RefusedError("one round has no other to agree with")
+        raise InconclusiveError("one round has no other to agree with")
     if any(ms <= 0 for sweep in times.values() for each in sweep.values() for ms in each):
-        raise RefusedError("a time is not above 0")
+        raise InconclusiveError("a time is not above 0")
     return sizes, rounds
 
 
@@ -126,7 +128,7 @@ def _one_round(times: Mapping[str, Sweep], sizes: Sequence[int], n: int) -> list
             answer.append((best, step))
     names = [name for name, _ in answer]
     if len(set(names)) < len(names):
-        raise RefusedError(
+        raise InconclusiveError(
             f"round {n + 1} has no one point where it changes: {_in_words([answer], sizes, first=n)}"
         )
     return answer

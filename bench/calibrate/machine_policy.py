@@ -76,7 +76,7 @@ def rules(
     Args:
         found: segments by layout.
         options: of ``hybrid``, by name.
-        environment: of the run (:func:`~.environment.describe`).
+        environment: of the run (:func:`~..measure.environment.describe_environment`).
         kv_kind: of the model that was measured.
     """
     cpu = environment["ran_on"] == "CPU"

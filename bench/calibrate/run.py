@@ -13,16 +13,16 @@ from ..measure import sglang_pools
 from ..measure.cases import MODELS, Case, entry_bytes
 from ..measure.contenders import Submit, Task, ours
 from ..measure.devices import open_bench
-from ..measure.environment import describe
+from ..measure.environment import describe_environment
 from ..measure.one_write import Setting, bandwidth, check
 from ..measure.results import CPU_WATERMARK, Row
-from ..measure.suite import Say
+from ..measure.suite import SuiteProgress
 from ..measure.timing import interleaved, one_write
 from . import machine_policy
 from .calibration import (
     LEAST_SM_WORK_FIRST,
     Choice,
-    RefusedError,
+    InconclusiveError,
     Segment,
     best_value,
     segments,
@@ -110,14 +110,14 @@ class Calibration:
         }
 
 
-def calibrate(plan: Plan, *, cpu: bool, say: Say) -> Calibration:
+def calibrate(plan: Plan, *, cpu: bool, say: SuiteProgress) -> Calibration:
     """Measure, and conclude what can be concluded.
 
     Raises:
         DeviceUnavailableError: there is no GPU and ``cpu`` is not set.
     """
     device = open_bench(cpu)
-    found = Calibration(describe(cpu=cpu), plan)
+    found = Calibration(describe_environment(cpu=cpu), plan)
     if not cpu:
         found.environment |= sglang_pools.prepare(MODELS[plan.model].components)
     setting = Setting(device, default_policy(), plan.repeats, LEAST_SM_WORK_FIRST)
@@ -145,7 +145,7 @@ def conclude(found: Calibration) -> None:
                 found.options[name] = best_value(times["hybrid"])
             elif name not in found.refused:
                 found.segments[name] = segments(times)
-        except RefusedError as error:
+        except InconclusiveError as error:
             found.refused[name] = str(error)
 
 

@@ -22,7 +22,8 @@ from ...io_backends.sglang.no_gpu.fake_libcuda import NoCompilerError
 from ...policy.names import MEM_LAYOUTS, NameProblem, check_name
 from ...policy.terminal import styled
 from .. import damaged, serving, tiny_model
-from ..workload import Workload
+from ..json_option import Json
+from ..workload import EvictingWorkload
 from . import identity
 from .identity import DemoRun, DemoSetup
 from .output import RunProgress, as_json, console, table, verdict
@@ -48,7 +49,7 @@ def demo(
     keep_logs: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the servers' logs in this folder.")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json_: Json = False,
 ) -> None:
     """Serve a model with each backend and compare every output with a server without HiCache.
 
@@ -158,14 +159,14 @@ def _prepare(model: str | None, layout: str | None, page_size: int, cache: Path,
             except NoCompilerError as error:
                 _refuse(str(error))
             path = str(tiny_model.write(cache / "tiny-llama"))
-        setup = DemoSetup(path, True, page_size, layout, env, logs, Workload(tiny_model.VOCAB_SIZE))
+        setup = DemoSetup(path, True, page_size, layout, env, logs, EvictingWorkload(tiny_model.VOCAB_SIZE))
     else:
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(model).get_text_config()
         # A GPU's kernels round otherwise in another batch, or when a prefix is computed again, and the next
         # token may then be another. So one request at a time, and a reference that evicts nothing.
-        workload = Workload(config.vocab_size, clients=1)
+        workload = EvictingWorkload(config.vocab_size, clients=1)
         setup = DemoSetup(model, False, page_size, layout, {}, logs, workload, reference_pool_tokens=32_768)
     load = setup.workload
     console.print(

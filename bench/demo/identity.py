@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import damaged, serving, workload
-from ..workload import Answer, Workload
+from ..workload import Answer, EvictingWorkload
 
 # Told what a run is doing: a few words, answers so far, and seconds since the server was started.
 Status = Callable[[str, int, float], None]
@@ -33,7 +33,7 @@ class DemoSetup:
         device_pool_tokens: capacity of the device pool, smaller than the workload.
         reference_pool_tokens: the same for the server without HiCache. Where it is smaller than the workload,
             that server computes evicted prefixes again, which rounds otherwise than the first time.
-        launch: the command that starts a server; None for that of `serving.Server`.
+        launch: the command that starts a server; None for that of `serving.ServerProcess`.
     """
 
     model: str
@@ -42,7 +42,7 @@ class DemoSetup:
     mem_layout: str | None
     env: Mapping[str, str]
     logs: Path
-    workload: Workload
+    workload: EvictingWorkload
     device_pool_tokens: int = 4096
     reference_pool_tokens: int = 4096
     launch: Sequence[str] | None = None
@@ -130,7 +130,7 @@ def run(setup: DemoSetup, name: str, backend: str | None, *, status: Status) -> 
         max_total_tokens=setup.reference_pool_tokens if backend is None else setup.device_pool_tokens,
         hicache=None if backend is None else serving.HiCache(backend, setup.mem_layout),
     )
-    server = serving.Server(
+    server = serving.ServerProcess(
         options,
         log=setup.logs / f"{name}.log",
         env=setup.env,

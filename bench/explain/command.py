@@ -22,10 +22,11 @@ from ...policy.fact_spec import FactValue
 from ...policy.fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS, check_fact
 from ...policy.names import NameProblem
 from ...policy.terminal import console
+from ..json_option import Json
 from . import matrix as table
 from . import render
 from .explanation import Explanation
-from .shared import Json, PolicyPath, print_json, refusing
+from .shared import PolicyPath, print_json, refusing
 from .what_if import changed, difference, parse_facts
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from ...policy.format.lint import warnings
 from ...policy.format.schema import Default, Rule
 from ...policy.names import NameProblem
 from ...policy.terminal import console
+from ..json_option import Json
 from . import render
-from .shared import Json, PolicyPath, print_json, refusing
+from .shared import PolicyPath, print_json, refusing
 
 if TYPE_CHECKING:
     pass

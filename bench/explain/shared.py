@@ -16,7 +16,6 @@ import typer
 from ...policy.format.errors import PolicyError
 from ...policy.names import NameProblem
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PolicyPath = Annotated[
     str | None,
     typer.Option(

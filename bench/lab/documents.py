@@ -28,7 +28,7 @@ DOCUMENTS = ("README.md", "docs/*.md")
 _TABLE = re.compile(r"(<!-- (\w+)((?: [^\s>]+)*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
-def _servers(make: Callable[[result.Result], str]) -> Callable[[Sequence[Path]], str]:
+def _servers(make: Callable[[result.ServeResult], str]) -> Callable[[Sequence[Path]], str]:
     return lambda paths: make(together(map(result.load, paths)))
 
 

@@ -24,7 +24,7 @@ COLUMNS = ("load", "written", "requests", "errors", "died", "answers not as with
 
 
 @dataclass
-class Sum:
+class ArmTotals:
     """Of all turns of one arm.
 
     Attributes:
@@ -52,9 +52,9 @@ class Sum:
     differing: int = 0
 
 
-def add_up(runs: Iterable[result.Result]) -> list[Sum]:
+def add_up(runs: Iterable[result.ServeResult]) -> list[ArmTotals]:
     """One sum for each setting and arm, in the order met."""
-    sums: dict[tuple[object, ...], Sum] = {}
+    sums: dict[tuple[object, ...], ArmTotals] = {}
     for run in runs:
         for cell in run.cells:
             for arm, facts in cell.arms.items():
@@ -69,7 +69,7 @@ def add_up(runs: Iterable[result.Result]) -> list[Sum]:
                     "--enable-deterministic-inference" in facts.args,
                     EXPERIMENTS[arm],
                 )
-                found = sums.setdefault(key, Sum(*key))  # type: ignore[arg-type]
+                found = sums.setdefault(key, ArmTotals(*key))  # type: ignore[arg-type]
                 found.died += facts.problem is not None
                 for turn in cell.turns:
                     if turn.arm == arm:
@@ -95,7 +95,7 @@ def _after(args: list[str], option: str) -> str | None:
     return args[args.index(option) + 1] if option in args else None
 
 
-def markdown(sums: Iterable[Sum]) -> str:
+def markdown(sums: Iterable[ArmTotals]) -> str:
     """A table for the documents."""
     lines = [
         "| GPU, sglang-kernel | attention | layout | page | fences | " + " | ".join(COLUMNS) + " |",

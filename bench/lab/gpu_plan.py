@@ -24,9 +24,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..measure.devices import gpu_missing
-from ..measure.environment import describe
+from ..measure.environment import describe_environment
 from ..serve import report, result, run, tables
-from .gpu_plans import GIB, PLANS, Step, host_bytes, kv_bytes_per_token
+from .gpu_plans import GIB, PLANS, PlannedCell, host_bytes, kv_bytes_per_token
 
 _MOST_TOUCHED = 100 * GIB
 """A machine with one GPU has 128 GiB; touching more than it has would end this process."""
@@ -65,7 +65,9 @@ def make_room(wanted: int, say: run.Say) -> None:
     say(f"{have / GIB:.0f} GiB are available after {time.monotonic() - began:.0f} s")
 
 
-def run_plan(name: str, steps: Sequence[Step], out: Path, work: Path, budget_s: float, *, cpu: bool) -> bool:
+def run_plan(
+    name: str, steps: Sequence[PlannedCell], out: Path, work: Path, budget_s: float, *, cpu: bool
+) -> bool:
     """Run the steps as far as the time allows; returns whether all is well.
 
     Args:
@@ -76,14 +78,14 @@ def run_plan(name: str, steps: Sequence[Step], out: Path, work: Path, budget_s: 
         budget_s: for all of it.
         cpu: on SGLang's CPU engine.
     """
-    clock = run.Clock(budget_s)
+    budget = run.Budget(budget_s)
     out.mkdir(parents=True, exist_ok=True)
-    found = result.Result(describe(cpu=cpu))
+    found = result.ServeResult(describe_environment(cpu=cpu))
     result.save(found, out, name)
     ok = True
     for step in steps:
-        say(f"== {step.name}: {', '.join(step.arms)}; {clock.left_s():.0f} s left")
-        if clock.left_s() < 20:
+        say(f"== {step.name}: {', '.join(step.arms)}; {budget.left_s():.0f} s left")
+        if budget.left_s() < 20:
             say(f"== {step.name}: not run, no time left")
             ok = False
             continue
@@ -98,10 +100,10 @@ def run_plan(name: str, steps: Sequence[Step], out: Path, work: Path, budget_s: 
                 found.put(part)
                 result.save(found, out, name)
 
-            given = run.Ask(
+            given = run.ServeOptions(
                 step.arms, step.workloads, step.rounds, step.at_once, logs, enough_s=step.enough_s
             )
-            save(run.run_cell(cell, given, clock, say, save))
+            save(run.run_cell(cell, given, budget, say, save))
         except Exception:  # the steps after it still run
             traceback.print_exc()
             ok = False

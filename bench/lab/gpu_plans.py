@@ -24,12 +24,12 @@ SERVER_BYTES = 5 * GIB
 
 
 @dataclass(frozen=True)
-class Step:
+class PlannedCell:
     """A cell of a plan.
 
     Attributes:
         name: of the cell.
-        arms, workloads, rounds, at_once, enough_s: see `run.Ask`.
+        arms, workloads, rounds, at_once, enough_s: see `run.ServeOptions`.
         model: a name of `models.NAMES`.
         page_size, layout, pool_tokens, ratio, tp, deterministic: see `Cell`.
         options: of every server.
@@ -66,7 +66,7 @@ class Step:
             more=self.options,
         )
 
-    def rehearsal(self) -> Step:
+    def rehearsal(self) -> PlannedCell:
         """The same step on the CPU engine: small, and without the arms that need CUDA."""
         return replace(
             self,
@@ -84,17 +84,17 @@ LIMIT = ("none", "kernel", "direct", "auto", "null")
 OURS = ("fenced_kernel", "copy_engine", "hybrid")
 
 
-def _by_page(name: str, pages: Sequence[int], step: Step) -> list[Step]:
+def _by_page(name: str, pages: Sequence[int], step: PlannedCell) -> list[PlannedCell]:
     return [replace(step, name=f"{name}-page{page}", page_size=page) for page in pages]
 
 
-PLANS: dict[str, list[Step]] = {
-    "first": _by_page("kvheavy", (1, 64), Step("", LIMIT, rounds=3)),
+PLANS: dict[str, list[PlannedCell]] = {
+    "first": _by_page("kvheavy", (1, 64), PlannedCell("", LIMIT, rounds=3)),
     # The pool and the load of shared/gpu_servers; host memory for three host pools at a time.
     "as-by-hand": _by_page(
         "kvheavy",
         (1, 64),
-        Step(
+        PlannedCell(
             "",
             ("none", "kernel", "auto", "null", "direct"),
             at_once=4,
@@ -103,11 +103,15 @@ PLANS: dict[str, list[Step]] = {
         ),
     ),
     "workloads": _by_page(
-        "kvheavy", (1, 64), Step("", ("none", "kernel", "auto", "null"), workloads=("shared", "decode"))
+        "kvheavy",
+        (1, 64),
+        PlannedCell("", ("none", "kernel", "auto", "null"), workloads=("shared", "decode")),
     ),
-    "backends": _by_page("kvheavy", (1, 64), Step("", ("kernel", *OURS), workloads=("chat", "prefill"))),
+    "backends": _by_page(
+        "kvheavy", (1, 64), PlannedCell("", ("kernel", *OURS), workloads=("chat", "prefill"))
+    ),
     "layouts": [
-        Step(f"kvheavy-{layout}-page{page}", arms, ("chat", "prefill"), page_size=page, layout=layout)
+        PlannedCell(f"kvheavy-{layout}-page{page}", arms, ("chat", "prefill"), page_size=page, layout=layout)
         for layout, arms in (
             ("layer_first", ("none", "kernel", "auto", "null")),
             ("page_first_direct", ("none", "direct", "auto", "null")),
@@ -115,7 +119,7 @@ PLANS: dict[str, list[Step]] = {
         for page in (1, 64)
     ],
     "attention": [
-        Step(
+        PlannedCell(
             f"kvheavy-{name}-page{page}",
             ("none", "kernel", "auto", "null"),
             page_size=page,
@@ -132,21 +136,21 @@ PLANS: dict[str, list[Step]] = {
     "qwen": _by_page(
         "qwen3-8b",
         (1, 64),
-        Step("", ("none", "kernel", "auto", "null"), at_once=2, model="qwen3-8b", workloads=("chat",)),
+        PlannedCell("", ("none", "kernel", "auto", "null"), at_once=2, model="qwen3-8b", workloads=("chat",)),
     ),
     "mla": [
-        *_by_page("mlaheavy", (1, 64), Step("", LIMIT, model=models.MLA)),
+        *_by_page("mlaheavy", (1, 64), PlannedCell("", LIMIT, model=models.MLA)),
         # Experts as the original has: 31 GB of weights, of which 80 GB hold one beside a pool and graphs.
         *_by_page(
             "deepseek-v2-lite",
             (1, 64),
-            Step("", ("none", "kernel", "auto", "null"), at_once=1, model="deepseek-v2-lite"),
+            PlannedCell("", ("none", "kernel", "auto", "null"), at_once=1, model="deepseek-v2-lite"),
         ),
     ],
     # Which fences are needed on silicon: see the document on the FA3 crash. A minute of load for each arm, as
     # often as there is time; bench/lab/experiments.py adds up.
     "experiments": [
-        Step(
+        PlannedCell(
             f"experiments-{name}-page{page}",
             tuple(EXPERIMENTS),
             ("chat",),
@@ -162,7 +166,7 @@ PLANS: dict[str, list[Step]] = {
     "experiments-bytes": _by_page(
         "experiments-bytes",
         (1, 64),
-        Step(
+        PlannedCell(
             "",
             (NONE, *EXPERIMENTS),
             ("chat",),
@@ -173,7 +177,7 @@ PLANS: dict[str, list[Step]] = {
         ),
     ),
     "tp2-bytes": [
-        Step(
+        PlannedCell(
             f"bytes-tp2-page{page}",
             (NONE, "auto", damaged.NAME),
             ("chat",),
@@ -185,9 +189,9 @@ PLANS: dict[str, list[Step]] = {
         )
         for page in (64, 1)
     ],
-    "tp2": _by_page("kvheavy-tp2", (1, 64), Step("", LIMIT, tp=2)),
+    "tp2": _by_page("kvheavy-tp2", (1, 64), PlannedCell("", LIMIT, tp=2)),
     "bytes": [
-        Step(
+        PlannedCell(
             f"bytes-{model}-{layout}-page{page}",
             (NONE, "auto", *OURS, damaged.NAME),
             ("chat",),
@@ -222,7 +226,7 @@ def kv_bytes_per_token(config: Mapping[str, Any]) -> int:
     return 2 * 2 * layers * int(config.get("num_key_value_heads") or heads) * width
 
 
-def host_bytes(step: Step, token_bytes: int) -> int:
+def host_bytes(step: PlannedCell, token_bytes: int) -> int:
     """Host memory that the servers of a step need at most, together."""
     most = 0
     for together in run.groups(step.arms, step.at_once):

@@ -37,7 +37,7 @@ from ..measure import report, results, suite, tables
 from ..measure.cases import MODELS
 from ..measure.contenders import names
 from ..measure.devices import gpu_missing
-from ..measure.environment import describe
+from ..measure.environment import describe_environment
 from . import profile
 
 PARTS = ("tests", "sanitize", "bench", "profile", "calibrate")
@@ -55,7 +55,7 @@ _SANITIZE_S = 240
 
 
 @dataclass
-class Part:
+class PartOutcome:
     """How a part went: ``good``, ``bad`` or ``skipped``, and why."""
 
     status: str
@@ -68,7 +68,7 @@ def say(text: str, done: float = 0, total: float = 0) -> None:
     print(f"[{done:.0f}/{total:.0f}] {text}" if total else text, flush=True)
 
 
-def run_tests(args: argparse.Namespace) -> Part:
+def run_tests(args: argparse.Namespace) -> PartOutcome:
     """``pytest -m gpu``."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *GPU_TESTS],
@@ -80,13 +80,13 @@ def run_tests(args: argparse.Namespace) -> Part:
     (args.out / "gpu_tests.txt").write_text(done.stdout, encoding="utf-8")
     print(done.stdout[-3000:], flush=True)
     last = (done.stdout.strip().splitlines() or [""])[-1]
-    return Part("bad" if done.returncode else "good", last)
+    return PartOutcome("bad" if done.returncode else "good", last)
 
 
-def run_sanitizer(args: argparse.Namespace) -> Part:
+def run_sanitizer(args: argparse.Namespace) -> PartOutcome:
     """memcheck and racecheck, each on a small write of every backend."""
     if shutil.which(SANITIZER) is None:
-        return Part("skipped", f"{SANITIZER} is not on PATH")
+        return PartOutcome("skipped", f"{SANITIZER} is not on PATH")
     found = []
     for tool, options in _SANITIZE.items():
         command = [SANITIZER, "--tool", tool, *options, "--error-exitcode", str(_SANITIZER_ERROR)]
@@ -114,12 +114,12 @@ def run_sanitizer(args: argparse.Namespace) -> Part:
         print(output[-2500:], flush=True)
         found.append((tool, code))
     bad = [tool for tool, code in found if code]
-    return Part("bad" if bad else "good", ", ".join(f"{tool}: exit {code}" for tool, code in found))
+    return PartOutcome("bad" if bad else "good", ", ".join(f"{tool}: exit {code}" for tool, code in found))
 
 
-def run_bench(args: argparse.Namespace) -> Part:
+def run_bench(args: argparse.Namespace) -> PartOutcome:
     """The measurements; figures are saved after each case."""
-    ask = suite.Ask(
+    ask = suite.MeasureOptions(
         measurements=tuple(args.measure or suite.GRIDS),
         cpu=args.cpu,
         only={
@@ -148,8 +148,8 @@ def run_bench(args: argparse.Namespace) -> Part:
     print(tables.markdown(run))
     wrong = [f"{row.contender} in {row.case}: {row.reason}" for row in run.wrong()]
     if wrong:
-        return Part("bad", "; ".join(wrong))
-    return Part("good", f"{len(run.rows)} rows in {', '.join(path.name for path in written)}")
+        return PartOutcome("bad", "; ".join(wrong))
+    return PartOutcome("good", f"{len(run.rows)} rows in {', '.join(path.name for path in written)}")
 
 
 def _options(given: Sequence[str]) -> dict[str, dict[str, int | str]]:
@@ -164,13 +164,13 @@ def _options(given: Sequence[str]) -> dict[str, dict[str, int | str]]:
     return found
 
 
-def run_profile(args: argparse.Namespace) -> Part:
+def run_profile(args: argparse.Namespace) -> PartOutcome:
     """Where the time of one write goes."""
     parts = profile.profile(args.out / "profile.json", cpu=args.cpu)
-    return Part("good", f"{len(parts)} parts")
+    return PartOutcome("good", f"{len(parts)} parts")
 
 
-def run_calibrate(args: argparse.Namespace) -> Part:
+def run_calibrate(args: argparse.Namespace) -> PartOutcome:
     """Calibration; nothing is installed."""
     plan = ON_CPU if args.cpu else Plan()
     found = calibrate(quicker(plan) if args.quick else plan, cpu=args.cpu, say=say)
@@ -181,10 +181,10 @@ def run_calibrate(args: argparse.Namespace) -> Part:
     saved = json.dumps({**found.to_dict(), "policy": text}, indent=1)
     (args.out / "calibration.json").write_text(saved + "\n", encoding="utf-8")
     refused = "; ".join(f"no number for {name}: {why}" for name, why in found.refused.items())
-    return Part("good" if text is not None else "skipped", refused)
+    return PartOutcome("good" if text is not None else "skipped", refused)
 
 
-RUNS: dict[str, Callable[[argparse.Namespace], Part]] = {
+RUNS: dict[str, Callable[[argparse.Namespace], PartOutcome]] = {
     "tests": run_tests,
     "sanitize": run_sanitizer,
     "bench": run_bench,
@@ -219,10 +219,10 @@ def main(given: Sequence[str] | None = None) -> int:
     if missing is not None and not args.cpu:
         parser.error(f"no GPU: {missing} (--cpu tries bench, profile and calibrate without one)")
     args.out.mkdir(parents=True, exist_ok=True)
-    environment = describe(cpu=args.cpu)
+    environment = describe_environment(cpu=args.cpu)
     for name, value in environment.items():
         print(f"{name}: {value}", flush=True)
-    done: dict[str, Part] = {}
+    done: dict[str, PartOutcome] = {}
     for name in args.parts:
         print(f"== {name}", flush=True)
         began = time.monotonic()
@@ -230,7 +230,7 @@ def main(given: Sequence[str] | None = None) -> int:
             done[name] = RUNS[name](args)
         except Exception as error:  # the parts after it still run
             traceback.print_exc()
-            done[name] = Part("bad", f"{type(error).__name__}: {error}")
+            done[name] = PartOutcome("bad", f"{type(error).__name__}: {error}")
         done[name].seconds = round(time.monotonic() - began, 1)
         print(f"== {name}: {done[name].status} after {done[name].seconds} s: {done[name].detail}", flush=True)
         parts = {each: asdict(part) for each, part in done.items()}

@@ -58,8 +58,8 @@ def main(
             raise typer.Exit(1)
         console.print("starting two servers")
         with (
-            serving.Server(options, log=Path(folder, "with.log"), env=envs[WITH]) as first,
-            serving.Server(options, log=Path(folder, "without.log"), env=envs[WITHOUT]) as second,
+            serving.ServerProcess(options, log=Path(folder, "with.log"), env=envs[WITH]) as first,
+            serving.ServerProcess(options, log=Path(folder, "without.log"), env=envs[WITHOUT]) as second,
         ):
             result = _compared(first.url, second.url, waves, Path(folder, "stress.json"))
     figures = {name: _figures(server["waves"]) for name, server in zip(envs, result["servers"], strict=True)}

@@ -3,7 +3,7 @@ moves nothing and whose work takes as long as a cost model says. A model, not a 
 
     python -m sglang_hicache.bench.lab.pace_model [--staging-mb 256 512 auto] [--json]
 
-Bytes, entries and ring are those of the real model's rows. What the model leaves out: contention for SMs, HBM
+Bytes, copies and ring are those of the real model's rows. What the model leaves out: contention for SMs, HBM
 and the host's CPUs (see :class:`~sglang_hicache.io_backends.virtual.model.CostModel`).
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from ...io_backends import PoolGeometry, get_backend
 from ...io_backends.plan.chunks import Chunk, Staged
-from ...io_backends.plan.copies import CopyBatch
+from ...io_backends.plan.copies import CopyBatch, Slots
 from ...io_backends.routes import one_route
 from ...io_backends.virtual import gpu as cuda
 from ...io_backends.virtual.device import VirtualDevice
@@ -31,7 +31,7 @@ from ...io_backends.virtual.timeline import NOTE, ModelOrder
 from ...policy.names import FORWARDS
 from ..measure.cases import MODELS, Case, pool_of, slots_of
 from ..measure.contenders import Task
-from ..measure.overlap import Flight, Step, Trace, Writer, figures, run
+from ..measure.overlap import Flight, ForwardStep, Trace, Writer, loop_metrics, run
 from ..measure.patterns import LEAST_CYCLES, PATTERNS, whole_pages
 from ..measure.writers import OwnWriter
 
@@ -43,8 +43,8 @@ SCHEDULE_MS = 1.0
 """Of the host before each launch: batching, tensors, kernel launches. An assumption."""
 
 
-class ModelDevice(VirtualDevice):
-    """Streams and events of the virtual device; gathers and copies take time and touch no memory."""
+class LoopDevice(VirtualDevice):
+    """The virtual device with what :func:`~..measure.overlap.run` asks of one beside the seam."""
 
     where = "cpu"
 
@@ -65,6 +65,10 @@ class ModelDevice(VirtualDevice):
     def indices(self, slots: np.ndarray) -> Any:
         return slots
 
+
+class ModelDevice(LoopDevice):
+    """Gathers and copies take time and touch no memory."""
+
     def allocate_staging(self, nbytes: int) -> Any:
         return _Staging(1 << 46, nbytes)
 
@@ -76,7 +80,7 @@ class ModelDevice(VirtualDevice):
 
     def copy(self, batch: CopyBatch, stream: Stream) -> None:
         if len(batch):
-            stream.launch(Operation("drain", engine="copy_d2h", entries=len(batch), nbytes=batch.total_bytes))
+            stream.launch(Operation("drain", engine="copy_d2h", copies=len(batch), nbytes=batch.total_bytes))
 
 
 @dataclass(frozen=True)
@@ -109,14 +113,16 @@ class KernelWriter:
         return 0
 
 
-class _NoIds:
+class NoIds:
+    """Token ids, whose copies are left out."""
+
     def copy(self, step: int) -> None:
         """They are few bytes."""
 
 
 def simulate(
     case: Case,
-    pattern: Sequence[Step],
+    pattern: Sequence[ForwardStep],
     options: Mapping[str, Any] | None,
     *,
     cycles: int = LEAST_CYCLES,
@@ -138,30 +144,42 @@ def simulate(
         writer = KernelWriter(device, geometry.bytes_per_token)
     elif write:
         backend = get_backend("hybrid")(device, options or {})
-        tasks = {step.tokens: _task(replace(case, tokens=step.tokens), geometry, device) for step in pattern}
         stream = device.new_stream()
-        tasks = {tokens: replace(task, stream=stream) for tokens, task in tasks.items()}
+        tasks = {}
+        for step in pattern:
+            part = replace(case, tokens=step.tokens)
+            tasks[step.tokens] = task_of(part, geometry, *slots_of(part), device, stream)
         writer = OwnWriter(tasks, one_route(backend, FORWARDS))
     streams = device.new_stream(), device.new_stream(), device.new_stream()
 
-    def launch(step: Step) -> None:
+    def launch(step: ForwardStep) -> None:
         gpu.host_work("schedule", SCHEDULE_MS)
         cuda.current_stream().launch(Operation("forward", exclusive_sms=True, ms=step.ms))
 
     steps = tuple(pattern) * cycles
-    return run(device, steps, launch, _NoIds(), streams, writer, geometry.bytes_per_token)
+    return run(device, steps, launch, NoIds(), streams, writer, geometry.bytes_per_token)
 
 
-def _task(case: Case, geometry: PoolGeometry, device: ModelDevice) -> Task:
-    host, rows = slots_of(case)
+def task_of(
+    case: Case, geometry: PoolGeometry, host: Slots, rows: Slots, device: LoopDevice, stream: Stream
+) -> Task:
+    """A write of the loop's, by a backend that asks no policy.
+
+    Args:
+        case: what it is called.
+        geometry: of the pool.
+        host, rows: slots, int64 [n] each.
+        device: where it runs.
+        stream: SGLang's for writes.
+    """
     return Task(
         case=case,
         memory=None,
         geometry=geometry,
         host=host,
         rows=rows,
-        device_slots=rows,
-        stream=None,
+        device_slots=rows.copy(),
+        stream=stream,
         device=device,
         decision=None,  # type: ignore[arg-type]  # auto alone asks it
         forwards_wait=True,
@@ -189,10 +207,10 @@ def main(given: Sequence[str] | None = None) -> int:
                 case = Case(model, "page_first", page, max(step.tokens for step in steps), True, "fa3")
                 ways: dict[str, Any] = {"kernel": None}
                 ways |= {f"hybrid {size}": _options(size) for size in args.staging_mb}
-                alone = figures(simulate(case, steps, None, cycles=args.cycles, write=False), len(steps))
+                alone = loop_metrics(simulate(case, steps, None, cycles=args.cycles, write=False), len(steps))
                 asked = sum(step.tokens for step in steps) * MODELS[model].bytes_per_token
                 for way, options in ways.items():
-                    row = figures(simulate(case, steps, options, cycles=args.cycles), len(steps))
+                    row = loop_metrics(simulate(case, steps, options, cycles=args.cycles), len(steps))
                     row["slow_down"] = row["cycle_ms"] / alone["cycle_ms"]
                     row["asked_gb_per_s"] = asked / alone["cycle_ms"] / 1e6
                     found.append({"model": model, "page_size": page, "forwards": name, "way": way, **row})

@@ -21,10 +21,8 @@ Constants of the backends cite what this prints; the file has the spread of the 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,13 +39,15 @@ from ...io_backends.policy_files import default_policy
 from ..measure import sglang_pools
 from ..measure.cases import MODELS, Case
 from ..measure.contenders import contenders
-from ..measure.devices import Bench, gpu_missing, no_collection, open_bench
-from ..measure.environment import describe
+from ..measure.devices import Bench, no_collection, open_bench
+from ..measure.environment import describe_environment
 from ..measure.interference import interference
-from ..measure.memory import Memory
+from ..measure.memory import KvBuffers
 from ..measure.one_write import Setting
 from ..measure.results import CPU_WATERMARK, Spread
 from ..measure.timing import link_ceiling, one_write
+from ..saved import write_json
+from .trial import parsed, parser_of
 
 MODEL = "Qwen3-8B"
 CTAS = (8, 16, 32, 64, 132, 264)
@@ -104,7 +104,7 @@ def on_cpu() -> Size:
 
 
 @dataclass(frozen=True)
-class Part:
+class ProfiledPart:
     """One part.
 
     Attributes:
@@ -123,9 +123,9 @@ class Part:
     metrics: dict[str, Spread]
 
 
-def measure(device: Bench, size: Size) -> Iterator[Part]:
+def measure(device: Bench, size: Size) -> Iterator[ProfiledPart]:
     """Every part."""
-    memory = Memory(MODELS[MODEL], size.slots, device)
+    memory = KvBuffers(MODELS[MODEL], size.slots, device)
     memory.refill()
     yield from _gathers(device, memory, size)
     yield from _drains(device, memory, size)
@@ -136,29 +136,31 @@ def measure(device: Bench, size: Size) -> Iterator[Part]:
         yield _write(setting, case, size.repeats)
     for case in size.long:
         yield from _small_copies(replace(setting, wanted=None), case, size.repeats)
-    for turn_bytes in size.turns:
+    for quantum_bytes in size.turns:
         other = Setting(
-            open_bench(device.where == "cpu", turn_bytes=turn_bytes),
+            open_bench(device.where == "cpu", quantum_bytes=quantum_bytes),
             setting.policy,
             size.repeats,
         )
         for case in size.long:
             # Who moves long copies there.
             other.wanted = ("copy_engine",) if case.layout == "layer_first" else ("hybrid",)
-            yield from _small_copies(other, case, size.repeats, turn_bytes)
+            yield from _small_copies(other, case, size.repeats, quantum_bytes)
             for row in interference(other, case, ("decode",)):
                 metrics = {
                     name: each for name, each in row.metrics.items() if name in ("slow_down", "gb_per_s")
                 }
-                yield Part("turns", f"{_turns(turn_bytes)}, {row.contender}, {case}, {row.forward}", metrics)
+                yield ProfiledPart(
+                    "turns", f"{_turns(quantum_bytes)}, {row.contender}, {case}, {row.forward}", metrics
+                )
     for ctas in CTAS_BESIDE:
         setting.options = {"hybrid": {"gather_ctas": ctas}}
         for row in interference(setting, size.beside):
             metrics = {name: each for name, each in row.metrics.items() if name in ("slow_down", "gb_per_s")}
-            yield Part("beside", f"{row.forward}, {ctas} blocks", metrics)
+            yield ProfiledPart("beside", f"{row.forward}, {ctas} blocks", metrics)
 
 
-def _gathers(device: Bench, memory: Memory, size: Size) -> Iterator[Part]:
+def _gathers(device: Bench, memory: KvBuffers, size: Size) -> Iterator[ProfiledPart]:
     geometry = memory.geometry("page_first", 1)
     device.prepare_gather(geometry)
     stream = device.new_stream()
@@ -175,10 +177,12 @@ def _gathers(device: Bench, memory: Memory, size: Size) -> Iterator[Part]:
                     device.gather(place, base, rows, chunk, stream, ctas)
 
                 done = _timed(device, stream, run, tokens * geometry.bytes_per_token, size.repeats)
-                yield Part(name, f"{tokens * geometry.bytes_per_token / 1e6:.1f} MB, {ctas} blocks", done)
+                yield ProfiledPart(
+                    name, f"{tokens * geometry.bytes_per_token / 1e6:.1f} MB, {ctas} blocks", done
+                )
 
 
-def _drains(device: Bench, memory: Memory, size: Size) -> Iterator[Part]:
+def _drains(device: Bench, memory: KvBuffers, size: Size) -> Iterator[ProfiledPart]:
     stream, second = device.new_stream(), device.new_stream()
     rng = np.random.default_rng(1)
     shapes = [("layer_first", 16), ("layer_first", 64), *(("page_first", page) for page in (1, 4, 16, 64))]
@@ -208,16 +212,16 @@ def _drains(device: Bench, memory: Memory, size: Size) -> Iterator[Part]:
         for way, run in ways.items():
             done = _timed(device, stream, run, nbytes, size.repeats)
             what = f"{len(batch):,} copies of {nbytes // len(batch):,} bytes on average, {layout}, {way}"
-            yield Part("drain", what, done)
+            yield ProfiledPart("drain", what, done)
 
 
-def _orders(setting: Setting, size: Size) -> Iterator[Part]:
+def _orders(setting: Setting, size: Size) -> Iterator[ProfiledPart]:
     """Nothing where SGLang's kernel cannot run."""
     device = setting.device
     rng = np.random.default_rng(2)
     for name, group in itertools.groupby(size.ordered, lambda each: each[0]):
         cases = list(group)
-        memory = Memory(MODELS[name], max(slots for _, _, _, slots in cases), device)
+        memory = KvBuffers(MODELS[name], max(slots for _, _, _, slots in cases), device)
         for _, page, tokens, slots in cases:
             case = Case(name, "layer_first", page, tokens, True)
             task = setting.task(case, memory.part(slots), forwards_wait=False)
@@ -238,7 +242,7 @@ def _orders(setting: Setting, size: Size) -> Iterator[Part]:
                 done = _timed(device, task.stream, run, case.nbytes, size.repeats)
                 run_bytes, pool = page * MODELS[name].components[0], slots * MODELS[name].bytes_per_token
                 what = f"{name}, {tokens:,} tokens in runs of {run_bytes:,} bytes over {pool / 2**30:.1f} GiB"
-                yield Part("order", f"{what}, {way}", done)
+                yield ProfiledPart("order", f"{what}, {way}", done)
 
 
 def _in_order(batch: CopyBatch, order: Any) -> CopyBatch:
@@ -293,7 +297,7 @@ class Traced:
         self.pieces.append((kind, asked, begin, self._device.record(stream), nbytes))
 
 
-def _write(setting: Setting, case: Case, repeats: int) -> Part:
+def _write(setting: Setting, case: Case, repeats: int) -> ProfiledPart:
     memory = setting.memory(case)
     memory.refill()
     task = setting.task(case, memory, forwards_wait=False)
@@ -307,12 +311,12 @@ def _write(setting: Setting, case: Case, repeats: int) -> Part:
             for name, value in numbers.items():
                 if turn:
                     found.setdefault(name, []).append(value)
-    return Part("write", str(case), {name: Spread.of(values) for name, values in found.items()})
+    return ProfiledPart("write", str(case), {name: Spread.of(values) for name, values in found.items()})
 
 
 def _small_copies(
-    setting: Setting, case: Case, repeats: int, turn_bytes: int | None = None
-) -> Iterator[Part]:
+    setting: Setting, case: Case, repeats: int, quantum_bytes: int | None = None
+) -> Iterator[ProfiledPart]:
     import torch
 
     device = setting.device
@@ -355,14 +359,14 @@ def _small_copies(
                     for name, value in numbers.items():
                         found.setdefault(name, []).append(value)
         spread = {name: Spread.of(values) for name, values in found.items()}
-        if turn_bytes is None:
-            yield Part("small_copy", f"{contender.name}, {case}", spread)
+        if quantum_bytes is None:
+            yield ProfiledPart("small_copy", f"{contender.name}, {case}", spread)
         else:
-            yield Part("turns", f"{_turns(turn_bytes)}, {contender.name}, {case}", spread)
+            yield ProfiledPart("turns", f"{_turns(quantum_bytes)}, {contender.name}, {case}", spread)
 
 
-def _turns(turn_bytes: int) -> str:
-    return "no turns" if turn_bytes == NO_TURNS else f"turns of {turn_bytes >> 20} MiB"
+def _turns(quantum_bytes: int) -> str:
+    return "no turns" if quantum_bytes == NO_TURNS else f"turns of {quantum_bytes >> 20} MiB"
 
 
 def _trace(task: Any, traced: Traced, submit: Any) -> Mapping[str, float]:
@@ -404,7 +408,7 @@ def _trace(task: Any, traced: Traced, submit: Any) -> Mapping[str, float]:
     }
 
 
-def text(parts: list[Part]) -> str:
+def text(parts: list[ProfiledPart]) -> str:
     """One line a part."""
     lines = []
     for each in parts:
@@ -413,13 +417,13 @@ def text(parts: list[Part]) -> str:
     return "\n".join(lines)
 
 
-def profile(out: Path | None, *, cpu: bool) -> list[Part]:
+def profile(out: Path | None, *, cpu: bool) -> list[ProfiledPart]:
     """Measure, print, and save in ``out``.
 
     Raises:
         DeviceUnavailableError: there is no GPU and ``cpu`` is not set.
     """
-    environment = describe(cpu=cpu)
+    environment = describe_environment(cpu=cpu)
     device = open_bench(cpu)
     link = link_ceiling(device, 2**24 if cpu else 2**30)
     if not cpu:
@@ -440,21 +444,13 @@ def profile(out: Path | None, *, cpu: bool) -> list[Part]:
             "link_gb_per_s": asdict(link),
             "parts": [asdict(part) for part in found],
         }
-        out.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+        write_json(out, saved)
     return found
 
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--cpu", action="store_true", help="exercise the code without a GPU")
-    args = parser.parse_args()
-    missing = None if args.cpu else gpu_missing()
-    if missing is not None:
-        parser.error(f"no GPU: {missing} (--cpu exercises the code without one)")
+    args = parsed(parser_of(__doc__, out_required=False))
     profile(args.out, cpu=args.cpu)
     return 0
 

@@ -20,9 +20,9 @@ from typing import Any
 from ...io_backends.registry import AUTO
 from ...io_backends.sglang.unsafe import NULL
 from ..measure.tables import markdown_row
-from ..serve.account import Sum
+from ..serve.account import ArmSummary
 from ..serve.arms import NONE
-from ..serve.result import CellResult, Result, load
+from ..serve.result import CellResult, ServeResult, load
 
 OWN = ("kernel", "direct")
 """SGLang's own ways, the one that `auto` is set against first: its default, and what it runs instead in
@@ -40,15 +40,15 @@ _MACHINE = ("gpu", "driver", "cuda", "torch", "sglang", "sglang_kernel")
 """What must be the same for figures to stand in one table."""
 
 
-def together(runs: Iterable[Result]) -> Result:
+def together(runs: Iterable[ServeResult]) -> ServeResult:
     """One result of several: their cells, of those with the same name the last.
 
     Raises:
         ValueError: they ran on different machines or versions, or there is none.
     """
-    whole: Result | None = None
+    whole: ServeResult | None = None
     for run in runs:
-        whole = whole or Result(run.environment)
+        whole = whole or ServeResult(run.environment)
         apart = [name for name in _MACHINE if whole.environment.get(name) != run.environment.get(name)]
         if apart:
             raise ValueError(f"runs that differ in {', '.join(apart)} have no common table")
@@ -59,7 +59,7 @@ def together(runs: Iterable[Result]) -> Result:
     return whole
 
 
-def speed_table(found: Result, workload: str = "chat") -> str:
+def speed_table(found: ServeResult, workload: str = "chat") -> str:
     """What it ran on, and each arm at each page size: median of the rounds, with least and greatest req/s.
 
     Raises:
@@ -90,7 +90,7 @@ def speed_table(found: Result, workload: str = "chat") -> str:
     return "\n".join(lines) + "\n"
 
 
-def summary_table(found: Result) -> str:
+def summary_table(found: ServeResult) -> str:
     """What it ran on, and a row for each setup and load: requests a second and TTFT p50, by those of SGLang.
 
     Raises:
@@ -142,7 +142,7 @@ def _attention(server: Mapping[str, Any]) -> str:
     return ", ".join(dict.fromkeys(map(str, both)))
 
 
-def _short(each: Sum | None) -> str:
+def _short(each: ArmSummary | None) -> str:
     if each is None or each.requests_per_s is None or each.ttft_p50_s is None:
         return ""
     return f"{each.requests_per_s.median:.1f}, {each.ttft_p50_s.median * 1e3:,.0f} ms"
@@ -162,7 +162,7 @@ def _row(arm: str, cells: Iterable[CellResult], workload: str) -> list[str]:
     return texts
 
 
-def _figures(each: Sum) -> list[str]:
+def _figures(each: ArmSummary) -> list[str]:
     rate = each.requests_per_s
     texts = ["" if rate is None else f"{rate.median:.1f} ({rate.low:.1f} to {rate.high:.1f})"]
     for spread in (each.ttft_p50_s, each.ttft_p99_s, each.itl_p99_s):
@@ -170,7 +170,7 @@ def _figures(each: Sum) -> list[str]:
     return [*texts, "" if each.write_mean_s is None else f"{each.write_mean_s * 1e3:,.1f}"]
 
 
-def verified_table(runs: Iterable[Result]) -> str:
+def verified_table(runs: Iterable[ServeResult]) -> str:
     """A row for each cell in which ``auto`` served all that it was asked, the last of those with its name."""
     columns = (
         "GPU",

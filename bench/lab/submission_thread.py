@@ -18,9 +18,7 @@ Reuse of staging is not ordered with the thread here: this is for timing, and no
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import queue
 import statistics
 import sys
@@ -28,22 +26,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from ...io_backends.device.driver import MAX_ENTRIES
+from ...io_backends.device.driver import MAX_COPIES_PER_CALL
 from ...io_backends.policy_files import default_policy
 from ...io_backends.registry import BACKENDS
 from ...policy.backend_spec import spec_of
 from ..measure.cases import Case
 from ..measure.contenders import Task, ours
-from ..measure.devices import gpu_missing, open_bench
-from ..measure.environment import describe
+from ..measure.devices import open_bench
 from ..measure.one_write import Setting
-from ..measure.results import CPU_WATERMARK
+from .trial import SavedRows, parsed, parser_of
 
 ALONE, INLINE, COPIES, ALL = "alone", "inline", "copies", "all"
-CALL_ENTRIES = (MAX_ENTRIES, 4096, 16384)
+CALL_ENTRIES = (MAX_COPIES_PER_CALL, 4096, 16384)
 """Entries of a driver call at most."""
 
 STAGING_MB = 2048
@@ -117,7 +113,7 @@ class CopiesElsewhere:
 
 
 @dataclass(frozen=True)
-class Load:
+class DecodeLoad:
     """Decode steps and the writes beside them.
 
     Attributes:
@@ -139,7 +135,7 @@ class Figures:
     backend: str
     way: str
     call_entries: int
-    load: Load
+    load: DecodeLoad
     thread_ms: tuple[float, float, float] | None
     step_ms: tuple[float, float, float]
     step_mean_ms: float
@@ -153,7 +149,7 @@ class Figures:
 class Steps:
     """Decode steps of a load."""
 
-    def __init__(self, device: Any, load: Load) -> None:
+    def __init__(self, device: Any, load: DecodeLoad) -> None:
         import torch
 
         self._torch, self._device, self._load = torch, device, load
@@ -219,7 +215,7 @@ class Steps:
 
 
 def loop(
-    steps: Steps, load: Load, write: Callable[[], object] | None, seconds: float
+    steps: Steps, load: DecodeLoad, write: Callable[[], object] | None, seconds: float
 ) -> dict[str, list[float]]:
     """Steps for that long; lists of milliseconds."""
     found: dict[str, list[float]] = {"step": [], "launch": [], "thread": []}
@@ -254,7 +250,7 @@ def three(values: list[float]) -> tuple[float, float, float] | None:
     return statistics.median(ordered), ordered[at], ordered[-1]
 
 
-class Writer:
+class TaskWriter:
     """Submits a task's write one way, and notes when its bytes were there."""
 
     def __init__(self, task: Task, backend: str, way: str, entries: int) -> None:
@@ -316,7 +312,7 @@ class Writer:
 def measure(
     task: Task,
     steps: Steps,
-    load: Load,
+    load: DecodeLoad,
     backend: str,
     way: str,
     entries: int,
@@ -324,7 +320,7 @@ def measure(
     switch_ms: float,
 ) -> Figures:
     """One way of one case."""
-    writer = None if way == ALONE else Writer(task, backend, way, entries)
+    writer = None if way == ALONE else TaskWriter(task, backend, way, entries)
     before = sys.getswitchinterval()
     done: list[float] = []
     try:
@@ -360,15 +356,15 @@ def measure(
     )
 
 
-def trials(cpu: bool) -> Iterator[tuple[Case, str, Load]]:
+def trials(cpu: bool) -> Iterator[tuple[Case, str, DecodeLoad]]:
     """The writes and the steps beside them."""
     small = 1024 if cpu else 1
     for python_ms in (1.0, 3.0):
         for tokens, every in ((4096, 8), (64, 4), (32768, 40)):
             page_first = Case("Qwen3-8B", "page_first", 1, max(16, tokens // small), True)
-            yield page_first, "hybrid", Load(python_ms, 4.0, every)
+            yield page_first, "hybrid", DecodeLoad(python_ms, 4.0, every)
         paged = Case("Qwen3-8B", "layer_first", 16, max(16, 4096 // small), True)
-        yield paged, "copy_engine", Load(python_ms, 4.0, 8)
+        yield paged, "copy_engine", DecodeLoad(python_ms, 4.0, 8)
 
 
 def arms() -> Iterator[tuple[str, int, float]]:
@@ -409,22 +405,13 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> int:
     """Measure, print a line each, save."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cpu", action="store_true", help="try it without a GPU")
+    parser = parser_of(__doc__)
     parser.add_argument("--budget", type=float, default=200, help="seconds")
     parser.add_argument("--seconds", type=float, default=1.5, help="of a loop")
-    args = parser.parse_args()
-    if (missing := gpu_missing()) is not None and not args.cpu:
-        parser.error(f"no GPU: {missing} (--cpu tries it without one)")
-    environment = describe(cpu=args.cpu)
-    for name, value in environment.items():
-        print(f"{name}: {value}", flush=True)
-    most = {} if args.cpu else {"max_batch_entries": max(CALL_ENTRIES)}
+    args = parsed(parser)
+    rows = SavedRows(args.out, cpu=args.cpu)
+    most = {} if args.cpu else {"max_copies_per_call": max(CALL_ENTRIES)}
     setting = Setting(open_bench(args.cpu, **most), default_policy(), 1)
-    found: list[dict[str, Any]] = []
     end = time.monotonic() + args.budget
     print("ms of thread: p50 p99 max; step: mean p99 max; launch: p99; done: p50 p99", flush=True)
     for case, backend, load in trials(args.cpu):
@@ -437,13 +424,7 @@ def main() -> int:
         steps = Steps(task.device, load)
         for way, entries, switch_ms in arms():
             figures = measure(task, steps, load, backend, way, entries, args.seconds, switch_ms)
-            found.append(asdict(figures))
-            saved = {
-                "environment": environment,
-                "watermark": CPU_WATERMARK if args.cpu else None,
-                "rows": found,
-            }
-            args.out.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+            rows.add(asdict(figures))
             print(line(figures), flush=True)
     return 0
 

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-import numpy.typing as npt
 
+from ...io_backends.plan.copies import Slots
 from ...io_backends.plan.geometry import Component, PoolGeometry, host_strides
 from ...io_backends.plan.staged_write import copies_to_drain
 
-Slots = npt.NDArray[np.int64]
-
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class KvShape:
     """KV rows of a model on one GPU; ``components``: bytes of a layer's row, of K and V or the latent."""
 
     name: str
@@ -34,9 +32,9 @@ class Model:
 MODELS = {
     model.name: model
     for model in (
-        Model("Qwen3-8B", "mha", 36, 8, (8 * 128 * 2, 8 * 128 * 2)),
-        Model("Llama-3-70B-TP8", "mha", 80, 1, (128 * 2, 128 * 2)),
-        Model("DeepSeek-V3", "mla", 61, 1, ((512 + 64) * 2,)),
+        KvShape("Qwen3-8B", "mha", 36, 8, (8 * 128 * 2, 8 * 128 * 2)),
+        KvShape("Llama-3-70B-TP8", "mha", 80, 1, (128 * 2, 128 * 2)),
+        KvShape("DeepSeek-V3", "mla", 61, 1, ((512 + 64) * 2,)),
     )
 }
 LAYOUTS = ("page_first", "layer_first", "page_first_direct")

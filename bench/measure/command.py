@@ -19,6 +19,7 @@ from ...io_backends.registry import BACKENDS
 from ...policy.format.errors import PolicyError
 from ...policy.names import ATTENTION_BACKENDS, NameProblem, check_name
 from ...policy.terminal import console as console_of
+from ..json_option import Json
 from ..serve import report as serve_report
 from ..serve import result as serve_result
 from ..serve.command import serve
@@ -37,7 +38,6 @@ bench = typer.Typer(
     add_completion=False,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Saved = Annotated[Path, typer.Argument(help="A saved run (bench.json).")]
 
 
@@ -103,7 +103,7 @@ def _measurement(name: str, text: str) -> None:
             _check(what, given, known)
         _positive("--page-size", page_size)
         _positive("--tokens", tokens)
-        ask = suite.Ask(
+        ask = suite.MeasureOptions(
             measurements=tuple(suite.GRIDS) if name == ALL else (name,),
             cpu=gpu_missing() is not None,
             only={key: values for key, values in only.items() if values},
@@ -191,7 +191,7 @@ def make_report(
     _say_written(report.write_all(run, out))
 
 
-def _run(ask: suite.Ask, out: Path | None, as_json: bool) -> None:
+def _run(ask: suite.MeasureOptions, out: Path | None, as_json: bool) -> None:
     console = stderr_console()
     if ask.cpu:
         console.print(f"No GPU: {gpu_missing()}. {results.CPU_WATERMARK}.", style="bold red")
@@ -237,7 +237,7 @@ class Live:
             disable=not console.is_terminal,
         )
 
-    def __enter__(self) -> suite.Say:
+    def __enter__(self) -> suite.SuiteProgress:
         self._bars.start()
         task = self._bars.add_task("measuring", total=1)
 

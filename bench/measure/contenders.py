@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...io_backends import PoolGeometry, Transfer, available_backends, direct_copies
+from ...io_backends.plan.copies import Slots
 from ...io_backends.registry import AUTO, BACKENDS, make_backend
 from ...io_backends.routes import write_facts
 from ...policy.backend_spec import SmWork, spec_of
 from ...policy.decide import Decision
 from ...policy.routes import WriteFacts
 from . import sglang_pools
-from .cases import Case, Slots
+from .cases import Case
 from .devices import Bench
-from .memory import Memory
+from .memory import KvBuffers
 
 Fence = Callable[[Any], None]
 """Called with each event that a forward which must not share the SMs would wait for."""
@@ -83,7 +84,7 @@ class Task:
     """
 
     case: Case
-    memory: Memory | None
+    memory: KvBuffers | None
     geometry: PoolGeometry
     host: Slots
     rows: Slots

@@ -69,13 +69,13 @@ def gpu_missing() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
-class CpuEvent:
+class TimedCpuEvent:
     """The time when it was recorded: all work before it is done by then."""
 
     def __init__(self) -> None:
         self._ns = time.perf_counter_ns()
 
-    def elapsed_time(self, later: CpuEvent) -> float:
+    def elapsed_time(self, later: TimedCpuEvent) -> float:
         return (later._ns - self._ns) / 1e6
 
     def synchronize(self) -> None:
@@ -91,7 +91,7 @@ class TimedCpu(CpuDevice):
     where = "cpu"
 
     def record(self, stream: CpuStream) -> Any:
-        return CpuEvent()
+        return TimedCpuEvent()
 
     def synchronize(self) -> None:
         """Everything is done."""

@@ -16,7 +16,7 @@ from typing import Any
 _DISTRIBUTIONS = ("torch", "triton", "numpy", "cuda-bindings", "sglang", "sglang-kernel")
 
 
-def describe(*, cpu: bool) -> dict[str, Any]:
+def describe_environment(*, cpu: bool) -> dict[str, Any]:
     """Plain JSON types; ``ran_on`` is ``GPU`` or ``CPU``."""
     found: dict[str, Any] = {"ran_on": "CPU" if cpu else "GPU"}
     if not cpu:

@@ -163,7 +163,7 @@ def make_device() -> Any:
     """A CudaDevice whose GPU is idle, to measure on; ``synchronize()`` completes all events."""
     import torch
 
-    from ...io_backends.device.copy_interleaving import TURN_BYTES
+    from ...io_backends.device.copy_interleaving import QUANTUM_BYTES
     from ...io_backends.device.cuda import CudaDevice
 
     class Device(CudaDevice):
@@ -192,4 +192,4 @@ def make_device() -> Any:
         def indices(self, slots: Any) -> Any:
             return torch.from_numpy(slots)
 
-    return Device(turn_bytes=TURN_BYTES)  # there is no link to measure
+    return Device(quantum_bytes=QUANTUM_BYTES)  # there is no link to measure

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from ...io_backends import Component, PoolGeometry, host_strides
-from .cases import Model
+from .cases import KvShape
 from .devices import Bench
 
 POISON = 0xA5
 
 
-class Memory:
+class KvBuffers:
     """Rows of a model in ``slots`` slots, and host memory for as many.
 
     Args:
@@ -28,7 +28,7 @@ class Memory:
         host: the part of ``pinned`` of each component.
     """
 
-    def __init__(self, model: Model, slots: int, device: Bench) -> None:
+    def __init__(self, model: KvShape, slots: int, device: Bench) -> None:
         import torch
 
         self.model, self.slots, self.device = model, slots, device
@@ -41,11 +41,11 @@ class Memory:
         self.pinned: Any = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=where == "cuda")
         self.host = list(self.pinned.split(sizes))
 
-    def part(self, slots: int) -> Memory:
+    def part(self, slots: int) -> KvBuffers:
         """The same memory as one of fewer slots."""
         if slots > self.slots:
             raise ValueError(f"{slots} of {self.slots} slots")
-        less = object.__new__(Memory)
+        less = object.__new__(KvBuffers)
         less.model, less.slots, less.device = self.model, slots, self.device
         less.rows = [[layer[:slots] for layer in layers] for layers in self.rows]
         sizes = [self.model.layers * slots * row for row in self.model.components]

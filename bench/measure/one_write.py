@@ -13,7 +13,7 @@ from . import sglang_pools
 from .cases import MODELS, Case, slots_of
 from .contenders import Contender, Submit, Task, contenders, reason_of
 from .devices import Bench
-from .memory import Memory
+from .memory import KvBuffers
 from .results import WRONG, Row, Spread
 from .timing import interleaved, one_write, spreads
 
@@ -37,26 +37,26 @@ class Setting:
     wanted: Collection[str] | None = None
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     link: Spread | None = None
-    _memory: Memory | None = None
+    _memory: KvBuffers | None = None
     _decisions: dict[tuple[Any, ...], Decision] = field(default_factory=dict)
 
-    def memory(self, case: Case) -> Memory:
+    def memory(self, case: Case) -> KvBuffers:
         """Rows and host memory of a case, of an allocation that later cases of the model share."""
         model = MODELS[case.model]
         if self._memory is None or self._memory.model is not model or self._memory.slots < case.pool_slots:
             self._memory = None  # before the new one is made: two may not fit
-            self._memory = Memory(model, case.pool_slots, self.device)
+            self._memory = KvBuffers(model, case.pool_slots, self.device)
         return self._memory.part(case.pool_slots)
 
     def decision(self, case: Case) -> Decision:
         """What the policy decides for a server with this case's facts, on this machine."""
-        facts = facts_of(case, self.device)
+        facts = case_facts(case, self.device)
         key = tuple(facts.values())
         if key not in self._decisions:  # detecting the rest of the facts may start programs
             self._decisions[key] = decide(self.policy, detect(facts))
         return self._decisions[key]
 
-    def task(self, case: Case, memory: Memory, *, forwards_wait: bool | None = None) -> Task:
+    def task(self, case: Case, memory: KvBuffers, *, forwards_wait: bool | None = None) -> Task:
         """The case, ready to be written; forwards wait where the policy lists any, unless it is said."""
         host, rows = slots_of(case)
         decision = self.decision(case)
@@ -76,7 +76,7 @@ class Setting:
         )
 
 
-def facts_of(case: Case, device: Bench) -> dict[str, Any]:
+def case_facts(case: Case, device: Bench) -> dict[str, Any]:
     """The facts that a case fixes; what else there is to know is detected."""
     model = MODELS[case.model]
     return {
@@ -177,7 +177,7 @@ def row_of(measurement: str, task: Task, contender: Contender) -> Row:
     )
 
 
-def check(memory: Memory, task: Task, submit: Submit) -> str | None:
+def check(memory: KvBuffers, task: Task, submit: Submit) -> str | None:
     """Write once into poisoned host memory: why the contender is out, or None if every byte is right."""
     memory.poison()
     try:

@@ -22,7 +22,7 @@ WARM_CYCLES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ForwardStep:
     """A forward: how long it runs alone in ms, tokens whose rows it makes, and whether it decodes."""
 
     ms: float
@@ -96,8 +96,8 @@ class Ids(Protocol):
 
 def run(
     device: Bench,
-    steps: Sequence[Step],
-    launch: Callable[[Step], None],
+    steps: Sequence[ForwardStep],
+    launch: Callable[[ForwardStep], None],
     ids: Ids,
     streams: tuple[Any, Any, Any],
     writer: Writer | None,
@@ -115,7 +115,7 @@ def run(
     with device.use_stream(schedule):
         trace = Trace(device.record(forwards))
         loop = _Loop(device, forwards, schedule, writer, trace, bytes_per_token)
-        before: tuple[Step, Any] | None = None
+        before: tuple[ForwardStep, Any] | None = None
         for nth, step in enumerate(steps):
             loop.poll()
             loop.fence(nth)
@@ -170,7 +170,7 @@ class _Loop:
                 device.wait(forwards, event)
             self._trace.fences.append((nth, reached, device.record(forwards)))
 
-    def results_of(self, step: Step, arrived: Any) -> None:
+    def results_of(self, step: ForwardStep, arrived: Any) -> None:
         """The host waits for a step's results, and gives its rows to write-back."""
         arrived.synchronize()
         if self._writer is None or not step.tokens:
@@ -188,7 +188,7 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
 
 
-def figures(trace: Trace, cycle: int) -> dict[str, float]:
+def loop_metrics(trace: Trace, cycle: int) -> dict[str, float]:
     """Metrics of a loop over a pattern of ``cycle`` steps; those of writes only where there were some."""
     begin = trace.begin
     ends = [begin.elapsed_time(end) for end in trace.ends]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .. import saved
 from .cases import Case
 
 SCHEMA = 2
@@ -210,12 +208,7 @@ def load(path: Path) -> Results:
     Raises:
         ValueError: the file is not there, or holds something else; the message says which.
     """
-    try:
-        return Results.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: not a saved run of hicache-io bench ({error})") from error
+    return saved.read_json(path, Results.from_dict, "a saved run of hicache-io bench")
 
 
 def merged(runs: Iterable[Results]) -> Results:
@@ -225,12 +218,7 @@ def merged(runs: Iterable[Results]) -> Results:
         ValueError: they ran on different hardware or versions.
     """
     runs = list(runs)
-    same = ("ran_on", "gpu", "driver", "torch")
-    for run in runs[1:]:
-        for name in same:
-            first, other = runs[0].environment.get(name), run.environment.get(name)
-            if first != other:
-                raise ValueError(f"runs of different machines cannot be one: {name} is {first} and {other}")
+    saved.check_one_machine([run.environment for run in runs], ("ran_on", "gpu", "driver", "torch"))
     rows = {row.key: row for run in runs for row in run.rows}
     ceilings = {name: each for run in runs for name, each in run.ceilings.items()}
     commands = list(dict.fromkeys(str(run.environment.get("command")) for run in runs))
@@ -261,18 +249,12 @@ CSV_COLUMNS = (
 
 def to_csv(run: Results) -> str:
     """One line a row, below lines with ``#`` that say where the figures come from."""
-    out = io.StringIO()
-    if run.watermark:
-        out.write(f"# {run.watermark}\n")
-    for name, value in run.environment.items():
-        out.write(f"# {name}: {str(value).splitlines()[0] if str(value) else ''}\n")
-    for name, rate in run.ceilings.items():
-        out.write(f"# {name}: {rate.median:.2f} GB/s ({rate.low:.2f} to {rate.high:.2f})\n")
-    writer = csv.DictWriter(out, CSV_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in run.rows:
-        writer.writerow(_csv_row(run, row))
-    return out.getvalue()
+    notes = {
+        name: f"{rate.median:.2f} GB/s ({rate.low:.2f} to {rate.high:.2f})"
+        for name, rate in run.ceilings.items()
+    }
+    lines = (_csv_row(run, row) for row in run.rows)
+    return saved.csv_text(CSV_COLUMNS, lines, run.environment, run.watermark, notes)
 
 
 def _csv_row(run: Results, row: Row) -> dict[str, Any]:
@@ -291,12 +273,7 @@ def save(run: Results, folder: Path, stem: str = "bench") -> list[Path]:
 
     Each is replaced as a whole: who is killed in the middle leaves the earlier one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {"json": json.dumps(run.to_dict(), indent=1) + "\n", "csv": to_csv(run)}
-    paths = []
-    for kind, text in texts.items():
-        path = folder / f"{stem}.{kind}"
-        part = path.with_suffix(".part")
-        part.write_text(text, encoding="utf-8")
-        paths.append(part.replace(path))
-    return paths
+    return [
+        saved.write_json(folder / f"{stem}.json", run.to_dict()),
+        saved.write_whole(folder / f"{stem}.csv", to_csv(run)),
+    ]

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ...io_backends.sglang.scheduler import kernels
-from .memory import Memory
+from .memory import KvBuffers
 
 if TYPE_CHECKING:
     from .contenders import Task
@@ -268,7 +268,7 @@ def _tma(hicache: Any, wanted: bool) -> Iterator[None]:
         hicache.use_hicache_tma_kernel = original
 
 
-def host_pool(memory: Memory, layout: str, page_size: int) -> Any:
+def host_pool(memory: KvBuffers, layout: str, page_size: int) -> Any:
     """SGLang's host pool over ``memory``: its rows on the GPU, its pinned buffer on the host."""
     import torch
     from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS

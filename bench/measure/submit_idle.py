@@ -96,7 +96,7 @@ def _with_model(row: Row) -> Row:
     """With ``model_us``: what was measured, and what a working driver takes for the entries. **A model.**"""
     if row.metrics and row.copies is not None:
         submit, later = row.metrics["submit_us"], row.metrics["later_us"]
-        driver = CostModel().entry_us * row.copies
+        driver = CostModel().copy_us * row.copies
         row.metrics["model_us"] = Spread(
             median=submit.median + later.median + driver,
             low=submit.low + later.low + driver,

@@ -12,7 +12,7 @@ from . import sglang_pools, submit_idle
 from .cases import LAYOUTS, MODELS, Case, grid
 from .contenders import reason_of
 from .devices import open_bench
-from .environment import describe
+from .environment import describe_environment
 from .interference import interference
 from .judge import judge
 from .one_write import MEASURED, Setting
@@ -21,7 +21,7 @@ from .submit import submit
 from .sustained import SECONDS, chosen, sustained
 from .timing import link_ceiling, memory_ceiling
 
-Say = Callable[[str, float, float], None]
+SuiteProgress = Callable[[str, float, float], None]
 """Told what was found: a line, how much is done, and of how much."""
 
 
@@ -77,7 +77,7 @@ _CPU_TOKENS = {"bandwidth": (256,), "fence": (8, 64, 512), "interference": (256,
 
 
 @dataclass(frozen=True)
-class Ask:
+class MeasureOptions:
     """What to measure.
 
     Attributes:
@@ -124,7 +124,9 @@ class Ask:
         return replace(wanted, **{name: tuple(values) for name, values in self.only.items()}).cases()
 
 
-def measure(ask: Ask, say: Say, save: Callable[[Results], None] = lambda run: None) -> Results:
+def measure(
+    ask: MeasureOptions, say: SuiteProgress, save: Callable[[Results], None] = lambda run: None
+) -> Results:
     """Everything that was asked for; ``save`` is called after each part of it (a case, of ``sustained`` a
     pattern of it), so that who is killed loses no more than the part that ran.
 
@@ -136,7 +138,7 @@ def measure(ask: Ask, say: Say, save: Callable[[Results], None] = lambda run: No
         PolicyError: the policy cannot be used.
     """
     device = open_bench(ask.cpu)
-    run = Results(describe(cpu=ask.cpu))
+    run = Results(describe_environment(cpu=ask.cpu))
     setting = Setting(device, policy_in_force(ask.policy), ask.repeats, ask.wanted, ask.options)
     run.environment["policy"] = setting.policy.source
     link_bytes, memory_bytes = (2**24, 2**24) if ask.cpu else (2**30, 2**31)
@@ -162,7 +164,9 @@ def measure(ask: Ask, say: Say, save: Callable[[Results], None] = lambda run: No
     return run
 
 
-def _measurement(ask: Ask, setting: Setting, name: str, until: float, say: Say) -> Iterator[list[Row]]:
+def _measurement(
+    ask: MeasureOptions, setting: Setting, name: str, until: float, say: SuiteProgress
+) -> Iterator[list[Row]]:
     """The rows of each part, as soon as it is measured."""
     cases = ask.cases(name)
     if name == "submit" and ask.cpu:
@@ -184,12 +188,12 @@ def _measurement(ask: Ask, setting: Setting, name: str, until: float, say: Say) 
         say(_line(name, case, found), index + 1, len(parts))
 
 
-def _forwards(ask: Ask, name: str) -> Sequence[str | None]:
+def _forwards(ask: MeasureOptions, name: str) -> Sequence[str | None]:
     """The forwards of which each is a part of its own: those of ``sustained`` take a minute or two."""
     return chosen(ask.stand_ins) if name == "sustained" else [None]
 
 
-def _part(ask: Ask, setting: Setting, name: str, case: Case, forward: str | None) -> list[Row]:
+def _part(ask: MeasureOptions, setting: Setting, name: str, case: Case, forward: str | None) -> list[Row]:
     if name == "interference":
         return interference(setting, case, ask.stand_ins)
     if forward is not None:
@@ -199,7 +203,7 @@ def _part(ask: Ask, setting: Setting, name: str, case: Case, forward: str | None
     return MEASURED[name](setting, case)
 
 
-def _submit_idle(ask: Ask, cases: list[Case], say: Say) -> list[Row]:
+def _submit_idle(ask: MeasureOptions, cases: list[Case], say: SuiteProgress) -> list[Row]:
     try:
         rows = submit_idle.measure(
             cases, repeats=ask.repeats, policy=ask.policy, wanted=ask.wanted, options=ask.options

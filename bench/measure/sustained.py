@@ -19,7 +19,7 @@ from .cases import Case
 from .contenders import Task, reason_of
 from .devices import Bench
 from .one_write import Setting
-from .overlap import WARM_CYCLES, Step, figures, run, series
+from .overlap import WARM_CYCLES, ForwardStep, loop_metrics, run, series
 from .patterns import LEAST_CYCLES, PATTERNS, whole_pages
 from .results import WRONG, Row, Spread
 from .timing import interleaved, spreads
@@ -44,7 +44,7 @@ class Forwards:
     decode: Callable[[], Any]
     launch_ms: Mapping[bool, float]
 
-    def launch(self, step: Step) -> None:
+    def launch(self, step: ForwardStep) -> None:
         once = self.decode if step.decode else self.prefill
         for _ in range(max(1, round(step.ms / self.launch_ms[step.decode]))):
             once()
@@ -89,7 +89,7 @@ def sustained(setting: Setting, case: Case, name: str, seconds: float = SECONDS)
 
 
 def _pattern(
-    setting: Setting, case: Case, name: str, pattern: tuple[Step, ...], cycles: int, forwards: Forwards
+    setting: Setting, case: Case, name: str, pattern: tuple[ForwardStep, ...], cycles: int, forwards: Forwards
 ) -> list[Row]:
     memory = setting.memory(case)
     memory.refill()
@@ -107,7 +107,7 @@ def _pattern(
         )
         if row is not None:
             row.series = [list(point) for point in series(trace)]
-        return figures(trace, len(pattern))
+        return loop_metrics(trace, len(pattern))
 
     runs[ALONE] = functools.partial(loop, None, None, cycles)
     for contender in setting.wanted or CONTENDERS:
@@ -145,7 +145,7 @@ def _pattern(
     return list(rows.values())
 
 
-def _beside(metrics: dict[str, Spread], alone: Spread, pattern: tuple[Step, ...], task: Task) -> None:
+def _beside(metrics: dict[str, Spread], alone: Spread, pattern: tuple[ForwardStep, ...], task: Task) -> None:
     """What takes the loop without write-back to say."""
     beside = metrics["cycle_ms"]
     metrics["slow_down"] = Spread(

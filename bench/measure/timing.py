@@ -13,12 +13,12 @@ from .results import Spread
 ENOUGH_S = 3.0
 """A contender that took this long in all is not repeated any further, once it has two repeats."""
 
-Numbers = Mapping[str, float]
+Repeat = Mapping[str, float]
 """One repeat: metrics by name."""
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], Numbers]],
+    runs: Mapping[str, Callable[[], Repeat]],
     repeats: int,
     *,
     enough_s: float = ENOUGH_S,
@@ -74,7 +74,7 @@ def spreads(repeats: Mapping[str, list[float]]) -> dict[str, Spread]:
 
 def one_write(
     task: Task, submit: Submit, *, fence_stream: Any = None, poll: bool = False
-) -> tuple[Numbers, Any]:
+) -> tuple[Repeat, Any]:
     """One write on idle streams, and what it took.
 
     Args:

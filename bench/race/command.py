@@ -12,7 +12,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from enum import StrEnum
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +31,7 @@ from ...policy.facts import Facts
 from ...policy.format.errors import PolicyError
 from ...policy.names import NameProblem, check_name
 from ...policy.terminal import console as console_of
+from .kept_fences import KeptFences
 
 # What is said goes to standard error, so that --json has standard output for itself.
 console = console_of(stderr=True, columns=160)
@@ -41,27 +41,18 @@ _SGLANG_PATH = "HICACHE_IO_RACE_SGLANG_PATH"
 """What --sglang-path was, for the process that it starts: the command that it suggests names it."""
 
 
-class Fences(StrEnum):
-    """Which fences are kept."""
-
-    none = "none"
-    producer = "producer"
-    both = "both"
-    auto = "auto"
-
-
 DEFAULTS = {"attention_backend": "fa3", "gpu_arch": "sm90", "kv_kind": "mha", "device": "cuda"}
 """The setup that crashed (#20611), where nothing else is said."""
 
 
 def race(
     fences: Annotated[
-        Fences,
+        KeptFences,
         typer.Option(
             help="auto: what the policy decides. none, producer: leave out fences, to see what they are for; "
             "both: every forward waits."
         ),
-    ] = Fences.auto,
+    ] = KeptFences.auto,
     backend: Annotated[
         str, typer.Option(help="Who writes back: ours, auto, or SGLang's own kernel or direct, untouched.")
     ] = AUTO,
@@ -147,15 +138,15 @@ def race(
         _refuse(str(error))
     own = decision.backend in UPSTREAM_NAMES
     console.print(f"{published()}. Virtual device; no GPU is used.")
-    result = race_result.Result()
+    result = race_result.RaceResult()
     chosen = range(seeds) if seed is None else [seed]
     for name in modes:
         experiment = setups.experiment(
-            facts, None if own else decision, fences.value, decision.backend if own else "kernel", name
+            facts, None if own else decision, fences, decision.backend if own else "kernel", name
         )
         began = time.monotonic()
         for each in track(chosen, name, console=console, transient=True, disable=not console.is_terminal):
-            result.add(experiment.run(each, left_out(fences.value), actions), name)
+            result.add(experiment.run(each, left_out(fences), actions), name)
         result.seconds += time.monotonic() - began
     what = f"{backend}, fences {fences.value}" + ("" if own or backend != AUTO else f" ({_routes(decision)})")
     if mode:
@@ -190,7 +181,7 @@ def _refuse(why: str) -> NoReturn:
 
 
 def _decide(
-    given: dict[str, Any], backend: str, fences: Fences, policy: str | None
+    given: dict[str, Any], backend: str, fences: KeptFences, policy: str | None
 ) -> tuple[Facts, Decision]:
     """Facts, and who writes back with which fences. Exits for wrong input."""
     from .simulation.setups import LAYOUTS
@@ -207,7 +198,7 @@ def _decide(
         _refuse(f"the copies of layout {layout} have no stand-in; these have: {', '.join(LAYOUTS)}")
     if backend == "kernel_ascend" or (backend == "direct" and layout == "page_first"):
         _refuse(f"SGLang's {backend} does not copy {layout} on this virtual device")
-    if fences is Fences.both and backend in UPSTREAM_NAMES:
+    if fences is KeptFences.both and backend in UPSTREAM_NAMES:
         _refuse(f"SGLang's own {backend} has no fence for forwards that could be kept; use --fences auto")
     problem = refusal(decision, facts, backend=backend)
     if problem is not None:

@@ -30,7 +30,7 @@ class Found:
 
 
 @dataclass(slots=True)
-class Result:
+class RaceResult:
     """All seeds of one experiment, in one mode or several.
 
     Attributes:
@@ -107,7 +107,7 @@ def _place(side: Side) -> tuple[str, str]:
     return side.stream, side.issued
 
 
-def table(result: Result) -> Table:
+def table(result: RaceResult) -> Table:
     """One row a race."""
     shown = Table(title="Races", box=SIMPLE_HEAD, show_lines=True)
     shown.add_column("what", style="bold red", no_wrap=True)
@@ -133,7 +133,7 @@ def _side(side: Side) -> str:
     return f"{side.operation}\n{side.mode} on {side.stream}\n{where}"
 
 
-def verdict(result: Result, what: str) -> Text:
+def verdict(result: RaceResult, what: str) -> Text:
     """One line, and how to look closer at one seed."""
     first = next(iter(result.runs.values()))[0]
     seeds = f"{result.seeds} seeds" if result.seeds != 1 else f"seed {first.seed}"
@@ -151,12 +151,12 @@ def verdict(result: Result, what: str) -> Text:
     return styled(("Races", "bold red"), f": {what}: {kinds}{bytes_} ({scope}).")
 
 
-def first_bad(result: Result) -> tuple[str, int] | None:
+def first_bad(result: RaceResult) -> tuple[str, int] | None:
     """The mode and seed to replay: one with wrong rows if there is one."""
     if result.corrupted:
         return result.corrupted[0]["mode"], result.corrupted[0]["seed"]
     return min(((found.mode, found.seeds[0]) for found in result.races), key=lambda bad: bad[1], default=None)
 
 
-def as_json(result: Result, about: Mapping[str, Any], replay: Sequence[str] | None) -> dict[str, Any]:
+def as_json(result: RaceResult, about: Mapping[str, Any], replay: Sequence[str] | None) -> dict[str, Any]:
     return {**result.to_dict(), **about, "replay": None if replay is None else shlex.join(replay)}

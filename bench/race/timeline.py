@@ -10,11 +10,12 @@ from ...io_backends.virtual.model import CostModel
 from ...io_backends.virtual.timeline import ModelOrder, Timeline
 from ...policy.decide import decide
 from ...policy.facts import Facts
+from .kept_fences import KeptFences
 from .simulation import setups
 from .simulation.batches import Options
 from .simulation.cache import Cache
 from .simulation.experiment import Experiment, left_out
-from .simulation.workload import Action, Ask, Step
+from .simulation.workload import Action, NewRequest, RunRounds
 
 TOKEN_BYTES = 147_456
 """KV of one token: Qwen3-8B, bf16, 36 layers, 8 KV heads of 128 (the model of bench/results/2026-11-23-h200).
@@ -46,7 +47,7 @@ def timelines(facts: Facts) -> dict[str, Timeline]:
         link_h2d_gb_per_s=real.link_h2d_gb_per_s / scale,
         sm_link_gb_per_s=real.sm_link_gb_per_s / scale,
         hbm_gb_per_s=real.hbm_gb_per_s / scale,
-        entry_us=real.entry_us * _entries(cache, tokens),
+        copy_us=real.copy_us * _copies_of_one(cache, tokens),
     )
 
     def forward_ms(kind: str, computed: int) -> float:
@@ -54,7 +55,7 @@ def timelines(facts: Facts) -> dict[str, Timeline]:
 
     exclusive = setups.exclusive_forwards(facts)
     options = Options(0, False, frozenset(exclusive), forward_ms)
-    program: list[Action] = [Ask(0, 0, prompt, 4), Step(2)]
+    program: list[Action] = [NewRequest(0, 0, prompt, 4), RunRounds(2)]
     runs = {}
     for name in OWN_NAMES:
         if BACKENDS[name].cannot_serve(cache.setup.mem_layout) is None:
@@ -63,7 +64,7 @@ def timelines(facts: Facts) -> dict[str, Timeline]:
             # As a server starts: a ring for its step's rows, not the simulation's small one.
             Experiment(cache, decision, exclusive).run(
                 0,
-                left_out("auto"),
+                left_out(KeptFences.auto),
                 program,
                 order=order,
                 options=options,
@@ -73,7 +74,7 @@ def timelines(facts: Facts) -> dict[str, Timeline]:
     return runs
 
 
-def _entries(cache: Cache, tokens: float) -> float:
+def _copies_of_one(cache: Cache, tokens: float) -> float:
     """Copies of the model for one of the simulation."""
     layers = LAYERS / cache.setup.layers
     return {"layer_first": layers, "page_first": tokens, "page_first_direct": layers}[cache.setup.mem_layout]

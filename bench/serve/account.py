@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..measure.results import Spread
-from .load import Asked, Loaded
+from .load import Loaded, RequestResult
 from .scrape import Written
 
 SHARES = (*range(0, 100, 2), 99, 99.5, 99.9, 100)
@@ -49,7 +49,7 @@ class Distribution:
 
 
 @dataclass(frozen=True)
-class Turn:
+class ArmRound:
     """One arm's turn at a workload, and what was counted meanwhile.
 
     Attributes:
@@ -89,7 +89,7 @@ class Turn:
     compared: int | None = None
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Turn:
+    def from_dict(cls, data: Mapping[str, Any]) -> ArmRound:
         """From ``dataclasses.asdict``, through JSON."""
         kept = {
             "first_token_s": _distribution(data["first_token_s"]),
@@ -103,14 +103,14 @@ def _distribution(data: Mapping[str, Any]) -> Distribution:
     return Distribution(data["count"], tuple(data["at"]))
 
 
-def turn_of(
+def arm_round(
     workload: str,
     arm: str,
     number: int,
     loaded: Loaded,
     written: Written,
     reference: Mapping[tuple[str, int, int], str] | None = None,
-) -> Turn:
+) -> ArmRound:
     """Counts one turn.
 
     Args:
@@ -123,7 +123,7 @@ def turn_of(
     good = [one for one in loaded.asked if one.error is None]
     bad = [one for one in loaded.asked if one.error is not None]
     compared = [one for one in good if one.place in reference] if reference is not None else None
-    return Turn(
+    return ArmRound(
         workload=workload,
         arm=arm,
         round=number,
@@ -146,12 +146,12 @@ def turn_of(
     )
 
 
-def _same(one: Asked, reference: Mapping[tuple[str, int, int], str] | None) -> bool:
+def _same(one: RequestResult, reference: Mapping[tuple[str, int, int], str] | None) -> bool:
     return reference is not None and reference[one.place] == one.answer
 
 
 @dataclass(frozen=True)
-class Sum:
+class ArmSummary:
     """All rounds of one arm at a workload: what tables show.
 
     Times are the median over rounds, with least and greatest; counts are of all rounds together. A cut round
@@ -183,7 +183,7 @@ class Sum:
     client_share: float
 
 
-def sum_of(turns: Sequence[Turn]) -> Sum:
+def arm_summary(turns: Sequence[ArmRound]) -> ArmSummary:
     """Of at least one turn of one arm at one workload."""
     whole = [turn for turn in turns if not turn.cut and turn.requests]
     host = sum(turn.host_tokens for turn in whole)
@@ -193,7 +193,7 @@ def sum_of(turns: Sequence[Turn]) -> Sum:
     means = [(each.write_mean_s or 0.0) * (each.writes or 0) for each in times]
     locked = [turn.written.rows_locked(turn.seconds) for turn in whole]
     compared = [turn for turn in turns if turn.compared is not None]
-    return Sum(
+    return ArmSummary(
         workload=turns[0].workload,
         arm=turns[0].arm,
         rounds=len(whole),
@@ -220,12 +220,12 @@ def sum_of(turns: Sequence[Turn]) -> Sum:
     )
 
 
-def sums(turns: Iterable[Turn]) -> list[Sum]:
+def arm_summaries(turns: Iterable[ArmRound]) -> list[ArmSummary]:
     """One for each workload and arm, in the order in which they came."""
-    found: dict[tuple[str, str], list[Turn]] = {}
+    found: dict[tuple[str, str], list[ArmRound]] = {}
     for turn in turns:
         found.setdefault((turn.workload, turn.arm), []).append(turn)
-    return [sum_of(each) for each in found.values()]
+    return [arm_summary(each) for each in found.values()]
 
 
 def _spread(values: Iterable[float | None]) -> Spread | None:

@@ -13,7 +13,7 @@ from ...policy.names import check_name
 from .. import damaged
 from ..serving import HiCache, base_args
 from . import null_backend
-from .models import Model
+from .models import ServedModel
 
 NONE = "none"
 """A server without HiCache."""
@@ -52,7 +52,7 @@ class Cell:
     """
 
     name: str
-    model: Model
+    model: ServedModel
     page_size: int = 64
     mem_layout: str | None = None
     pool_tokens: int = 65_536

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from ...policy.names import MEM_LAYOUTS, NameProblem, check_name
+from ..json_option import Json
 from ..measure.devices import gpu_missing
 from . import arms, models, public, tables, workloads
 from .arms import Cell
@@ -85,7 +86,7 @@ def serve(
         Path | None,
         typer.Option(metavar="DIR", help="Write JSON, CSV, tables, plots, a report and logs there."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Serve a model with each backend, load the servers in turns, and compare what users would see."""
     cpu = gpu_missing() is not None
@@ -131,10 +132,10 @@ def _run(
     out: Path | None,
     as_json: bool,
 ) -> bool:
-    from ..measure.environment import describe
+    from ..measure.environment import describe_environment
     from . import report, result, run
 
-    found = result.Result(describe(cpu=cell.cpu_engine))
+    found = result.ServeResult(describe_environment(cpu=cell.cpu_engine))
     if found.watermark:
         say(f"No GPU: {gpu_missing()}. {found.watermark}.")
 
@@ -143,8 +144,8 @@ def _run(
         if out is not None:
             result.save(found, out)
 
-    given = run.Ask(chosen, asked, rounds, at_once, logs)
-    found.put(run.run_cell(cell, given, run.Clock(budget), say, save))
+    given = run.ServeOptions(chosen, asked, rounds, at_once, logs)
+    found.put(run.run_cell(cell, given, run.Budget(budget), say, save))
     if out is not None:
         written = report.write_all(found, out)
         say(f"written: {', '.join(str(path) for path in written)}")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestResult:
     """One request.
 
     Attributes:
@@ -61,7 +61,7 @@ class Loaded:
         cut: whether time was up before all had been asked.
     """
 
-    asked: tuple[Asked, ...]
+    asked: tuple[RequestResult, ...]
     seconds: float
     client_share: float
     cut: bool = False
@@ -81,9 +81,9 @@ async def ask(
     # aiohttp is an extra, and saved results can be read without it.
     from ..stress.client import Client
 
-    asked: list[Asked] = []
+    asked: list[RequestResult] = []
 
-    def keep(one: Asked) -> None:
+    def keep(one: RequestResult) -> None:
         asked.append(one)
         progress(len(asked))
 
@@ -101,7 +101,7 @@ async def ask(
     return Loaded(tuple(asked), seconds, share, cut=bool(late))
 
 
-async def _lane(client: Client, lane: Lane, keep: Callable[[Asked], None]) -> None:
+async def _lane(client: Client, lane: Lane, keep: Callable[[RequestResult], None]) -> None:
     from ..stress.client import ConnectionLost, RequestFailed
 
     said: list[list[int]] = [[] for _ in lane.conversations]
@@ -125,11 +125,11 @@ async def _lane(client: Client, lane: Lane, keep: Callable[[Asked], None]) -> No
             reply = await client.generate(said[number], now.output_tokens, lambda: None)
         except (RequestFailed, ConnectionLost) as error:
             broken.add(number)  # what it would say next depends on the answer
-            keep(Asked(*about, error=str(error)))
+            keep(RequestResult(*about, error=str(error)))
             return
         said[number] += reply.output_ids
         keep(
-            Asked(
+            RequestResult(
                 *about,
                 output_tokens=len(reply.output_ids),
                 device_tokens=reply.device_tokens,

@@ -13,7 +13,7 @@ from ..random_model import write_random_model
 
 
 @dataclass(frozen=True)
-class Model:
+class ServedModel:
     """What a server serves.
 
     Attributes:
@@ -162,7 +162,7 @@ NAMES = (TINY, *_RANDOM, *_SHAPES)
 """``tiny`` is the demo's model, for the CPU engine; the last two have dummy weights."""
 
 
-def make(name: str, folder: Path) -> Model:
+def make(name: str, folder: Path) -> ServedModel:
     """Write a model into a folder of its own below ``folder`` unless it is there, or take one from a path.
 
     Raises:
@@ -173,21 +173,23 @@ def make(name: str, folder: Path) -> Model:
     if (given / "config.json").is_file():
         config = json.loads((given / "config.json").read_text(encoding="utf-8"))
         vocab = int(config.get("text_config", config)["vocab_size"])
-        return Model(name, str(given.resolve()), vocab)
+        return ServedModel(name, str(given.resolve()), vocab)
     check_name("model", name, NAMES)
     made = _make(name, (folder / name).resolve())
     write_tokenizer(Path(made.path), made.vocab_size)
     return made
 
 
-def _make(name: str, path: Path) -> Model:
+def _make(name: str, path: Path) -> ServedModel:
     if name == TINY:
-        return Model(name, str(tiny_model.write(path)), tiny_model.VOCAB_SIZE)
+        return ServedModel(name, str(tiny_model.write(path)), tiny_model.VOCAB_SIZE)
     if name in _RANDOM:
         model_type, config = _RANDOM[name]
         written = write_random_model(path, config, model_type=model_type)
-        return Model(name, str(written), int(config["vocab_size"]))
+        return ServedModel(name, str(written), int(config["vocab_size"]))
     shape = _SHAPES[name]
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(shape, indent=1) + "\n", encoding="utf-8")
-    return Model(name, str(path), int(shape["vocab_size"]), ("--load-format", "dummy"), real_weights=False)
+    return ServedModel(
+        name, str(path), int(shape["vocab_size"]), ("--load-format", "dummy"), real_weights=False
+    )

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..measure.plots import FORMATS, canvas, colour, legend
-from .account import SHARES, Distribution, Turn
-from .result import CellResult, Result
+from .account import SHARES, ArmRound, Distribution
+from .result import CellResult, ServeResult
 from .tables import about
 
 _SHOWN = (("first_token_s", "ms to the first token"), ("between_tokens_s", "ms between tokens"))
 
 
-def figures(result: Result) -> dict[str, Any]:
+def figures(result: ServeResult) -> dict[str, Any]:
     """matplotlib figures by name, one for each cell and workload: a line for each arm and round."""
     found = {}
     for cell in result.cells:
@@ -25,7 +25,7 @@ def figures(result: Result) -> dict[str, Any]:
     return found
 
 
-def save(result: Result, folder: Path) -> list[Path]:
+def save(result: ServeResult, folder: Path) -> list[Path]:
     """Each figure as PNG and SVG in ``folder``; returns their paths."""
     paths = []
     for name, figure in figures(result).items():
@@ -36,7 +36,7 @@ def save(result: Result, folder: Path) -> list[Path]:
     return paths
 
 
-def _figure(result: Result, cell: CellResult, workload: str, turns: Sequence[Turn]) -> Any:
+def _figure(result: ServeResult, cell: CellResult, workload: str, turns: Sequence[ArmRound]) -> Any:
     shown = [each for each in _SHOWN if any(_of(turn, each[0]).count for turn in turns)]
     title = f"{about(cell)}: {workload}; one line a round"
     figure, axes = canvas(result, title, 1, len(shown), (5.2 * len(shown) + 1.2, 4.4))
@@ -60,6 +60,6 @@ def _figure(result: Result, cell: CellResult, workload: str, turns: Sequence[Tur
     return figure
 
 
-def _of(turn: Turn, name: str) -> Distribution:
+def _of(turn: ArmRound, name: str) -> Distribution:
     found: Distribution = getattr(turn, name)
     return found

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ...policy.names import check_name
-from .load import Asked, Loaded
+from .load import Loaded, RequestResult
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def loaded(name: str, result: Mapping[str, Any]) -> Loaded:
         zip(*(result[column] for column in columns), strict=True)
     ):
         found = cached or {}
-        one = Asked(
+        one = RequestResult(
             name,
             number,
             0,

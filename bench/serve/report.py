@@ -8,12 +8,14 @@ from ..measure.plots import why_not
 from ..measure.report import page, pictures
 from ..measure.tables import markdown_of
 from . import plots, result, tables
-from .result import Result
+from .result import ServeResult
 
 STEM = "serve"
 
 
-def write_all(found: Result, folder: Path, stem: str = STEM, *, single_pictures: bool = True) -> list[Path]:
+def write_all(
+    found: ServeResult, folder: Path, stem: str = STEM, *, single_pictures: bool = True
+) -> list[Path]:
     """Write everything; returns the paths.
 
     Args:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...io_backends.sglang.unsafe import NULL
-from .. import damaged
+from .. import damaged, saved
 from ..measure.results import Spread
 from ..stress.server import ServerFacts
-from .account import Sum, Turn, sums
+from .account import ArmRound, ArmSummary, arm_summaries
 from .arms import NONE, Cell
 
 SCHEMA = 1
@@ -64,7 +62,7 @@ class CellResult:
     cell: dict[str, Any]
     workloads: dict[str, Any] = field(default_factory=dict)
     arms: dict[str, ArmFacts] = field(default_factory=dict)
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[ArmRound] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
     @classmethod
@@ -79,7 +77,7 @@ class CellResult:
             dict(data["cell"]),
             dict(data["workloads"]),
             {name: ArmFacts(**arm) for name, arm in data["arms"].items()},
-            [Turn.from_dict(turn) for turn in data["turns"]],
+            [ArmRound.from_dict(turn) for turn in data["turns"]],
             list(data["skipped"]),
         )
 
@@ -87,8 +85,8 @@ class CellResult:
     def name(self) -> str:
         return str(self.cell["name"])
 
-    def sums(self) -> list[Sum]:
-        return sums(self.turns)
+    def sums(self) -> list[ArmSummary]:
+        return arm_summaries(self.turns)
 
     def problems(self) -> list[str]:
         """What must not be: servers that did not start, errors, and outputs that differ or do not differ."""
@@ -116,7 +114,7 @@ def _in_one_line(problem: str) -> str:
     return what if why is None else f"{what}: {why}"
 
 
-def _wrong_outputs(each: Sum) -> list[str]:
+def _wrong_outputs(each: ArmSummary) -> list[str]:
     """Where outputs are compared with those of a server without HiCache."""
     if each.compared is None or each.arm == NONE:
         return []
@@ -130,16 +128,16 @@ def _wrong_outputs(each: Sum) -> list[str]:
     return [] if same else _differing(each)
 
 
-def _differing(each: Sum) -> list[str]:
+def _differing(each: ArmSummary) -> list[str]:
     return [f"{(each.compared or 0) - (each.same or 0)} of {each.compared} outputs differ"]
 
 
 @dataclass
-class Result:
+class ServeResult:
     """All cells of one command.
 
     Attributes:
-        environment: see `measure.environment.describe`; ``ran_on`` is ``GPU`` or ``CPU``.
+        environment: see `measure.environment.describe_environment`; ``ran_on`` is ``GPU`` or ``CPU``.
     """
 
     environment: dict[str, Any]
@@ -174,7 +172,7 @@ class Result:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Result:
+    def from_dict(cls, data: Mapping[str, Any]) -> ServeResult:
         """The inverse of `to_dict`.
 
         Raises:
@@ -194,18 +192,13 @@ def is_one(path: Path) -> bool:
     return isinstance(data, dict) and data.get("kind") == KIND
 
 
-def load(path: Path) -> Result:
+def load(path: Path) -> ServeResult:
     """A saved result.
 
     Raises:
         ValueError: the file is not there, or holds something else; the message says which.
     """
-    try:
-        return Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: not a saved result of {KIND} ({error})") from error
+    return saved.read_json(path, ServeResult.from_dict, f"a saved result of {KIND}")
 
 
 _SPREADS = ("requests_per_s", "ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s", "itl_max_s")
@@ -221,15 +214,12 @@ CSV_COLUMNS = (
 )
 
 
-def to_csv(result: Result) -> str:
+def to_csv(result: ServeResult) -> str:
     """One line for each cell, workload and arm, below lines with ``#`` that say what was measured on."""
-    out = io.StringIO()
-    if result.watermark:
-        out.write(f"# {result.watermark}\n")
-    for name, value in result.environment.items():
-        out.write(f"# {name}: {str(value).splitlines()[0] if str(value) else ''}\n")
-    writer = csv.DictWriter(out, CSV_COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    return saved.csv_text(CSV_COLUMNS, _csv_lines(result), result.environment, result.watermark, {})
+
+
+def _csv_lines(result: ServeResult) -> Iterator[dict[str, Any]]:
     for cell in result.cells:
         about = {name: cell.cell[name] for name in ("page_size", "mem_layout", "pool_tokens", "tp")}
         about |= {
@@ -244,32 +234,24 @@ def to_csv(result: Result) -> str:
                 if spread is not None:
                     line |= {name: spread.median, f"{name}_low": spread.low, f"{name}_high": spread.high}
             line |= {name: getattr(each, name) for name in _COUNTS}
-            writer.writerow(line)
-    return out.getvalue()
+            yield line
 
 
-def save(result: Result, folder: Path, stem: str = "serve") -> Path:
+def save(result: ServeResult, folder: Path, stem: str = "serve") -> Path:
     """``stem.json`` in ``folder``; replaced as a whole, so that a reader never finds half of one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{stem}.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
-    return path
+    return saved.write_json(folder / f"{stem}.json", result.to_dict())
 
 
-def merged(results: Sequence[Result]) -> Result:
+def merged(results: Sequence[ServeResult]) -> ServeResult:
     """Results of one machine as one; a cell run again replaces the earlier one.
 
     Raises:
         ValueError: they ran on different hardware or versions.
     """
-    first = results[0]
-    for other in results[1:]:
-        for name in ("ran_on", "gpu", "driver", "torch", "sglang"):
-            if other.environment.get(name) != first.environment.get(name):
-                raise ValueError(f"results of different machines cannot be one: {name} differs")
-    whole = Result(dict(first.environment))
+    saved.check_one_machine(
+        [each.environment for each in results], ("ran_on", "gpu", "driver", "torch", "sglang")
+    )
+    whole = ServeResult(dict(results[0].environment))
     for result in results:
         for cell in result.cells:
             whole.put(cell)

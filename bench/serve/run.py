@@ -17,7 +17,7 @@ from typing import Any
 from .. import serving, tiny_model
 from ..demo.identity import plugin_state
 from . import models, public, scrape, workloads
-from .account import Turn, turn_of
+from .account import ArmRound, arm_round
 from .arms import NONE, Cell, server_args, server_env
 from .load import Loaded, ask
 from .result import ArmFacts, CellResult
@@ -35,7 +35,7 @@ Answers = dict[tuple[str, int, int], str]
 
 
 @dataclass(frozen=True)
-class Ask:
+class ServeOptions:
     """What is run in every cell.
 
     Attributes:
@@ -59,7 +59,7 @@ class Ask:
     enough_s: float = float("inf")
 
 
-class Clock:
+class Budget:
     """Seconds that are left of a budget."""
 
     def __init__(self, budget_s: float | None) -> None:
@@ -74,8 +74,8 @@ class _Up:
     """A server that is up."""
 
     arm: str
-    server: serving.Server
-    turns: list[Turn] = field(default_factory=list)
+    server: serving.ServerProcess
+    turns: list[ArmRound] = field(default_factory=list)
 
 
 def groups(arms: Sequence[str], at_once: int) -> Iterator[list[str]]:
@@ -98,14 +98,14 @@ def order(arms: Sequence[str], number: int, first: str | None = None) -> list[st
 
 
 def run_cell(
-    cell: Cell, given: Ask, clock: Clock, say: Say, save: Callable[[CellResult], None]
+    cell: Cell, given: ServeOptions, budget: Budget, say: Say, save: Callable[[CellResult], None]
 ) -> CellResult:
     """Run a cell as far as the time allows; what went wrong stands in the result.
 
     Args:
         cell: what all its servers have in common.
         given: what to run.
-        clock: of the time that is left.
+        budget: the time that is left.
         say: told what happens.
         save: called after each turn, with what there is so far.
     """
@@ -135,10 +135,10 @@ def run_cell(
     references: dict[tuple[str, int], Answers] = {}
     for together in groups(given.arms, given.at_once):
         with ExitStack() as stack:
-            up = _start(cell, together, given, clock, say, result, stack)
+            up = _start(cell, together, given, budget, say, result, stack)
             save(result)
             if up:
-                _load_group(cell, up, made, given, clock, say, save, result, references)
+                _load_group(cell, up, made, given, budget, say, save, result, references)
             for each in up:
                 _last_words(each, result)
             say(f"{cell.name}: stopping {', '.join(each.arm for each in up) or 'nothing'}")
@@ -149,8 +149,8 @@ def run_cell(
 def _start(
     cell: Cell,
     arms: Sequence[str],
-    given: Ask,
-    clock: Clock,
+    given: ServeOptions,
+    budget: Budget,
     say: Say,
     result: CellResult,
     stack: ExitStack,
@@ -159,7 +159,7 @@ def _start(
     where: dict[str, tuple[str, float]] = {}
     lock = threading.Lock()
 
-    def start(arm: str) -> serving.Server:
+    def start(arm: str) -> serving.ServerProcess:
         args = server_args(cell, arm)
         result.arms[arm] = ArmFacts(args=args)
         env = {**_engine_env(cell, given.logs), **server_env(arm, given.logs / "third-party" / arm)}
@@ -173,11 +173,11 @@ def _start(
             if news:
                 say(f"{cell.name}: {arm}: {what}, {seconds:.0f} s")
 
-        return serving.Server(
+        return serving.ServerProcess(
             args,
             log=given.logs / f"{cell.name}-{arm}.log",
             env=env,
-            start_timeout_s=max(1.0, min(given.start_timeout_s, clock.left_s())),
+            start_timeout_s=max(1.0, min(given.start_timeout_s, budget.left_s())),
             progress=progress,
         ).__enter__()
 
@@ -210,8 +210,8 @@ def _load_group(
     cell: Cell,
     up: Sequence[_Up],
     made: Mapping[tuple[str, int], Workload],
-    given: Ask,
-    clock: Clock,
+    given: ServeOptions,
+    budget: Budget,
     say: Say,
     save: Callable[[CellResult], None],
     result: CellResult,
@@ -219,7 +219,7 @@ def _load_group(
 ) -> None:
     by_arm = {each.arm: each for each in up}
     say(f"{cell.name}: warming up")
-    for each, problem in zip(up, asyncio.run(_warm_up(cell, up, given, clock)), strict=True):
+    for each, problem in zip(up, asyncio.run(_warm_up(cell, up, given, budget)), strict=True):
         if problem is not None:
             result.arms[each.arm].problem = f"warming up: {problem}"
             say(f"{cell.name}: {each.arm}: {result.arms[each.arm].problem}")
@@ -233,7 +233,7 @@ def _load_group(
     took: dict[tuple[str, str], float] = {}
     spent: dict[tuple[str, str], float] = {}
     for number in range(given.rounds):
-        if clock.left_s() <= 0:
+        if budget.left_s() <= 0:
             result.skipped.append(f"all arms, from round {number} on: no time left")
             say(f"{cell.name}: {result.skipped[-1]}")
             break
@@ -241,7 +241,7 @@ def _load_group(
             for arm in order(list(by_arm), number, exact):
                 if spent.get((name, arm), 0.0) > given.enough_s:
                     continue
-                left = clock.left_s()
+                left = budget.left_s()
                 if left < 1.2 * took.get((name, arm), 1.0):
                     result.skipped.append(f"{name}, {arm}, round {number}: no time left")
                     say(f"{cell.name}: {result.skipped[-1]}")
@@ -264,11 +264,11 @@ def _load_group(
                 save(result)
 
 
-async def _warm_up(cell: Cell, up: Sequence[_Up], given: Ask, clock: Clock) -> list[str | None]:
+async def _warm_up(cell: Cell, up: Sequence[_Up], given: ServeOptions, budget: Budget) -> list[str | None]:
     """Of each server, what went wrong."""
     # Where only answers count, or code is exercised, a few requests are enough.
     tokens = 0 if cell.cpu_engine or cell.deterministic else int(cell.pool_tokens * cell.ratio)
-    limit = min(given.turn_timeout_s, clock.left_s())
+    limit = min(given.turn_timeout_s, budget.left_s())
 
     async def one(each: _Up) -> str | None:
         for name in given.workloads:
@@ -288,7 +288,7 @@ def _asking(
     cell: Cell,
     name: str,
     number: int,
-    server: serving.Server,
+    server: serving.ServerProcess,
     made: Mapping[tuple[str, int], Workload],
     limit_s: float,
 ) -> Callable[[], Loaded]:
@@ -303,20 +303,20 @@ def _turn(
     name: str,
     arm: str,
     number: int,
-    server: serving.Server,
+    server: serving.ServerProcess,
     asking: Callable[[], Loaded],
     reference: Answers | None,
-) -> tuple[Turn, Answers]:
+) -> tuple[ArmRound, Answers]:
     flush(server)
     before = scrape.look(server.url)
     loaded = asking()
     time.sleep(_SETTLE_S)
     after = scrape.look(server.url)
-    turn = turn_of(name, arm, number, loaded, scrape.between(before, after), reference)
+    turn = arm_round(name, arm, number, loaded, scrape.between(before, after), reference)
     return turn, {one.place: one.answer for one in loaded.asked if one.error is None}
 
 
-def flush(server: serving.Server) -> None:
+def flush(server: serving.ServerProcess) -> None:
     """Empty both tiers: every turn begins alike.
 
     Raises:
@@ -326,7 +326,7 @@ def flush(server: serving.Server) -> None:
     _post(server, "/flush_cache?timeout=20")
 
 
-def freeze_gc(server: serving.Server) -> None:
+def freeze_gc(server: serving.ServerProcess) -> None:
     """Have Python's collector leave alone all that is there after the warm-up.
 
     SGLang 0.5.23 asks this of itself when it is up, before its own port is sure to be open: on some starts
@@ -341,7 +341,7 @@ def freeze_gc(server: serving.Server) -> None:
         raise server.error("POST /freeze_gc", str(error)) from error
 
 
-def _post(server: serving.Server, path: str) -> None:
+def _post(server: serving.ServerProcess, path: str) -> None:
     try:
         with serving.open_url(server.url + path, method="POST", timeout_s=60) as answer:
             answer.read()
@@ -360,7 +360,7 @@ def _last_words(each: _Up, result: CellResult) -> None:
     facts.about(info, plugin_state(info))
 
 
-def _line(turn: Turn) -> str:
+def _line(turn: ArmRound) -> str:
     ttft, itl = turn.first_token_s.percent(50), turn.between_tokens_s.percent(99)
     words = [
         f"{turn.workload}, round {turn.round}, {turn.arm}: {turn.requests} requests in {turn.seconds:.1f} s",

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from ...io_backends.sglang.unsafe import NULL
 from ..measure.results import Spread
 from ..measure.tables import Table
-from .account import Sum
+from .account import ArmSummary
 from .arms import NONE
-from .result import CellResult, Result
+from .result import CellResult, ServeResult
 
 WIDTH = 80
 SPEED, AGAINST = "speed", "against"
@@ -27,11 +27,11 @@ _CACHE_NOTE = (
 _AGAINST_NOTE = "One arm by the other: req/s, the higher the better; times, the lower the better."
 
 
-def tables(result: Result) -> list[Table]:
+def tables(result: ServeResult) -> list[Table]:
     """Three for each workload of each cell: speed, cache, and against SGLang's default and the limit."""
     made = []
     for cell in result.cells:
-        by_workload: dict[str, list[Sum]] = {}
+        by_workload: dict[str, list[ArmSummary]] = {}
         for each in cell.sums():
             by_workload.setdefault(each.workload, []).append(each)
         for workload, found in by_workload.items():
@@ -58,18 +58,18 @@ def about(cell: CellResult) -> str:
     return f"{cell.name} ({', '.join(words)})"
 
 
-Cell = Callable[[Sum], str]
+CellText = Callable[[ArmSummary], str]
 
 
-def _ms(name: str, shape: str = "{:,.0f}") -> Cell:
-    def cell(each: Sum) -> str:
+def _ms(name: str, shape: str = "{:,.0f}") -> CellText:
+    def cell(each: ArmSummary) -> str:
         spread: Spread | None = getattr(each, name)
         return "-" if spread is None else shape.format(spread.median * 1e3)
 
     return cell
 
 
-def _rate(each: Sum) -> str:
+def _rate(each: ArmSummary) -> str:
     spread = each.requests_per_s
     if spread is None:
         return "-"
@@ -93,7 +93,7 @@ def _short(value: float | None) -> str:
     return f"{value:,.0f}"
 
 
-_SPEED: dict[str, Cell] = {
+_SPEED: dict[str, CellText] = {
     "req/s": _rate,
     "TTFT p50": _ms("ttft_p50_s"),
     "p99 ms": _ms("ttft_p99_s"),
@@ -102,7 +102,7 @@ _SPEED: dict[str, Cell] = {
     "max ms": _ms("itl_max_s"),
     "errors": lambda each: str(each.errors),
 }
-_CACHE: dict[str, Cell] = {
+_CACHE: dict[str, CellText] = {
     "host": lambda each: _short(each.host_tokens),
     "device": lambda each: _short(each.device_tokens),
     "hit": lambda each: _count(each.hit_share, "{:.0%}"),
@@ -111,7 +111,7 @@ _CACHE: dict[str, Cell] = {
     "locked": lambda each: _short(each.rows_locked),
     "GB": lambda each: _count(each.written_bytes and each.written_bytes / 1e9, "{:,.1f}"),
 }
-_OUTPUTS: dict[str, Cell] = {
+_OUTPUTS: dict[str, CellText] = {
     "compared": lambda each: _count(each.compared),
     "as without HiCache": lambda each: _count(each.same),
     "tokens from host": lambda each: _count(each.host_tokens),
@@ -119,12 +119,14 @@ _OUTPUTS: dict[str, Cell] = {
 _OUTPUTS_NOTE = "Answers of the same prompts; a damaged write-back and one that copies nothing must differ."
 
 
-def _table(title: str, first: str, columns: dict[str, Cell], found: Sequence[Sum], note: str) -> Table:
+def _table(
+    title: str, first: str, columns: dict[str, CellText], found: Sequence[ArmSummary], note: str
+) -> Table:
     lines = tuple((each.arm, *(cell(each) for cell in columns.values())) for each in found)
     return Table(title, (first, *columns), lines, (note,))
 
 
-def _against(found: Sequence[Sum]) -> list[tuple[str, ...]]:
+def _against(found: Sequence[ArmSummary]) -> list[tuple[str, ...]]:
     by_arm = {each.arm: each for each in found}
     lines = []
     for other in (DEFAULT, NULL, NONE):

@@ -19,7 +19,9 @@ _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 LogProb = tuple[_Number, _TokenId, Any]
 """Nats, token, and its text, which is null without a tokenizer."""
 
-Setting = StrictBool | Annotated[int, Field(strict=True, ge=-(2**53), le=2**53)] | _Number | StrictStr | None
+JsonScalar = (
+    StrictBool | Annotated[int, Field(strict=True, ge=-(2**53), le=2**53)] | _Number | StrictStr | None
+)
 
 
 class NotUnderstoodError(ValueError):
@@ -62,7 +64,7 @@ class Meta(_Model):
         return self.cached_tokens_details or Cached(device=self.cached_tokens)
 
 
-class Part(_Model):
+class StreamEvent(_Model):
     """One event of a stream, or a whole answer."""
 
     output_ids: list[_TokenId]

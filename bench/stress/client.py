@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 
 from ..workload import Answer
-from .answers import NotUnderstoodError, Part, parsed, understood
+from .answers import NotUnderstoodError, StreamEvent, parsed, understood
 
 _CONNECT_S = 10
 _READ_BYTES = 2**20
@@ -116,7 +116,7 @@ class Client:
         body = {**_greedy(input_ids, output_tokens), "stream": True}
         tokens: list[int] = []
         gaps: list[float] = []
-        last: Part | None = None
+        last: StreamEvent | None = None
         began = latest = time.perf_counter()
         first = 0.0
         with _failures():
@@ -161,7 +161,7 @@ class Client:
 
     async def compute(
         self, input_ids: Sequence[int], output_tokens: int, *, key: str, **more: object
-    ) -> Part:
+    ) -> StreamEvent:
         """A greedy answer at once, from a cache of its own: prefixes are shared only under the same ``key``.
 
         SGLang keeps the prefixes of each ``extra_key`` apart (0.5.18 to 0.5.23).
@@ -178,7 +178,7 @@ class Client:
         body = {**_greedy(input_ids, output_tokens), "extra_key": key, **more}
         with _failures():
             async with self._open().post(f"{self.url}/generate", json=body) as answer:
-                return understood(Part, await _json(answer))
+                return understood(StreamEvent, await _json(answer))
 
 
 def _greedy(input_ids: Sequence[int], output_tokens: int) -> dict[str, Any]:
@@ -233,7 +233,7 @@ async def _end_of(answer: aiohttp.ClientResponse) -> None:
         raise RequestFailed(f"{_END_S} s after the last token the stream had not ended") from None
 
 
-def _event(line: bytes) -> Part | None:
+def _event(line: bytes) -> StreamEvent | None:
     """What a line of a server-sent event stream carries; None for those between.
 
     Raises:
@@ -250,10 +250,10 @@ def _event(line: bytes) -> Part | None:
         error = event["error"]
         said = error.get("message", error) if isinstance(error, dict) else error
         raise RequestFailed(str(said)[:500])
-    return understood(Part, event)
+    return understood(StreamEvent, event)
 
 
-def _so_far(tokens: list[int], event: Part) -> list[int]:
+def _so_far(tokens: list[int], event: StreamEvent) -> list[int]:
     """All tokens so far: an event repeats them, or with ``--incremental-streaming-output`` adds to them."""
     repeats = len(event.output_ids) == event.meta_info.completion_tokens
     return event.output_ids if repeats else tokens + event.output_ids

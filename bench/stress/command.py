@@ -17,6 +17,7 @@ import typer
 
 from ...policy.terminal import styled
 from ..demo.output import console
+from ..json_option import Json
 from ..measure import environment
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -66,7 +67,7 @@ def stress(
     vocab_size: Annotated[int, typer.Option(min=2, help="Prompts hold token ids below this.")] = 512,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Save everything as JSON here.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    json_: Json = False,
 ) -> None:
     """Put a running SGLang server under load that forces eviction and write-back, and check every output.
 

@@ -46,7 +46,7 @@ def main(
             )
             log = Path(logs, f"{name}.log")
             console.print(f"{name}: starting a server")
-            with serving.Server(options, log=log, env=env) as server:
+            with serving.ServerProcess(options, log=log, env=env) as server:
                 command = [str(Path(sysconfig.get_path("scripts"), "hicache-io")), "stress", server.url]
                 done = subprocess.run(
                     [*command, "--duration", duration, "--out", str(out / f"{name}.json")], check=False

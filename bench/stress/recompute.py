@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..workload import Answer
-from .answers import LogProb, Part
+from .answers import LogProb, StreamEvent
 from .client import Client, RequestFailed
 
 FACTOR = 3.0
@@ -177,7 +177,7 @@ class Judge:
 
     async def _compute(
         self, input_ids: Sequence[int], output_tokens: int, *, key: str, top: bool = False, start: int = -1
-    ) -> Part:
+    ) -> StreamEvent:
         self.requests += 1
         more = {"return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": start} if top else {}
         try:

@@ -65,7 +65,7 @@ class Outcome:
     reference_problem: str | None = None
 
 
-Progress = Callable[[Sequence[LoadedServer]], None]
+LoadProgress = Callable[[Sequence[LoadedServer]], None]
 
 
 async def stress(
@@ -73,7 +73,7 @@ async def stress(
     reference: str | None,
     limits: Limits,
     sizes: dict[str, Any],
-    progress: Progress,
+    progress: LoadProgress,
 ) -> Outcome:
     """Run it.
 

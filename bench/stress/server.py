@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from .answers import Info, Setting, understood
+from .answers import Info, JsonScalar, understood
 
 BF16_TIE_NATS = 0.25
 """Two logits between 16 and 32, each rounded to bfloat16 (8 significant bits: steps of 1/8), may change their
@@ -90,7 +90,7 @@ class ServerFacts:
         }
 
 
-_SETTING: TypeAdapter[Setting] = TypeAdapter(Setting)
+_SETTING: TypeAdapter[JsonScalar] = TypeAdapter(JsonScalar)
 
 
 def _is_setting(value: object) -> bool:

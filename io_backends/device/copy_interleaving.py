@@ -21,20 +21,22 @@ from .base import Event, Stream
 from .driver import Driver
 from .host_memory import SHORT, drop_empty
 
-TURN_SECONDS = 0.6e-3
-"""Of a turn, which others wait for; twice as long while two streams take turns with theirs (two backends of
-one policy). Half of it costs an H100's link 1.1 to 1.4 instead of 0.5 to 0.6 % (the file above, 32 MiB)."""
+QUANTUM_SECONDS = 0.6e-3
+"""Of a stream's turn, which others wait for; twice as long while two streams take turns with theirs (two
+backends of one policy). Half of it costs an H100's link 1.1 to 1.4 instead of 0.5 to 0.6 % (the file above,
+32 MiB)."""
 
-TURN_BYTES = 32 * 2**20
-"""Of a turn where the link was not measured: what 55 GB/s move in that time."""
+QUANTUM_BYTES = 32 * 2**20
+"""What is copied before it is the other's turn (the quantum of deficit round robin, Shreedhar and
+Varghese 1995), where the link was not measured: what 55 GB/s move in that time."""
 
-_LEAST_TURN, _MOST_TURN = 8 * 2**20, 256 * 2**20
+_LEAST_QUANTUM, _MOST_QUANTUM = 8 * 2**20, 256 * 2**20
 """Whatever a measurement says: one PCIe 4.0 x8 link's, and one NVLink-C2C's."""
 
 
-def turn_of(bytes_per_second: float) -> int:
-    """Bytes of a turn on a link of that rate."""
-    return min(max(int(bytes_per_second * TURN_SECONDS), _LEAST_TURN), _MOST_TURN)
+def quantum_of(bytes_per_second: float) -> int:
+    """The quantum, in bytes, on a link of that rate."""
+    return min(max(int(bytes_per_second * QUANTUM_SECONDS), _LEAST_QUANTUM), _MOST_QUANTUM)
 
 
 def split_long(batch: CopyBatch, most: int) -> CopyBatch:
@@ -65,7 +67,7 @@ class _Pair:
     Attributes:
         handles: their CUstreams.
         now: whose turn it is, 0 or 1.
-        turn: bytes of that turn so far.
+        given: bytes of that turn so far.
     """
 
     def __init__(self, stream: Stream, other: Stream, new_event: Callable[[], Event]) -> None:
@@ -74,14 +76,14 @@ class _Pair:
         for event, on in zip(self._events, self._streams, strict=True):
             event.record(on)  # torch makes the event now, so that it cannot fail to when a turn is over
         self.handles: tuple[int, int] = (stream.cuda_stream, other.cuda_stream)
-        self.now = self.turn = 0
+        self.now = self.given = 0
 
     def hand_over(self) -> None:
         """The other's turn begins when this one's copies are done."""
         event, other = self._events[self.now], 1 - self.now
         event.record(self._streams[self.now])
         self._streams[other].wait_event(event)
-        self.now, self.turn = other, 0
+        self.now, self.given = other, 0
 
     def close(self) -> None:
         """Back to the first stream, which then waits for all copies; if it cannot, the host does."""
@@ -92,7 +94,7 @@ class _Pair:
         except BaseException:
             # Whoever waits for the first stream alone would reuse memory under the other's copies.
             self._streams[1].synchronize()
-            self.now = self.turn = 0
+            self.now = self.given = 0
             raise
 
 
@@ -103,7 +105,7 @@ class InterleavedCopies:
         new_event: makes an event, which can be recorded again and again.
         driver: takes the copies.
         new_stream: makes a stream that nobody else has.
-        turn_bytes: of one turn at most.
+        quantum_bytes: what is copied in one turn at most.
     """
 
     def __init__(
@@ -111,23 +113,23 @@ class InterleavedCopies:
         new_event: Callable[[], Event],
         driver: Driver,
         new_stream: Callable[[], Stream],
-        turn_bytes: int = TURN_BYTES,
+        quantum_bytes: int = QUANTUM_BYTES,
     ) -> None:
         self._new_event, self._new_stream = new_event, new_stream
         self._driver = driver
-        self.turn_bytes = turn_bytes
+        self.quantum_bytes = quantum_bytes
         self._pairs: dict[int, _Pair] = {}
         self._lock = threading.Lock()
 
     @property
-    def turn_bytes(self) -> int:
-        """Of one turn at most; may change between two writes."""
+    def quantum_bytes(self) -> int:
+        """What is copied in one turn at most; may change between two writes."""
         return self._most
 
-    @turn_bytes.setter
-    def turn_bytes(self, most: int) -> None:
+    @quantum_bytes.setter
+    def quantum_bytes(self, most: int) -> None:
         if most < 1:
-            raise ValueError(f"turn_bytes must be at least 1, not {most}")
+            raise ValueError(f"quantum_bytes must be at least 1, not {most}")
         self._most = most
 
     def copy(self, batch: CopyBatch, stream: Stream) -> None:
@@ -152,8 +154,8 @@ class InterleavedCopies:
             pair = self._pairs.get(stream.cuda_stream)
             if pair is None:
                 pair = self._pairs[stream.cuda_stream] = _Pair(stream, self._new_stream(), self._new_event)
-            if pair.turn + total <= self._most:
-                pair.turn += total
+            if pair.given + total <= self._most:
+                pair.given += total
                 driver.enqueue(drop_empty(batch), stream.cuda_stream)
                 return
             try:
@@ -169,19 +171,19 @@ class InterleavedCopies:
         most, copy_one = self._most, self._driver.copy_one
         for dst, src, left in zip(batch.dst.tolist(), batch.src.tolist(), batch.nbytes.tolist(), strict=True):
             while left:
-                if pair.turn >= most:
+                if pair.given >= most:
                     pair.hand_over()
-                nbytes = min(left, most - pair.turn)
+                nbytes = min(left, most - pair.given)
                 copy_one(dst, src, nbytes, pair.handles[pair.now])
-                pair.turn += nbytes
+                pair.given += nbytes
                 dst, src, left = dst + nbytes, src + nbytes, left - nbytes
 
     def _many(self, batch: CopyBatch, pair: _Pair) -> None:
-        """Whole copies, none longer than a turn."""
+        """Whole copies, none longer than the quantum."""
         ends: npt.NDArray[np.int64] = np.cumsum(batch.nbytes.view(np.int64))
         start = done = 0
         while start < len(ends):
-            stop = int(ends.searchsorted(done + self._most - pair.turn, side="right"))
+            stop = int(ends.searchsorted(done + self._most - pair.given, side="right"))
             if stop == start:
                 pair.hand_over()
                 continue
@@ -189,4 +191,4 @@ class InterleavedCopies:
             piece = CopyBatch(batch.dst[part], batch.src[part], batch.nbytes[part])
             self._driver.enqueue(piece, pair.handles[pair.now], busy=start > 0)
             start, last = stop, int(ends[stop - 1])
-            pair.turn, done = pair.turn + last - done, last
+            pair.given, done = pair.given + last - done, last

@@ -19,8 +19,8 @@ from ..plan.chunks import STAGING_ALIGNMENT, Chunk, Staged
 from ..plan.copies import CopyBatch
 from ..plan.geometry import PoolGeometry
 from .base import DeviceUnavailableError, Event, Stream
-from .copy_interleaving import TURN_BYTES, InterleavedCopies, turn_of
-from .driver import MAX_ENTRIES, Driver
+from .copy_interleaving import QUANTUM_BYTES, InterleavedCopies, quantum_of
+from .driver import MAX_COPIES_PER_CALL, Driver
 from .gather import Gather
 from .gather_plan import UNITS_PER_THREAD, WARPS
 from .host_memory import HostRange, HostRanges, host_extents
@@ -97,9 +97,9 @@ class CudaDevice:
     :meth:`prepare_copies` for host memory that copies may write, :meth:`prepare_gather` for device rows.
 
     Args:
-        max_batch_entries: entries in one driver call at most.
-        turn_bytes: copied before others get the copy engine, see :mod:`~.copy_interleaving`; without it the
-            link is measured with the first pool.
+        max_copies_per_call: copies in one driver call at most.
+        quantum_bytes: copied before others get the copy engine, see :mod:`~.copy_interleaving`; without it
+            the link is measured with the first pool.
         prefer_overlap: of copies with forwards, see :class:`~.driver.Driver`; for measurements.
         gather_warps, gather_units_per_thread: shape of the gather's thread blocks, for measurements.
 
@@ -112,8 +112,8 @@ class CudaDevice:
     def __init__(
         self,
         *,
-        max_batch_entries: int = MAX_ENTRIES,
-        turn_bytes: int | None = None,
+        max_copies_per_call: int = MAX_COPIES_PER_CALL,
+        quantum_bytes: int | None = None,
         prefer_overlap: bool = True,
         gather_warps: int = WARPS,
         gather_units_per_thread: int = UNITS_PER_THREAD,
@@ -128,11 +128,11 @@ class CudaDevice:
             raise DeviceUnavailableError(
                 "PyTorch finds no CUDA device: check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES"
             )
-        self._driver = Driver(max_batch_entries, prefer_overlap=prefer_overlap)
-        self._turns = InterleavedCopies(
-            self._torch.cuda.Event, self._driver, self.new_stream, turn_bytes or TURN_BYTES
+        self._driver = Driver(max_copies_per_call, prefer_overlap=prefer_overlap)
+        self._copies = InterleavedCopies(
+            self._torch.cuda.Event, self._driver, self.new_stream, quantum_bytes or QUANTUM_BYTES
         )
-        self._measures_turns = turn_bytes is None
+        self._measures_link = quantum_bytes is None
         self._host = HostRanges()
         self._gather = Gather(warps=gather_warps, units_per_thread=gather_units_per_thread)
         self._indices: IndexReader | None = None
@@ -170,9 +170,9 @@ class CudaDevice:
             )
         self._host.add(ranges)
         self._index_reader()
-        if self._measures_turns:
-            self._measures_turns = False
-            self._turns.turn_bytes = self._turn_of_the_link()
+        if self._measures_link:
+            self._measures_link = False
+            self._copies.quantum_bytes = self._quantum_of_the_link()
 
     def prepare_gather(self, geometry: PoolGeometry) -> None:
         """Upload the pool's row addresses and compile its gather; waits for the upload.
@@ -183,9 +183,9 @@ class CudaDevice:
         self._gather.prepare(geometry, torch.device("cuda", torch.cuda.current_device()))
 
     @property
-    def turn_bytes(self) -> int:
+    def quantum_bytes(self) -> int:
         """Copied before others get the copy engine."""
-        return self._turns.turn_bytes
+        return self._copies.quantum_bytes
 
     def new_stream(self) -> Stream:
         """One that nobody else has, as long as the process lives.
@@ -276,11 +276,11 @@ class CudaDevice:
         """Copy-engine work, as the seam says; what is behind it on ``stream`` waits for it.
 
         Raises:
-            UnknownHostMemoryError: an entry writes memory that :meth:`prepare_copies` has not seen.
+            UnknownHostMemoryError: a copy writes memory that :meth:`prepare_copies` has not seen.
             CopyRefusedError: the legacy NULL stream, or a graph is being captured.
             DriverError: the driver refused.
         """
-        self._turns.copy(self._host.place(batch), stream)
+        self._copies.copy(self._host.place(batch), stream)
 
     def _index_reader(self) -> IndexReader:
         if self._indices is None:
@@ -289,7 +289,7 @@ class CudaDevice:
             self._indices = IndexReader(self._torch, self._driver, self._own_stream(greatest))
         return self._indices
 
-    def _turn_of_the_link(self) -> int:
+    def _quantum_of_the_link(self) -> int:
         """By the fastest of some copies to pinned memory, for which the host waits."""
         torch = self._torch
         seconds = []
@@ -305,15 +305,15 @@ class CudaDevice:
                 seconds.append(self.seconds_between(begin, end))
         except RuntimeError as error:  # torch.OutOfMemoryError and DriverError are such
             logger.info("hicache-io: the link's rate is not measured: %s", error)
-            return TURN_BYTES
+            return QUANTUM_BYTES
         rate = _PROBE_BYTES / max(min(seconds), 1e-6)
-        turn = turn_of(rate)
+        quantum = quantum_of(rate)
         logger.info(
             "hicache-io: the link moves %.1f GB/s to the host; copies of others get it every %.0f MiB",
             rate / 1e9,
-            turn / 2**20,
+            quantum / 2**20,
         )
-        return turn
+        return quantum
 
     def _own_stream(self, priority: int) -> Stream:
         # The driver makes it in the thread's current context, which the first question to the device sets.

@@ -2,7 +2,7 @@
 
 torch has no binding for it. The entry point comes from cuGetProcAddress at an explicit version, so that its
 signature does not depend on the driver's age, and is called through ctypes with the addresses of numpy
-arrays: turned into lists, each entry would cost 0.3 to 0.6 us of the scheduler's thread (seen, cuda-python
+arrays: turned into lists, each copy would cost 0.3 to 0.6 us of the scheduler's thread (seen, cuda-python
 13 against a stand-in driver).
 """
 
@@ -24,13 +24,13 @@ from .host_memory import drop_empty
 
 logger = logging.getLogger(__name__)
 
-MAX_ENTRIES = 256
-"""Entries a call. The engine starts on them when the call returns, at 0.4 to 1 us an entry, so that a large
-call keeps it waiting; from a few hundred entries on the call itself is noise. (On an H200, 8,192 entries of
+MAX_COPIES_PER_CALL = 256
+"""Copies a call. The engine starts on them when the call returns, at 0.4 to 1 us a copy, so that a large
+call keeps it waiting; from a few hundred copies on the call itself is noise. (On an H200, 8,192 copies of
 72 KiB went fastest in calls of 256.) A segmentation fault at 51,828 was reported (vLLM #49276)."""
 
-FIRST_ENTRIES = 32
-"""Entries of a batch's first call, and twice as many in each one after it up to the cap. At 0.4 us an entry
+FIRST_CALL_COPIES = 32
+"""Copies of a batch's first call, and twice as many in each one after it up to the cap. At 0.4 us a copy
 (H100, bench/results/2026-11-25-h100/profile.json) an idle engine starts 0.1 ms earlier for it."""
 
 BATCH_VERSION = 12_080
@@ -85,14 +85,14 @@ class DeviceAttribute(IntEnum):
     CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM = 91
 
 
-class Result(IntEnum):
+class ResultCode(IntEnum):
     """CUresult, as far as it is looked at."""
 
     INVALID_VALUE = 1
 
 
 _LEGACY_STREAMS = frozenset(map(int, LegacyStream))
-_NO_ENTRY = ctypes.c_size_t(-1).value
+_NO_COPY = ctypes.c_size_t(-1).value
 
 _size_t = ctypes.c_size_t
 _int = ctypes.c_int
@@ -129,15 +129,15 @@ class DriverError(RuntimeError):
         call: the function's name.
         code: its CUresult.
         name: the code's name, such as ``CUDA_ERROR_INVALID_VALUE``.
-        entry: index of the copy it blames among those enqueued together, or None.
+        index: of the copy it blames among those enqueued together, or None.
     """
 
-    def __init__(self, call: str, code: int, name: str, entry: int | None = None, detail: str = "") -> None:
+    def __init__(self, call: str, code: int, name: str, index: int | None = None, detail: str = "") -> None:
         super().__init__(f"{call} failed with {code} ({name}){detail}")
         self.call = call
         self.code = code
         self.name = name
-        self.entry = entry
+        self.index = index
 
 
 class _Location(ctypes.Structure):
@@ -158,16 +158,16 @@ class _CopyAttributes(ctypes.Structure):
 class _Scratch(threading.local):
     """Memory that the driver reads and writes in a call; a thread's own, since a call lets others run.
 
-    Entries are copied here so that nobody asks for their address: with numpy that takes longer than copying
-    a short array.
+    Descriptors are copied here so that nobody asks for their address: with numpy that takes longer than
+    copying a short array.
     """
 
-    def __init__(self, max_entries: int) -> None:
-        entries = np.empty((3, max_entries), dtype=np.uint64)
-        start, row = int(entries.ctypes.data), entries.strides[0]
-        self.dst, self.src, self.nbytes = entries
+    def __init__(self, most: int) -> None:
+        descriptors = np.empty((3, most), dtype=np.uint64)
+        start, row = int(descriptors.ctypes.data), descriptors.strides[0]
+        self.dst, self.src, self.nbytes = descriptors
         self.addresses = (start, start + row, start + 2 * row)
-        self.failed = _size_t(_NO_ENTRY)
+        self.failed = _size_t(_NO_COPY)
         self.failed_at = ctypes.byref(self.failed)
         self.capture = _int(0)
         self.capture_at = ctypes.byref(self.capture)
@@ -177,20 +177,22 @@ class Driver:
     """The driver calls that copies need; every return code becomes an exception.
 
     Args:
-        max_entries: entries given to one cuMemcpyBatchAsync call at most.
+        max_copies_per_call: copies given to one cuMemcpyBatchAsync call at most.
         prefer_overlap: ask for copies that leave the SMs to others, in batches. Without it nothing says so
             but what drivers do today; for measurements.
 
     Raises:
         DeviceUnavailableError: cuda-python or the driver is missing, or does not start.
-        ValueError: ``max_entries`` is below 1.
+        ValueError: ``max_copies_per_call`` is below 1.
     """
 
-    def __init__(self, max_entries: int = MAX_ENTRIES, *, prefer_overlap: bool = True) -> None:
-        if max_entries < 1:
-            raise ValueError(f"max_entries must be at least 1, not {max_entries}")
-        self._max_entries = max_entries
-        self._first_entries = min(FIRST_ENTRIES, max_entries)
+    def __init__(
+        self, max_copies_per_call: int = MAX_COPIES_PER_CALL, *, prefer_overlap: bool = True
+    ) -> None:
+        if max_copies_per_call < 1:
+            raise ValueError(f"max_copies_per_call must be at least 1, not {max_copies_per_call}")
+        self._max_copies_per_call = max_copies_per_call
+        self._first_call_copies = min(FIRST_CALL_COPIES, max_copies_per_call)
         try:
             self._bindings: Any = importlib.import_module("cuda.bindings.driver")
             (code,) = self._bindings.cuInit(0)
@@ -223,13 +225,13 @@ class Driver:
                 self.version // 1000,
                 self.version % 1000 // 10,
             )
-        # One attribute for all entries: its index array says where it begins to apply, not one per entry.
+        # One attribute for all copies: its index array says where it begins to apply, not one per copy.
         # The source is device memory that earlier work in the stream writes: any other order than STREAM
         # lets the copy read it early.
         flags = CopyFlag.PREFER_OVERLAP_WITH_COMPUTE if prefer_overlap else CopyFlag.DEFAULT
         self._attributes = ctypes.byref(_CopyAttributes(src_access_order=SourceOrder.STREAM, flags=flags))
         self._attributes_begin = ctypes.byref(_size_t(0))
-        self._scratch = _Scratch(max_entries)
+        self._scratch = _Scratch(max_copies_per_call)
 
     @property
     def batched(self) -> bool:
@@ -237,17 +239,17 @@ class Driver:
         return self._batch is not None
 
     def copy(self, batch: CopyBatch, stream: int) -> None:
-        """Enqueue every entry of ``batch`` on ``stream``, reading sources in stream order.
+        """Enqueue every copy of ``batch`` on ``stream``, reading sources in stream order.
 
         The driver has read the arrays when this returns; nothing of them needs to be kept.
 
         Args:
-            batch: addresses as the GPU sees them. Zero-byte entries are left out.
+            batch: addresses as the GPU sees them. Copies of no bytes are left out.
             stream: a CUstream's value.
 
         Raises:
             CopyRefusedError: the legacy NULL stream, or a stream under graph capture; nothing was enqueued.
-            DriverError: the driver refused. Earlier entries may be under way; record no completion.
+            DriverError: the driver refused. Earlier copies may be under way; record no completion.
         """
         batch = drop_empty(batch)
         if batch.nbytes.size:
@@ -267,7 +269,7 @@ class Driver:
         self.refuse_capture(stream)
 
     def enqueue(self, batch: CopyBatch, stream: int, *, busy: bool = False) -> None:
-        """As :meth:`copy`, on a stream that :meth:`check` has seen, of entries none of which is empty.
+        """As :meth:`copy`, on a stream that :meth:`check` has seen, of copies none of which is empty.
 
         Args:
             busy: the engine has copies of this write to do: calls need not begin short.
@@ -278,7 +280,7 @@ class Driver:
         if self._batch is None:
             self._one_by_one(batch, stream)
         else:
-            first = self._max_entries if busy else self._first_entries
+            first = self._max_copies_per_call if busy else self._first_call_copies
             self._in_batches(self._batch, batch, stream, first)
 
     def copy_one(self, dst: int, src: int, nbytes: int, stream: int) -> None:
@@ -325,16 +327,24 @@ class Driver:
         return stream.value
 
     def is_pinned(self, address: int) -> bool:
-        """Whether ``address`` is host memory that CUDA allocated or registered."""
+        """Whether ``address`` is host memory that CUDA allocated or registered.
+
+        Raises:
+            DriverError: the driver refused to say.
+        """
         kind = ctypes.c_uint(0)
         code = self._pointer_attribute(ctypes.byref(kind), PointerAttribute.MEMORY_TYPE, address)
-        if code == Result.INVALID_VALUE:  # how the driver says that it never heard of this memory
+        if code == ResultCode.INVALID_VALUE:  # how the driver says that it never heard of this memory
             return False
         self._check("cuPointerGetAttribute", code)
         return kind.value == MemoryType.HOST
 
     def host_addresses_work(self, ordinal: int) -> bool:
-        """Whether GPU ``ordinal`` reaches registered host memory under the host's own addresses."""
+        """Whether GPU ``ordinal`` reaches registered host memory under the host's own addresses.
+
+        Raises:
+            DriverError: there is no such GPU, say.
+        """
         device, value = _int(0), _int(0)
         self._check("cuDeviceGet", self._device(ctypes.byref(device), ordinal))
         code = self._device_attribute(
@@ -344,7 +354,11 @@ class Driver:
         return value.value != 0
 
     def device_address(self, address: int) -> int:
-        """The address under which the GPU reaches the registered host memory at ``address``."""
+        """The address under which the GPU reaches the registered host memory at ``address``.
+
+        Raises:
+            DriverError: the memory is not registered.
+        """
         result = _device_pointer(0)
         code = self._host_device_pointer(ctypes.byref(result), address, 0)
         self._check("cuMemHostGetDevicePointer", code)
@@ -360,29 +374,29 @@ class Driver:
             dst[:count] = batch.dst[start:stop]
             src[:count] = batch.src[start:stop]
             nbytes[:count] = batch.nbytes[start:stop]
-            scratch.failed.value = _NO_ENTRY
+            scratch.failed.value = _NO_COPY
             code = call(*scratch.addresses, count, attributes, begin, 1, scratch.failed_at, stream)
             if code:
                 failed = scratch.failed.value
-                entry = start + failed if failed < count else None
-                raise self._error("cuMemcpyBatchAsync", code, batch, entry)
-            start, most = stop, min(2 * most, self._max_entries)
+                index = start + failed if failed < count else None
+                raise self._error("cuMemcpyBatchAsync", code, batch, index)
+            start, most = stop, min(2 * most, self._max_copies_per_call)
 
     def _one_by_one(self, batch: CopyBatch, stream: int) -> None:
-        entries = zip(batch.dst.tolist(), batch.src.tolist(), batch.nbytes.tolist(), strict=True)
-        for entry, (dst, src, nbytes) in enumerate(entries):
+        copies = zip(batch.dst.tolist(), batch.src.tolist(), batch.nbytes.tolist(), strict=True)
+        for index, (dst, src, nbytes) in enumerate(copies):
             code = self._memcpy(dst, src, nbytes, stream)
             if code != 0:
-                raise self._error("cuMemcpyAsync", code, batch, entry)
+                raise self._error("cuMemcpyAsync", code, batch, index)
 
-    def _error(self, call: str, code: int, batch: CopyBatch, entry: int | None) -> DriverError:
+    def _error(self, call: str, code: int, batch: CopyBatch, index: int | None) -> DriverError:
         detail = f", one of {len(batch)} copies"
-        if entry is not None:
+        if index is not None:
             detail = (
-                f" at entry {entry} of {len(batch)}: {int(batch.nbytes[entry])} bytes from "
-                f"{int(batch.src[entry]):#x} to {int(batch.dst[entry]):#x}"
+                f" at copy {index} of {len(batch)}: {int(batch.nbytes[index])} bytes from "
+                f"{int(batch.src[index]):#x} to {int(batch.dst[index]):#x}"
             )
-        return DriverError(call, code, self._name(code), entry, detail)
+        return DriverError(call, code, self._name(code), index, detail)
 
     def _function(self, name: str) -> Callable[..., int]:
         version, arguments = _SIGNATURES[name]

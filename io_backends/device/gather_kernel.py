@@ -96,6 +96,6 @@ def gather_rows(  # type: ignore[no-untyped-def]
         target_rows = tl.multiple_of(target.to(tl.pointer_type(dtype)), WIDTH)
         inside = live[:, None] & (element < ELEMENTS)[None, :]
         # Every byte is read once and written once. Unless both say so, they push out of L2 what the copy
-        # engine needs beside them, and drains of short entries get slower (H200; one hint alone did nothing).
+        # engine needs beside them, and drains of short copies get slower (H200; one hint alone did nothing).
         values = tl.load(source_rows[:, None] + element[None, :], mask=inside, eviction_policy="evict_first")
         tl.store(target_rows[:, None] + element[None, :], values, mask=inside, cache_modifier=".cs")

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ...policy.fact_spec import Kind
+from ...policy.fact_spec import FactKind
 from ...policy.fact_table import SERVER_FACTS
 from ...policy.facts import GIVEN, Fact
 from .base import DeviceUnavailableError
@@ -103,7 +103,7 @@ def _batch_copy() -> Fact:
 def _without_gpu(name: str, arch: Fact) -> Fact | None:
     """Fact `name` where this machine's GPU is not the one that is asked about, or there is none."""
     if arch.value == "cpu":
-        if SERVER_FACTS[name].kind is Kind.FLAG:
+        if SERVER_FACTS[name].kind is FactKind.FLAG:
             return Fact(False, "a CPU server has no copy engine")
         return Fact(None, "a CPU server has no GPU")
     if arch.value is None:

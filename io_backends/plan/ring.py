@@ -9,7 +9,7 @@ from typing import Any
 
 from .chunks import STAGING_ALIGNMENT
 
-Event = Any
+DrainEvent = Any
 """Whatever the ring's ``done`` understands."""
 
 
@@ -23,7 +23,7 @@ class Region:
     start: int
     stop: int
     gap: int
-    drained: Event | None = None
+    drained: DrainEvent | None = None
 
 
 ANY_GAP = 1 << 62
@@ -41,7 +41,7 @@ class Ring:
         done: whether an event is complete.
     """
 
-    def __init__(self, nbytes: int, done: Callable[[Event], bool]) -> None:
+    def __init__(self, nbytes: int, done: Callable[[DrainEvent], bool]) -> None:
         self.nbytes = nbytes
         self._done = done
         self._regions: deque[Region] = deque()
@@ -52,7 +52,7 @@ class Ring:
         self._retire()
         return sum(region.stop - region.start for region in self._regions)
 
-    def take(self, nbytes: int, *, gap: int, before: int) -> tuple[Region, tuple[Event, ...]] | None:
+    def take(self, nbytes: int, *, gap: int, before: int) -> tuple[Region, tuple[DrainEvent, ...]] | None:
         """A region of ``nbytes``, and the events its writer must wait for first.
 
         Args:
@@ -65,7 +65,7 @@ class Ring:
             ValueError: the ring is smaller than that.
         """
         start, stop, last = self._place(nbytes)
-        events: tuple[Event, ...] = ()
+        events: tuple[DrainEvent, ...] = ()
         if last is not None:
             if last.gap >= before:
                 return None

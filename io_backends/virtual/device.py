@@ -201,7 +201,7 @@ class VirtualDevice:
                 writes=ByteRanges.of(np.stack([dst, dst + nbytes], axis=1)),
                 engine="copy_d2h",
                 uses=() if staging is None else (staging,),
-                entries=len(batch),
+                copies=len(batch),
                 nbytes=batch.total_bytes,
             )
         )

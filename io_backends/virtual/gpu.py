@@ -235,7 +235,11 @@ class Event:
             gpu.host_waits(self._recorded, self._recorded.clock, sites.caller())
 
     def elapsed_time(self, end: Event) -> float:
-        """Milliseconds of the virtual clock; in a seeded order, steps."""
+        """Milliseconds of the virtual clock; in a seeded order, steps.
+
+        Raises:
+            ValueError: as torch: an event keeps no time, was not recorded, or has not completed.
+        """
         if not (self._timing and end._timing):
             raise ValueError("Both events must be created with argument 'enable_timing=True'.")
         if self._recorded is None or end._recorded is None:
@@ -323,7 +327,7 @@ def _without_references(operation: Operation) -> Operation:
         engine=operation.engine,
         d2h_on_sms=operation.d2h_on_sms,
         exclusive_sms=operation.exclusive_sms,
-        entries=operation.entries,
+        copies=operation.copies,
         nbytes=operation.nbytes,
         crosses_link=operation.crosses_link,
         ms=operation.ms,

@@ -10,7 +10,7 @@ from . import sites
 from .memory import Memory
 from .operations import Queued
 from .order import Order, SeededOrder
-from .races import Checker, Clock, Race
+from .races import Checker, Race, VectorClock
 from .ranges import NOTHING, ByteRanges
 
 if TYPE_CHECKING:
@@ -88,8 +88,12 @@ class Gpu:
             return [other for other in self.streams.values() if other.blocking and other is not stream]
         return [self.default] if stream.blocking else []
 
-    def host_waits(self, queued: Queued, clock: Clock, site: str) -> None:
-        """The host waits until it is done; then everything before ``clock`` is known to be."""
+    def host_waits(self, queued: Queued, clock: VectorClock, site: str) -> None:
+        """The host waits until it is done; then everything before ``clock`` is known to be.
+
+        Raises:
+            Hang: it can never be done.
+        """
         self.memory.settle()
         self.counts["host waits"] += 1
         while queued.time is None:
@@ -98,7 +102,7 @@ class Gpu:
         self.order.waited(self, queued, site)
         self.checker.host_waits(clock)
 
-    def host_looks(self, queued: Queued, clock: Clock) -> bool:
+    def host_looks(self, queued: Queued, clock: VectorClock) -> bool:
         """Whether it is done, as the host finds it; then everything before ``clock`` is known to be."""
         self.memory.settle()
         self.order.looked(self)

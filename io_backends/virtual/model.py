@@ -24,8 +24,8 @@ class CostModel:
         sm_link_gb_per_s: GPU to host by SM kernels. H100, nvbandwidth: 52.8.
         hbm_gb_per_s: device memory, bytes read and bytes written counted. H200: 4,172, measured here
             (bench/results/2026-11-23-h200).
-        entry_us: of the host, for each entry of a batch of copies. 0.6 (vLLM and LMCache; H200, CUDA 13.0).
-        engine_entry_us: of the copy engine, for each entry. Nobody has published one: 0.
+        copy_us: of the host, for each copy of a batch. 0.6 (vLLM and LMCache; H200, CUDA 13.0).
+        engine_copy_us: of the copy engine, for each copy. Nobody has published one: 0.
         call_us: of the host, for a launch or a batch of copies. 5 to 7 for a single ``cudaMemcpyAsync``.
         event_us: of the host, to record an event or to make a stream wait. An assumption.
         poll_us: of the host, to ask whether an event is complete. An assumption.
@@ -40,8 +40,8 @@ class CostModel:
     link_h2d_gb_per_s: float = 55.0
     sm_link_gb_per_s: float = 52.8
     hbm_gb_per_s: float = 4172.0
-    entry_us: float = 0.6
-    engine_entry_us: float = 0.0
+    copy_us: float = 0.6
+    engine_copy_us: float = 0.0
     call_us: float = 5.0
     event_us: float = 0.5
     poll_us: float = 10.0
@@ -61,8 +61,8 @@ class CostModel:
 
     def host_ms(self, operation: Operation) -> float:
         """How long enqueuing it keeps the host."""
-        entries = operation.entries if operation.engine.startswith("copy") else 0
-        return (self.call_us + entries * self.entry_us) / 1e3
+        copies = operation.copies if operation.engine.startswith("copy") else 0
+        return (self.call_us + copies * self.copy_us) / 1e3
 
     def nbytes(self, operation: Operation) -> float:
         """What it moves, to scale."""
@@ -81,4 +81,4 @@ class CostModel:
             link = nbytes / (self.sm_link_gb_per_s * _BYTES_PER_MS)
             return max(hbm, link) if operation.crosses_link else hbm
         rate = self.link_d2h_gb_per_s if operation.engine == "copy_d2h" else self.link_h2d_gb_per_s
-        return max(nbytes / (rate * _BYTES_PER_MS), operation.entries * self.engine_entry_us / 1e3)
+        return max(nbytes / (rate * _BYTES_PER_MS), operation.copies * self.engine_copy_us / 1e3)

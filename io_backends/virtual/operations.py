@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .ranges import NOTHING, ByteRanges
 
 if TYPE_CHECKING:
-    from .races import Clock, SmWork
+    from .races import SmUse, VectorClock
 
 Engine = Literal["sm", "copy_d2h", "copy_h2d", "none"]
 """What does the work: the SMs, the copy engine of one direction, or nothing that takes time."""
@@ -31,7 +31,7 @@ class Operation:
         uses: objects (torch tensors, numpy arrays) that it touches and that somebody else owns, such as index
             tensors and staging. The last owner must not let go before it is done. A stream does not own
             them, so ``work`` must not hold them either: see :meth:`~.memory.Memory.borrow`.
-        entries: copies in a batch (cost model).
+        copies: in a batch (cost model).
         nbytes: bytes that it moves (cost model).
         crosses_link: SM work that reads or writes host memory (cost model).
         ms: how long it takes, in milliseconds, if not what the cost model says of the above.
@@ -45,13 +45,13 @@ class Operation:
     d2h_on_sms: bool = False
     exclusive_sms: bool = False
     uses: Sequence[object] = ()
-    entries: int = 1
+    copies: int = 1
     nbytes: int = 0
     crosses_link: bool = False
     ms: float | None = None
 
     @property
-    def sm_work(self) -> SmWork | None:
+    def sm_work(self) -> SmUse | None:
         """The class of SM work that the race checker knows."""
         if self.d2h_on_sms:
             return "d2h"
@@ -86,7 +86,7 @@ class Queued:
         *,
         after: tuple[Queued, ...] = (),
         work: Sequence[Callable[[], object]] = (),
-        clock: Clock = (),
+        clock: VectorClock = (),
         operation: Operation | None = None,
     ) -> None:
         self.stream = stream

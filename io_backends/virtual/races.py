@@ -21,11 +21,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .ranges import NOTHING, ByteRanges
-from .shadow import HOST_THREAD, Access, Mode, Shadow
+from .shadow import HOST_THREAD, Access, AccessMode, Shadow
 
-Kind = Literal["read_before_write", "write_after_read", "write_after_write", "sm_overlap", "use_after_free"]
+RaceKind = Literal[
+    "read_before_write", "write_after_read", "write_after_write", "sm_overlap", "use_after_free"
+]
 
-KINDS: tuple[Kind, ...] = (
+KINDS: tuple[RaceKind, ...] = (
     "read_before_write",
     "write_after_read",
     "write_after_write",
@@ -33,13 +35,13 @@ KINDS: tuple[Kind, ...] = (
     "use_after_free",
 )
 
-Clock = tuple[int, ...]
+VectorClock = tuple[int, ...]
 """For each stream, by number: how many of its operations are ordered before. Streams beyond its end: none."""
 
-SmWork = Literal["d2h", "exclusive"]
+SmUse = Literal["d2h", "exclusive"]
 """Work on the SMs that moves rows to the host, and forwards that must not share the SMs with it."""
 
-_KIND_OF: Mapping[tuple[Mode, Mode], Kind] = {
+_KIND_OF: Mapping[tuple[AccessMode, AccessMode], RaceKind] = {
     ("write", "read"): "read_before_write",
     ("read", "write"): "write_after_read",
     ("write", "write"): "write_after_write",
@@ -76,7 +78,7 @@ class Race:
         count: how many pairs of operations from these two places raced like this.
     """
 
-    kind: Kind
+    kind: RaceKind
     first: Side
     second: Side
     bytes: tuple[int, int] | None
@@ -117,7 +119,7 @@ class Checker:
         self._host: list[int] = []
         self._shadow = Shadow(self._host)
         # The last operation of each stream that runs on the SMs, by what must not run beside it.
-        self._on_sms: dict[SmWork, dict[int, Access]] = {"d2h": {}, "exclusive": {}}
+        self._on_sms: dict[SmUse, dict[int, Access]] = {"d2h": {}, "exclusive": {}}
         self._races: dict[tuple[Any, ...], Race] = {}
 
     @property
@@ -156,7 +158,7 @@ class Checker:
         *,
         reads: ByteRanges = NOTHING,
         writes: ByteRanges = NOTHING,
-        sm_work: SmWork | None = None,
+        sm_work: SmUse | None = None,
     ) -> Access:
         """The host enqueues an operation. Returns what :meth:`free` wants to know of it."""
         clock = self._clocks[stream]
@@ -167,22 +169,22 @@ class Checker:
         access = Access(stream, self._counts[stream], operation, issued)
         self._check_bytes(access, clock, reads, writes)
         if sm_work is not None:
-            other: SmWork = "exclusive" if sm_work == "d2h" else "d2h"
+            other: SmUse = "exclusive" if sm_work == "d2h" else "d2h"
             for earlier in self._on_sms[other].values():
                 if earlier.number > clock[earlier.stream]:
                     self.found("sm_overlap", earlier, "runs", access, "runs", None)
             self._on_sms[sm_work][stream] = access
         return access
 
-    def record(self, stream: int) -> Clock:
+    def record(self, stream: int) -> VectorClock:
         """An event is recorded: what its waiters wait for."""
         return tuple(self._clocks[stream])
 
-    def wait(self, stream: int, recorded: Clock) -> None:
+    def wait(self, stream: int, recorded: VectorClock) -> None:
         """``stream`` goes on only behind what was recorded."""
         _join(self._clocks[stream], recorded)
 
-    def host_waits(self, recorded: Clock) -> None:
+    def host_waits(self, recorded: VectorClock) -> None:
         """The host has waited for, or has seen complete, what was recorded."""
         _join(self._host, recorded)
 
@@ -231,7 +233,7 @@ class Checker:
 
     def found(
         self,
-        kind: Kind,
+        kind: RaceKind,
         first: Access,
         first_mode: str,
         second: Access,
@@ -249,8 +251,8 @@ class Checker:
         self._races[key] = Race(kind, one, other, where, _fence(kind, one, other))
 
     def _check_bytes(self, access: Access, clock: list[int], reads: ByteRanges, writes: ByteRanges) -> None:
-        met: dict[tuple[int, Kind], tuple[Access, Mode, Mode, int, int]] = {}
-        modes: tuple[tuple[Mode, ByteRanges], ...] = (("read", reads), ("write", writes))
+        met: dict[tuple[int, RaceKind], tuple[Access, AccessMode, AccessMode, int, int]] = {}
+        modes: tuple[tuple[AccessMode, ByteRanges], ...] = (("read", reads), ("write", writes))
         for mode, ranges in modes:
             for start, stop in ranges.spans.tolist():
                 for earlier, before, low, high in self._shadow.access(access, mode, start, stop, clock):
@@ -278,7 +280,7 @@ def _side_dict(side: Side) -> dict[str, str]:
     }
 
 
-def _fence(kind: Kind, first: Side, second: Side) -> str:
+def _fence(kind: RaceKind, first: Side, second: Side) -> str:
     event = f"an event recorded on stream '{first.stream}' after '{first.operation}'"
     if kind == "use_after_free":
         return f"keep it until {event} is complete, or call record_stream on it with stream '{first.stream}'"

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-Mode = Literal["read", "write"]
+AccessMode = Literal["read", "write"]
 
 HOST_THREAD = -1
 """Instead of a stream's number."""
@@ -31,7 +31,7 @@ class Access:
         self.issued = issued
 
 
-Met = tuple[Access, Mode, int, int]
+Met = tuple[Access, AccessMode, int, int]
 """An earlier access that races, how it accessed, and ``[start, stop)`` of the bytes."""
 
 
@@ -77,7 +77,9 @@ class Shadow:
     def live(self) -> int:
         return sum(len(segment.writes) + len(segment.reads) for segment in self._segments)
 
-    def access(self, access: Access, mode: Mode, start: int, stop: int, clock: Sequence[int]) -> list[Met]:
+    def access(
+        self, access: Access, mode: AccessMode, start: int, stop: int, clock: Sequence[int]
+    ) -> list[Met]:
         """Put in an access to ``[start, stop)`` which everything in ``clock`` is ordered before.
 
         Returns:
@@ -143,7 +145,7 @@ class Shadow:
             nth += 1
 
     def _compare(
-        self, segment: _Segment, mode: Mode, start: int, stop: int, clock: Sequence[int], met: list[Met]
+        self, segment: _Segment, mode: AccessMode, start: int, stop: int, clock: Sequence[int], met: list[Met]
     ) -> None:
         self.work += 1 + len(segment.writes)
         for stream, earlier in segment.writes.items():
@@ -155,7 +157,7 @@ class Shadow:
                 if earlier.number > clock[stream]:
                     met.append((earlier, "read", start, stop))
 
-    def _enter(self, segment: _Segment, access: Access, mode: Mode, clock: Sequence[int]) -> None:
+    def _enter(self, segment: _Segment, access: Access, mode: AccessMode, clock: Sequence[int]) -> None:
         stream = access.stream
         if mode == "read":
             segment.reads[stream] = access
@@ -165,7 +167,12 @@ class Shadow:
         segment.writes[stream] = access
 
     def _add(
-        self, pieces: list[_Segment], segment: _Segment, access: Access, mode: Mode, clock: Sequence[int]
+        self,
+        pieces: list[_Segment],
+        segment: _Segment,
+        access: Access,
+        mode: AccessMode,
+        clock: Sequence[int],
     ) -> None:
         """Enter the access, and join what then has the same history as the piece just before it."""
         self._enter(segment, access, mode, clock)

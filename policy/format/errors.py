@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..names import with_hint
-from ..text import printable
+from ..text import escaped
 
 
 class PolicyError(ValueError):
@@ -23,8 +23,8 @@ class PolicyError(ValueError):
         column: int | None = None,
         hint: str | None = None,
     ) -> None:
-        filename, message = printable(filename), printable(message)
-        hint = None if hint is None else printable(hint)
+        filename, message = escaped(filename), escaped(message)
+        hint = None if hint is None else escaped(hint)
         place = filename if line is None else f"{filename}:{line}:{column}"
         super().__init__(f"{place}: {with_hint(message, hint)}")
         self.filename = filename

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..backend_spec import Backends, BackendSpec, Option, SmWork
-from ..fact_spec import GPU_ARCH_PATTERN, FactSpec, Kind
+from ..fact_spec import GPU_ARCH_PATTERN, FactKind, FactSpec
 from ..fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
 from ..names import FORWARDS
 from .validators import MATCH, USES
@@ -76,17 +76,17 @@ def _when() -> _Schema:
 def _value(spec: FactSpec) -> _Schema:
     """One value of a condition on that fact."""
     match spec.kind:
-        case Kind.NAME:
+        case FactKind.NAME:
             return {"enum": list(spec.values)}
-        case Kind.VERSION:
+        case FactKind.VERSION:
             return _SPECIFIER
-        case Kind.NUMBER:
+        case FactKind.NUMBER:
             return _NUMBER
-        case Kind.FLAG:
+        case FactKind.FLAG:
             return {"type": "boolean"}
-        case Kind.ARCHITECTURE:
+        case FactKind.ARCHITECTURE:
             return {"type": "string", "pattern": f"^({GPU_ARCH_PATTERN})$"}
-        case Kind.TEXT:
+        case FactKind.TEXT:
             return _TEXT
 
 

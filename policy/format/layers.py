@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ..backend_spec import Backends
 from .reachability import Reach, shadows
 from .schema import Default, PolicyFile, Rule
-from .validators import Step
+from .validators import PathStep
 
 #: Where a rule, or a whole decision, comes from. Each layer comes before the ones above it here.
 SHIPPED, MACHINE, USER, OPTION = LAYERS = ("shipped default", "machine file", "policy file", "option")
@@ -55,7 +55,7 @@ class Policy:
 class RuleProblem(ValueError):
     """A rule that is fine alone and not among the others. ``path`` leads to it within its file."""
 
-    def __init__(self, message: str, path: tuple[Step, ...]) -> None:
+    def __init__(self, message: str, path: tuple[PathStep, ...]) -> None:
         super().__init__(message)
         self.path = path
 

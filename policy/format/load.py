@@ -35,7 +35,7 @@ from .layers import (
 )
 from .schema import PolicyFile
 from .validation_errors import first_problem
-from .validators import DEFAULT, Step
+from .validators import DEFAULT, PathStep
 from .yaml_positions import Plain, parse, place
 
 #: Names a policy file when ``--hicache-io-policy`` and ``hicache-io --policy`` do not.
@@ -46,7 +46,7 @@ MACHINE_VARIABLE = "SGLANG_HICACHE_IO_MACHINE_POLICY"
 #: Twenty times the shipped policy, and a second to read.
 MOST_BYTES = 256 * 1024
 
-_ErrorAt = Callable[[str, tuple[Step, ...]], PolicyError]
+_ErrorAt = Callable[[str, tuple[PathStep, ...]], PolicyError]
 
 
 def policy_in_force(backends: Backends, path: str | os.PathLike[str] | None = None) -> Policy:
@@ -185,7 +185,7 @@ def _build(text: str, filename: str, layer: str, through: tuple[Path, ...], back
     except ValidationError as error:
         raise first_problem(error, tree, filename) from None
 
-    def error_at(message: str, path: tuple[Step, ...]) -> PolicyError:
+    def error_at(message: str, path: tuple[PathStep, ...]) -> PolicyError:
         line, column = place(tree, path)
         return PolicyError(filename, message, line=line, column=column)
 

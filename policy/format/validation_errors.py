@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from ..names import nearest
 from .errors import PolicyError
 from .schema import Default, PolicyFile, Rule, Use, When
-from .validators import PROBLEM, Step
+from .validators import PROBLEM, PathStep
 from .yaml_positions import place
 
 
@@ -29,7 +29,7 @@ def first_problem(error: ValidationError, tree: Any, filename: str) -> PolicyErr
     return min(problems, key=lambda each: (each.line or 0, each.column or 0))
 
 
-def _worded(entry: Any) -> tuple[tuple[Step, ...], bool, str, str | None]:
+def _worded(entry: Any) -> tuple[tuple[PathStep, ...], bool, str, str | None]:
     """Path, whether the key is meant, message and hint of one of pydantic's errors."""
     path, kind = tuple(entry["loc"]), entry["type"]
     name = next((str(step) for step in reversed(path) if isinstance(step, str)), "the file")
@@ -58,7 +58,7 @@ def _worded(entry: Any) -> tuple[tuple[Step, ...], bool, str, str | None]:
     return path, False, f"{name} has a value that cannot be used", None
 
 
-def _inside(path: tuple[Step, ...]) -> str:
+def _inside(path: tuple[PathStep, ...]) -> str:
     match path[:-1]:
         case ():
             return ""
@@ -68,7 +68,7 @@ def _inside(path: tuple[Step, ...]) -> str:
             return f" in {parents[-1]}"
 
 
-def _model_at(path: tuple[Step, ...]) -> type[BaseModel]:
+def _model_at(path: tuple[PathStep, ...]) -> type[BaseModel]:
     """The model that describes the mapping at `path`."""
     match path:
         case ():

@@ -1,6 +1,7 @@
 """The values of a policy file: for each kind a validator that normalises one, or says what is wrong.
 
-A scalar becomes a tuple of one, so that the rest of the package sees one form.
+A scalar becomes a tuple of one, so that the rest of the package sees one form. What is wrong is raised as
+pydantic's PydanticCustomError, of which ``validation_errors`` makes a PolicyError.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from ..backend_spec import Backends
 from ..conditions import Numbers
-from ..fact_spec import FactSpec, Kind
+from ..fact_spec import FactKind, FactSpec
 from ..names import (
     AUTO,
     FORWARDS,
@@ -36,12 +37,12 @@ PROBLEM = "policy"  # the error type of `problem`, by which `load` knows it
 MOST_ENTRIES = 64
 MOST_CHARACTERS = 256
 
-Step = str | int
+PathStep = str | int
 _Entry = TypeVar("_Entry")
 
 
 def problem(
-    message: str, hint: str | None = None, *, at: tuple[Step, ...] = (), key: bool = False
+    message: str, hint: str | None = None, *, at: tuple[PathStep, ...] = (), key: bool = False
 ) -> PydanticCustomError:
     """A validation error whose text is `message`, with the nearest valid name in `hint`.
 
@@ -55,15 +56,15 @@ def problem(
 def condition_on(spec: FactSpec) -> BeforeValidator:
     """What a rule may ask of that fact: one value, or a list of values."""
     match spec.kind:
-        case Kind.FLAG:
+        case FactKind.FLAG:
             return flags(spec.name)
-        case Kind.NUMBER:
+        case FactKind.NUMBER:
             return numbers(spec.name)
-        case Kind.VERSION:
+        case FactKind.VERSION:
             return _condition(spec.name, '">=0.3" in quotes', lambda word: Versions.of([word]))
-        case Kind.NAME:
+        case FactKind.NAME:
             return _condition(spec.called, spec.values[0], spec.check_word)
-        case Kind.ARCHITECTURE | Kind.TEXT:
+        case FactKind.ARCHITECTURE | FactKind.TEXT:
             return _condition(spec.name, spec.example, spec.check_word)
 
 
@@ -126,7 +127,11 @@ def version_1(value: object) -> int:
 
 
 def backends_of(info: ValidationInfo) -> Backends:
-    """The backends that a file is checked against: the context of its validation."""
+    """The backends that a file is checked against: the context of its validation.
+
+    Raises:
+        LookupError: it was validated without one.
+    """
     if info.context is None:
         raise LookupError("validate with context=backends, the specs of those that there are")
     found: Backends = info.context
@@ -226,7 +231,7 @@ def _words(value: object, what: str, example: str, check: Callable[[str], object
     return tuple(found)
 
 
-def _entries(value: object, what: str) -> Iterator[tuple[object, tuple[Step, ...]]]:
+def _entries(value: object, what: str) -> Iterator[tuple[object, tuple[PathStep, ...]]]:
     """The entries of a list, or one value as if it were a list, each with its path from `value`."""
     if value is None:
         raise problem(f"{what} is empty; leave it out, or give it a value")
@@ -241,21 +246,21 @@ def _entries(value: object, what: str) -> Iterator[tuple[object, tuple[Step, ...
         yield _short(entry, what, (index,)), (index,)
 
 
-def _short(entry: object, what: str, at: tuple[Step, ...]) -> object:
+def _short(entry: object, what: str, at: tuple[PathStep, ...]) -> object:
     """`entry`, unless it is a text that no name, comparison or specifier is as long as, or has lines."""
     if isinstance(entry, str):
         _check_short(entry, what, at)
     return entry
 
 
-def _check_short(word: str, what: str, at: tuple[Step, ...] = ()) -> None:
+def _check_short(word: str, what: str, at: tuple[PathStep, ...] = ()) -> None:
     if len(word) > MOST_CHARACTERS:
         raise problem(f"{what} has {len(word):,} characters; at most {MOST_CHARACTERS} are read", at=at)
     if (found := unsafe_character(word)) is not None:  # a line end or a tab: others are in no policy at all
         raise problem(f"{what} has the character {code_point(found)}; it takes one line", at=at)
 
 
-def _checked(check: Callable[[_Entry], object], entry: _Entry, at: tuple[Step, ...]) -> None:
+def _checked(check: Callable[[_Entry], object], entry: _Entry, at: tuple[PathStep, ...]) -> None:
     """Run `check` on `entry`, with its NameProblem turned into a `problem` at `at`."""
     try:
         check(entry)

@@ -15,7 +15,7 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from ..names import shown
 from ..text import code_point, unsafe_character
 from .errors import PolicyError
-from .validators import Step
+from .validators import PathStep
 
 # Far beyond any policy (the deepest place of the format, an option, is in five), and where ruamel.yaml is
 # still quick: its scanner's time grows with the square of the depth.
@@ -56,7 +56,11 @@ class _PolicyComposer(Composer):
 
 
 def parse(text: str, filename: str) -> Any:
-    """ruamel's tree for `text`, whose mappings and lists know where each entry stands."""
+    """ruamel's tree for `text`, whose mappings and lists know where each entry stands.
+
+    Raises:
+        PolicyError: it is not YAML, has a key twice, or uses what a policy may not; `filename` is in it.
+    """
     yaml = YAML()
     yaml.Composer = _PolicyComposer
     try:
@@ -96,11 +100,11 @@ class Plain:
         # With how many values each stands for when its aliases are written out.
         self._done: dict[int, tuple[Any, int] | None] = {}
 
-    def convert(self, node: Any, path: tuple[Step, ...]) -> Any:
+    def convert(self, node: Any, path: tuple[PathStep, ...]) -> Any:
         """`node`, which is at `path`, in plain values. Raises PolicyError for what no policy may hold."""
         return self._converted(node, path)[0]
 
-    def _converted(self, node: Any, path: tuple[Step, ...]) -> tuple[Any, int]:
+    def _converted(self, node: Any, path: tuple[PathStep, ...]) -> tuple[Any, int]:
         if isinstance(node, (dict, list)):
             if id(node) in self._done:
                 done = self._done[id(node)]
@@ -114,7 +118,7 @@ class Plain:
             return found
         return self._scalar(node, path), 1
 
-    def _scalar(self, node: Any, path: tuple[Step, ...]) -> Any:
+    def _scalar(self, node: Any, path: tuple[PathStep, ...]) -> Any:
         if node is None or isinstance(node, bool):
             return node
         if isinstance(node, ScalarBoolean):  # an anchored true or false: an int to Python
@@ -130,7 +134,7 @@ class Plain:
             return float(node)
         raise self._error("only texts, numbers, true and false can stand here", path)
 
-    def _container(self, node: Any, path: tuple[Step, ...]) -> tuple[Any, int]:
+    def _container(self, node: Any, path: tuple[PathStep, ...]) -> tuple[Any, int]:
         if isinstance(node, list):
             entries = [self._converted(entry, (*path, index)) for index, entry in enumerate(node)]
             return [plain for plain, _ in entries], 1 + sum(size for _, size in entries)
@@ -143,7 +147,7 @@ class Plain:
         found = {str(key): self._converted(entry, (*path, key)) for key, entry in node.items()}
         return {key: plain for key, (plain, _) in found.items()}, 1 + sum(size for _, size in found.values())
 
-    def _check_text(self, text: str, path: tuple[Step, ...], *, key: bool = False) -> None:
+    def _check_text(self, text: str, path: tuple[PathStep, ...], *, key: bool = False) -> None:
         """Names and reasons of a policy are printed, and logged by servers."""
         found = unsafe_character(text, allowed="" if key else "\n\t")
         if found is not None:
@@ -152,12 +156,12 @@ class Plain:
             )
             raise self._error(what, path, key=key)
 
-    def _error(self, message: str, path: tuple[Step, ...], *, key: bool = False) -> PolicyError:
+    def _error(self, message: str, path: tuple[PathStep, ...], *, key: bool = False) -> PolicyError:
         line, column = place(self._tree, path, key=key)
         return PolicyError(self._filename, message, line=line, column=column)
 
 
-def place(tree: Any, path: tuple[Step, ...], *, key: bool = False) -> tuple[int, int]:
+def place(tree: Any, path: tuple[PathStep, ...], *, key: bool = False) -> tuple[int, int]:
     """Line and column, from 1, of the value at `path` (of its key with `key`); of what holds it if it is not
     there.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sglang_hicache.bench.measure import cases
-from sglang_hicache.bench.measure.cases import Model
+from sglang_hicache.bench.measure.cases import KvShape
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +17,6 @@ def no_policy_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
     """Names of an MHA and an MLA model of two and three layers."""
-    monkeypatch.setitem(cases.MODELS, "tiny", Model("tiny", "mha", 2, 2, (64, 64)))
-    monkeypatch.setitem(cases.MODELS, "tiny-mla", Model("tiny-mla", "mla", 3, 1, (96,)))
+    monkeypatch.setitem(cases.MODELS, "tiny", KvShape("tiny", "mha", 2, 2, (64, 64)))
+    monkeypatch.setitem(cases.MODELS, "tiny-mla", KvShape("tiny-mla", "mla", 3, 1, (96,)))
     return "tiny", "tiny-mla"

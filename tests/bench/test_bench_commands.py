@@ -306,11 +306,11 @@ def test_the_gpu_suite_without_a_gpu_says_so(tmp_path: Path, capsys: pytest.Capt
 def test_a_part_that_breaks_is_bad_and_the_next_one_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(args: Any) -> gpu_suite.Part:
+    def broken(args: Any) -> gpu_suite.PartOutcome:
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(gpu_suite, "gpu_missing", lambda: None)
-    monkeypatch.setattr(gpu_suite, "describe", lambda cpu: {"ran_on": "GPU"})
+    monkeypatch.setattr(gpu_suite, "describe_environment", lambda cpu: {"ran_on": "GPU"})
     monkeypatch.setitem(gpu_suite.RUNS, "tests", broken)
     monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: None)
     assert gpu_suite.main(["--parts", "tests", "sanitize", "--out", str(tmp_path)]) == 1

@@ -16,7 +16,7 @@ from sglang_hicache.bench.calibrate import machine_policy
 from sglang_hicache.bench.calibrate.calibration import (
     TOLERANCE,
     Choice,
-    RefusedError,
+    InconclusiveError,
     Segment,
     best_value,
     segments,
@@ -85,18 +85,20 @@ def test_rounds_that_disagree_give_no_number_and_are_quoted() -> None:
     times = crossing(16384)
     for size in (2048, 4096, 8192):
         times["copy_engine"][size][0] = 5.0
-    with pytest.raises(RefusedError, match=r"the rounds disagree.*round 1: copy_engine from 2,048 bytes"):
+    with pytest.raises(
+        InconclusiveError, match=r"the rounds disagree.*round 1: copy_engine from 2,048 bytes"
+    ):
         segments(times)
     times = crossing(32768)
     times["copy_engine"][8192][1] = times["copy_engine"][16384][1] = 5.0
-    with pytest.raises(RefusedError, match=r"disagree about copy_engine.*round 2: .*from 8,192"):
+    with pytest.raises(InconclusiveError, match=r"disagree about copy_engine.*round 2: .*from 8,192"):
         segments(times)
 
 
 def test_non_monotone_times_have_no_one_point() -> None:
     times = crossing(16384)
     times["copy_engine"][65536] = [20.0] * 3
-    with pytest.raises(RefusedError, match=r"round 1 has no one point where it changes"):
+    with pytest.raises(InconclusiveError, match=r"round 1 has no one point where it changes"):
         segments(times)
 
 
@@ -118,7 +120,7 @@ def test_non_monotone_times_have_no_one_point() -> None:
 def test_what_is_missing_is_refused(damage: Any, why: str) -> None:
     times = crossing(16384)
     damage(times)
-    with pytest.raises(RefusedError, match=why):
+    with pytest.raises(InconclusiveError, match=why):
         segments(times)
 
 
@@ -138,7 +140,7 @@ def any_times(draw: st.DrawFn) -> Times:
 def test_any_answer_is_one_that_each_round_supports_within_a_step(times: Times) -> None:
     try:
         found = segments(times)
-    except RefusedError:
+    except InconclusiveError:
         return
     sizes = sorted(next(iter(times.values())))
     assert found[0].at_least == sizes[0]
@@ -160,7 +162,7 @@ def test_the_order_of_backends_and_sizes_does_not_matter(times: Times, rng: rand
     def answer(given: Times) -> object:
         try:
             return segments(given)
-        except RefusedError:
+        except InconclusiveError:
             return None
 
     names = list(times)
@@ -177,9 +179,9 @@ def test_the_best_value_is_the_least_that_is_as_fast_as_any() -> None:
     times = {8: [20.0, 20.0], 16: [10.2, 10.1], 32: [10.0, 10.0], 64: [10.1, 9.9]}
     assert best_value(times) == Choice(16, 16, 16)
     assert best_value({8: [10.2, 12.0], 16: [10.0, 10.0]}) == Choice(16, 8, 16)
-    with pytest.raises(RefusedError, match="round 1 says 8, round 2 says 32"):
+    with pytest.raises(InconclusiveError, match="round 1 says 8, round 2 says 32"):
         best_value({8: [10.0, 20.0], 16: [10.0, 20.0], 32: [10.0, 10.0]})
-    with pytest.raises(RefusedError, match="nothing to compare"):
+    with pytest.raises(InconclusiveError, match="nothing to compare"):
         best_value({8: [10.0, 10.0]})
 
 

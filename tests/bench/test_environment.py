@@ -41,7 +41,7 @@ def test_a_figure_keeps_no_folder_of_the_machine_that_a_user_typed(
 ) -> None:
     assert environment.without_folders(typed) == saved
     monkeypatch.setattr(sys, "argv", ["/usr/bin/hicache-io", "bench", typed])
-    assert shlex.split(environment.describe(cpu=True)["command"])[-2:] == ["bench", saved]
+    assert shlex.split(environment.describe_environment(cpu=True)["command"])[-2:] == ["bench", saved]
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.json")), ids=lambda path: path.parent.name)

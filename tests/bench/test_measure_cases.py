@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sglang_hicache.bench.measure.cases import LAYOUTS, MODELS, Case, entry_bytes, grid, pool_of, slots_of
 from sglang_hicache.bench.measure.devices import TimedCpu
-from sglang_hicache.bench.measure.memory import POISON, Memory
+from sglang_hicache.bench.measure.memory import POISON, KvBuffers
 from sglang_hicache.io_backends.plan.copies import direct_copies
 
 
@@ -60,7 +60,7 @@ def test_entry_bytes_of_one_page_and_of_one_run() -> None:
 @pytest.mark.parametrize("layout", [*LAYOUTS, "page_head"])
 def test_every_byte_counts(tiny: object, model: str, layout: str) -> None:
     case = Case(model, layout, 4, 32, True)
-    memory = Memory(MODELS[model], 2 * case.pool_slots, TimedCpu()).part(case.pool_slots)
+    memory = KvBuffers(MODELS[model], 2 * case.pool_slots, TimedCpu()).part(case.pool_slots)
     geometry = memory.geometry(layout, 4)
     host, rows = slots_of(case)
     memory.refill()
@@ -88,7 +88,7 @@ def _covered(batch: object, address: int) -> bool:
 
 
 def test_the_rows_are_fresh_each_time(tiny: object) -> None:
-    memory = Memory(MODELS["tiny"], 64, TimedCpu())
+    memory = KvBuffers(MODELS["tiny"], 64, TimedCpu())
     memory.refill()
     before = [layer.clone() for layers in memory.rows for layer in layers]
     memory.refill()
@@ -98,7 +98,7 @@ def test_the_rows_are_fresh_each_time(tiny: object) -> None:
 
 def test_a_pool_at_addresses_nobody_reads_has_the_shape_of_the_measured_one(tiny: object) -> None:
     case = Case("tiny", "page_first", 4, 32, True)
-    real = Memory(MODELS["tiny"], case.pool_slots, TimedCpu()).geometry(case.layout, case.page_size)
+    real = KvBuffers(MODELS["tiny"], case.pool_slots, TimedCpu()).geometry(case.layout, case.page_size)
     made = pool_of(case)
     for a, b in zip(real.components, made.components, strict=True):
         assert (a.row_bytes, a.host.page, a.host.token, a.host.layer) == (

@@ -19,7 +19,7 @@ from sglang_hicache.bench.measure.one_write import Setting, bandwidth
 from sglang_hicache.bench.measure.patterns import PATTERNS
 from sglang_hicache.bench.measure.results import METRICS, WRONG, Results, Row, Spread, load, save
 from sglang_hicache.bench.measure.stand_ins import StandIn
-from sglang_hicache.bench.measure.suite import GRIDS, WEIGHTS, Ask, measure
+from sglang_hicache.bench.measure.suite import GRIDS, WEIGHTS, MeasureOptions, measure
 from sglang_hicache.bench.measure.sustained import CONTENDERS
 from sglang_hicache.bench.measure.timing import interleaved
 from sglang_hicache.io_backends import Submission, direct_copies, register_backend
@@ -108,7 +108,7 @@ def test_a_contender_that_fails_is_a_row_with_its_reason_and_the_others_go_on(mu
 @pytest.mark.usefixtures("tiny")
 def test_every_measurement_has_a_row_for_every_contender() -> None:
     small = {"models": ("tiny",), "tokens": (32,), "page_sizes": (4,)}
-    asked = Ask(
+    asked = MeasureOptions(
         tuple(name for name in GRIDS if name != "submit"), cpu=True, only=small, repeats=2, quick=True
     )
     said: list[str] = []
@@ -147,7 +147,7 @@ def test_every_measurement_has_a_row_for_every_contender() -> None:
 @pytest.mark.usefixtures("tiny")
 def test_cases_beyond_the_time_budget_are_rows_that_say_so() -> None:
     small = {"models": ("tiny",), "tokens": (32,), "page_sizes": (4, 8), "layouts": ("layer_first",)}
-    run = measure(Ask(("latency",), cpu=True, only=small, budget_s=0), lambda *_: None)
+    run = measure(MeasureOptions(("latency",), cpu=True, only=small, budget_s=0), lambda *_: None)
     assert len(run.rows) == 4
     assert all(row.reason == "the time budget was spent" for row in run.rows)
 
@@ -157,7 +157,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """A clock, and parts that take seconds of it: by pattern, else 10."""
     now, takes = [0.0], {"mixed": 10.0}
 
-    def part(ask: Ask, setting: Setting, name: str, case: Case, forward: str | None) -> list[Row]:
+    def part(ask: MeasureOptions, setting: Setting, name: str, case: Case, forward: str | None) -> list[Row]:
         now[0] += takes.get(str(forward), 10.0)
         if now[0] > takes.get("killed at", math.inf):
             raise KeyboardInterrupt
@@ -174,7 +174,11 @@ def test_who_is_killed_loses_the_part_that_ran(name: str, parts: dict[str, float
     parts["killed at"] = 35  # in the fourth
     small = {"models": ("tiny",), "tokens": (32,), "page_sizes": (1, 2, 4, 8)}
     with pytest.raises(KeyboardInterrupt):
-        measure(Ask((name,), cpu=True, only=small), lambda *_: None, lambda run: save(run, tmp_path) and None)
+        measure(
+            MeasureOptions((name,), cpu=True, only=small),
+            lambda *_: None,
+            lambda run: save(run, tmp_path) and None,
+        )
     saved = load(tmp_path / "bench.json")
     assert [bool(row.metrics) for row in saved.rows] == [True] * 3
 
@@ -184,7 +188,7 @@ def test_patterns_that_the_time_budget_does_not_hold_are_rows_that_say_so(parts:
     parts["prefill 25 ms"] = 30.0
     small = {"models": ("tiny",), "page_sizes": (4, 8)}
     # 10, 10, 30, 10 s for each page; then the third of page 8 took 30 s: more than is left.
-    run = measure(Ask(("sustained",), cpu=True, only=small, budget_s=115), lambda *_: None)
+    run = measure(MeasureOptions(("sustained",), cpu=True, only=small, budget_s=115), lambda *_: None)
     assert [row.forward for row in run.rows] == [*PATTERNS, *PATTERNS]
     assert [row.reason for row in run.rows] == [None] * 7 + ["the time budget was spent"]
 
@@ -196,7 +200,7 @@ def test_a_case_that_cannot_be_set_up_is_a_row(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Setting, "memory", no_memory)
     small = {"models": ("tiny",), "tokens": (32,), "page_sizes": (4,), "attention": ("fa3",)}
-    run = measure(Ask(("latency",), cpu=True, only=small), lambda *_: None)
+    run = measure(MeasureOptions(("latency",), cpu=True, only=small), lambda *_: None)
     assert [(row.contender, row.reason) for row in run.rows] == [("all", "MemoryError: out of memory")]
 
 
@@ -267,8 +271,8 @@ def test_every_measurement_has_a_grid_a_weight_and_a_figure_that_is_shown_first(
     for name in GRIDS:
         for quick in (False, True):
             for cpu in (False, True):
-                assert Ask((name,), cpu, quick=quick).cases(name), name
-        assert len(Ask((name,), True, quick=True).cases(name)) <= 2
+                assert MeasureOptions((name,), cpu, quick=quick).cases(name), name
+        assert len(MeasureOptions((name,), True, quick=True).cases(name)) <= 2
 
 
 def test_who_is_safe_where_forwards_must_wait() -> None:
@@ -288,7 +292,7 @@ def test_auto_takes_the_route_of_the_write(tmp_path: Any, monkeypatch: pytest.Mo
         "default: {use: {backend: fenced_kernel, fence_forward: [decode]}, because: test}\n"
     )
     small = {"models": ("tiny",), "layouts": ("layer_first",), "page_sizes": (4,), "tokens": (64,)}
-    asked = Ask(
+    asked = MeasureOptions(
         ("bandwidth",),
         cpu=True,
         only={**small, "fragmented": (True, False)},

@@ -10,56 +10,21 @@ import numpy as np
 import pytest
 from pools import MemoryPool, make_pool
 
+from sglang_hicache.bench.lab.pace_model import LoopDevice, NoIds, task_of
 from sglang_hicache.bench.measure.cases import Case
-from sglang_hicache.bench.measure.contenders import Task
-from sglang_hicache.bench.measure.overlap import Step, run
+from sglang_hicache.bench.measure.overlap import ForwardStep, run
 from sglang_hicache.bench.measure.writers import OwnWriter
 from sglang_hicache.io_backends import get_backend
 from sglang_hicache.io_backends.plan.ring import Ring
 from sglang_hicache.io_backends.routes import one_route
 from sglang_hicache.io_backends.virtual import gpu as cuda
-from sglang_hicache.io_backends.virtual.device import VirtualDevice
-from sglang_hicache.io_backends.virtual.gpu import Event, Stream
+from sglang_hicache.io_backends.virtual.gpu import Stream
 from sglang_hicache.io_backends.virtual.operations import Operation
 from sglang_hicache.io_backends.virtual.races import Race
 from sglang_hicache.io_backends.virtual.ranges import ByteRanges
 
 TOKENS, STEPS, RING_TOKENS = 20, 6, 24
 SEEDS = range(25)
-
-
-class LoopDevice(VirtualDevice):
-    where = "cpu"
-
-    def record(self, stream: Stream) -> Event:
-        event = Event(enable_timing=True)
-        event.record(stream)
-        return event
-
-    def synchronize(self) -> None:
-        cuda.synchronize()
-
-
-class NoIds:
-    def copy(self, step: int) -> None:
-        pass
-
-
-def task(pool: MemoryPool, device: Any, host: np.ndarray, rows: np.ndarray, stream: Stream) -> Task:
-    return Task(
-        case=Case("tiny", "page_first", 1, len(host), True),
-        memory=None,
-        geometry=pool.geometry,
-        host=host,
-        rows=rows,
-        device_slots=rows.copy(),
-        stream=stream,
-        device=device,
-        decision=None,  # type: ignore[arg-type]
-        forwards_wait=True,
-        options={},
-        upstream=lambda task: "none",
-    )
 
 
 def forward(pool: MemoryPool, slots: np.ndarray) -> Operation:
@@ -116,14 +81,18 @@ def loop(
         stream.name = name
     # By step, where the loop says tokens.
     parts = {nth + 1: slice(nth * TOKENS, (nth + 1) * TOKENS) for nth in range(STEPS)}
-    tasks = {nth: task(pool, device, host[part], rows[part], streams[3]) for nth, part in parts.items()}
+    case = Case("tiny", "page_first", 1, TOKENS, True)
+    tasks = {
+        nth: task_of(case, pool.geometry, host[part], rows[part], device, streams[3])
+        for nth, part in parts.items()
+    }
     writer = OwnWriter(tasks, one_route(backend, ("extend",)))
     forwards = {nth: forward(pool, rows[part]) for nth, part in parts.items()}
 
-    def launch(step: Step) -> None:
+    def launch(step: ForwardStep) -> None:
         cuda.current_stream().launch(forwards[step.tokens])
 
-    steps = [Step(1, nth) for nth in parts]
+    steps = [ForwardStep(1, nth) for nth in parts]
     run(device, steps, launch, NoIds(), streams[:3], writer, pool.geometry.bytes_per_token)  # type: ignore[arg-type]
     right = all((got == want).all() for got, want in zip(pool.host, expected, strict=True))
     return right, gpu.races(), waits

@@ -9,7 +9,7 @@ import pytest
 from sglang_hicache.bench.lab import pace_model
 from sglang_hicache.bench.lab.pace_model import H100, simulate
 from sglang_hicache.bench.measure.cases import MODELS, Case
-from sglang_hicache.bench.measure.overlap import Step, figures, quantile
+from sglang_hicache.bench.measure.overlap import ForwardStep, loop_metrics, quantile
 from sglang_hicache.bench.measure.patterns import PATTERNS, whole_pages
 from sglang_hicache.bench.measure.writers import OwnWriter
 from sglang_hicache.io_backends.hybrid import HybridBackend
@@ -19,12 +19,17 @@ STEP_MB = 8192 * MODELS["Qwen3-8B"].bytes_per_token / 1e6
 
 
 def measured(
-    pattern: tuple[Step, ...], options: Any, model: str = "Qwen3-8B", page: int = 1, *, cycles: int = 16
+    pattern: tuple[ForwardStep, ...],
+    options: Any,
+    model: str = "Qwen3-8B",
+    page: int = 1,
+    *,
+    cycles: int = 16,
 ) -> dict[str, float]:
     steps = whole_pages(pattern, page)
     case = Case(model, "page_first", page, max(step.tokens for step in steps), True, "fa3")
-    alone = figures(simulate(case, steps, None, cycles=cycles, write=False), len(steps))
-    found = figures(simulate(case, steps, options, cycles=cycles), len(steps))
+    alone = loop_metrics(simulate(case, steps, None, cycles=cycles, write=False), len(steps))
+    found = loop_metrics(simulate(case, steps, options, cycles=cycles), len(steps))
     asked = sum(step.tokens for step in steps) * MODELS[model].bytes_per_token / alone["cycle_ms"] / 1e6
     return {
         **found,
@@ -64,7 +69,7 @@ def test_a_ring_shorter_than_a_step_keeps_pace_too_and_costs_the_links_time(mega
 
 
 def test_backlog_is_bounded_by_two_steps_where_forwards_make_more_than_the_link_takes() -> None:
-    found = measured((Step(5, 8192),), {})
+    found = measured((ForwardStep(5, 8192),), {})
     assert found["kept_gb_per_s"] > 0.9 * H100.link_d2h_gb_per_s
     assert found["waiting_mb"] <= STEP_MB
     assert found["held_mb"] <= 3 * STEP_MB

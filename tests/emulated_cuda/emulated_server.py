@@ -16,7 +16,7 @@ from sglang_hicache.io_backends.virtual import gpu as virtual_cuda
 
 SEED = "EMULATED_CUDA_SEED"
 
-TURN_BYTES = 20_000
+QUANTUM_BYTES = 20_000
 """So short that writes of a small model take turns."""
 
 UNFENCED = "EMULATED_CUDA_UNFENCED"
@@ -33,7 +33,7 @@ def open_device(name: str) -> Any:
     from sglang_hicache.io_backends.device.cuda import CudaDevice
 
     if UNFENCED not in os.environ:
-        return CudaDevice(turn_bytes=TURN_BYTES)
+        return CudaDevice(quantum_bytes=QUANTUM_BYTES)
     virtual_cuda.gpu.leave_out = lambda waiting, recorded_on, site: True
 
     class LateGathers(CudaDevice):
@@ -43,7 +43,7 @@ def open_device(name: str) -> Any:
                     stream.pace = 1e-6
             super().gather(*args)
 
-    return LateGathers(turn_bytes=TURN_BYTES)
+    return LateGathers(quantum_bytes=QUANTUM_BYTES)
 
 
 def _wait_event(stream: Any, event: Any) -> None:

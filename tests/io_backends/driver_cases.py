@@ -129,7 +129,7 @@ class TestBatch:
     @pytest.mark.parametrize("count", [1, 16, 17, 32, 33])
     def test_a_call_takes_no_more_than_the_cap(self, fake: Fake, count: int) -> None:
         source, target, batch = rows(count)
-        Driver(max_entries=16).copy(batch, STREAM)
+        Driver(max_copies_per_call=16).copy(batch, STREAM)
         np.testing.assert_array_equal(target, source[::-1])
         sizes = [call.count for call in fake.calls]
         assert sum(sizes) == count
@@ -196,13 +196,13 @@ class TestRefusals:
         fake.set(capturing=status, version=version)
         _, target, batch = rows(3)
         with pytest.raises(CopyRefusedError, match="graph is being captured"):
-            Driver(max_entries=1).copy(batch, STREAM)
+            Driver(max_copies_per_call=1).copy(batch, STREAM)
         assert fake.calls == []
         assert not target.any()
 
     def test_a_cap_below_one(self, fake: Fake) -> None:
-        with pytest.raises(ValueError, match="max_entries must be at least 1, not 0"):
-            Driver(max_entries=0)
+        with pytest.raises(ValueError, match="max_copies_per_call must be at least 1, not 0"):
+            Driver(max_copies_per_call=0)
 
     def test_a_driver_that_does_not_start(self, fake: Fake) -> None:
         fake.set(init=100)
@@ -215,11 +215,11 @@ class TestErrors:
         fake.set(fail_call=2, fail_code=700, fail_entry=1)
         _, _, batch = rows(10)
         with pytest.raises(DriverError) as caught:
-            Driver(max_entries=4).copy(batch, STREAM)
+            Driver(max_copies_per_call=4).copy(batch, STREAM)
         error = caught.value
-        assert (error.call, error.code, error.entry) == ("cuMemcpyBatchAsync", 700, 5)
+        assert (error.call, error.code, error.index) == ("cuMemcpyBatchAsync", 700, 5)
         assert error.name == "CUDA_ERROR_ILLEGAL_ADDRESS"
-        assert "failed with 700 (CUDA_ERROR_ILLEGAL_ADDRESS) at entry 5 of 10: 8 bytes from 0x" in str(error)
+        assert "failed with 700 (CUDA_ERROR_ILLEGAL_ADDRESS) at copy 5 of 10: 8 bytes from 0x" in str(error)
         assert f"{int(batch.dst[5]):#x}" in str(error)
         assert len(fake.calls) == 2, "went on after a call that failed"
 
@@ -228,7 +228,7 @@ class TestErrors:
         _, _, batch = rows(10)
         with pytest.raises(DriverError, match=r"999 \(CUDA_ERROR_UNKNOWN\), one of 10 copies") as caught:
             Driver().copy(batch, STREAM)
-        assert caught.value.entry is None
+        assert caught.value.index is None
 
     def test_a_code_that_is_not_in_cuda_python(self, fake: Fake) -> None:
         fake.set(fail_call=1, fail_code=123_456)
@@ -237,7 +237,7 @@ class TestErrors:
 
     def test_a_single_copy_that_fails(self, fake: Fake) -> None:
         fake.set(version=12_040, fail_call=3, fail_code=1)
-        with pytest.raises(DriverError, match=r"cuMemcpyAsync failed with 1 .* at entry 2 of 10"):
+        with pytest.raises(DriverError, match=r"cuMemcpyAsync failed with 1 .* at copy 2 of 10"):
             Driver().copy(rows(10)[2], STREAM)
         assert len(fake.calls) == 3
 
@@ -252,7 +252,7 @@ class TestErrors:
         _, target, batch = rows(1, nbytes=64)
         fake.register(target.ctypes.data, 24)
         fake.register(target.ctypes.data + 24, 40)
-        with pytest.raises(DriverError, match="at entry 0 of 1"):
+        with pytest.raises(DriverError, match="at copy 0 of 1"):
             Driver().copy(batch, STREAM)
 
 
@@ -366,10 +366,10 @@ def open_cuda() -> Any:
     return open_device("cuda")
 
 
-def turns_of(torch: FakeTorch, turn_bytes: int, **options: int) -> InterleavedCopies:
+def turns_of(torch: FakeTorch, quantum_bytes: int, **options: int) -> InterleavedCopies:
     numbers = itertools.count(STREAM + 1)
     new_stream = lambda: torch.cuda.ExternalStream(next(numbers))  # noqa: E731
-    return InterleavedCopies(torch.cuda.Event, Driver(**options), new_stream, turn_bytes)
+    return InterleavedCopies(torch.cuda.Event, Driver(**options), new_stream, quantum_bytes)
 
 
 class TestTurns:
@@ -456,7 +456,7 @@ class TestTurns:
     def test_after_an_error_the_stream_waits_for_what_was_enqueued(
         self, fake: Fake, torch: FakeTorch, entries: int, failing: int
     ) -> None:
-        turns = turns_of(torch, 8 * 4, max_entries=4)
+        turns = turns_of(torch, 8 * 4, max_copies_per_call=4)
         fake.set(fail_call=failing, fail_code=700)
         with pytest.raises(DriverError, match=r"8 bytes from 0x|one of"):
             turns.copy(rows(entries)[2], torch.here)
@@ -499,7 +499,7 @@ class TestTurns:
         assert (fake.calls, torch.waits) == ([], [])
 
     def test_a_turn_below_one_byte(self, torch: FakeTorch) -> None:
-        with pytest.raises(ValueError, match="turn_bytes must be at least 1, not 0"):
+        with pytest.raises(ValueError, match="quantum_bytes must be at least 1, not 0"):
             turns_of(torch, 0)
 
 
@@ -591,10 +591,10 @@ class TestDevice:
             fake.register(start, nbytes)
         device = open_cuda()
         device.prepare_copies(pool.geometry)
-        assert device.turn_bytes == turn
+        assert device.quantum_bytes == turn
         # Once: copies of the first pool may be under way by now.
         device.prepare_copies(pool.geometry)
-        assert device.turn_bytes == turn
+        assert device.quantum_bytes == turn
 
     def test_pageable_memory_is_refused_before_serving(self, fake: Fake, torch: FakeTorch) -> None:
         pool = make_pool("page_first", layers=2, page_size=4, row_bytes=(16, 16))

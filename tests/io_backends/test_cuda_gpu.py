@@ -17,7 +17,7 @@ from strategies import LAYOUTS, pools, whole_writes, writes
 
 from sglang_hicache.io_backends import CopyBatch, direct_copies
 from sglang_hicache.io_backends.device.base import DeviceUnavailableError
-from sglang_hicache.io_backends.device.copy_interleaving import TURN_BYTES
+from sglang_hicache.io_backends.device.copy_interleaving import QUANTUM_BYTES
 from sglang_hicache.io_backends.device.cuda import CudaDevice
 from sglang_hicache.io_backends.device.driver import CopyRefusedError, DriverError
 from sglang_hicache.io_backends.device.host_memory import HostRange, UnknownHostMemoryError
@@ -60,10 +60,10 @@ def device() -> CudaDevice:
     return CudaDevice()
 
 
-@pytest.fixture(scope="module", params=[TURN_BYTES, 10_000], ids=["turns", "short turns"])
+@pytest.fixture(scope="module", params=[QUANTUM_BYTES, 10_000], ids=["turns", "short turns"])
 def any_device(request: pytest.FixtureRequest) -> CudaDevice:
     """With turns as they are, and so short that all but the least writes take some."""
-    return CudaDevice(turn_bytes=request.param)
+    return CudaDevice(quantum_bytes=request.param)
 
 
 class TestBytes:
@@ -214,7 +214,7 @@ class TestTurns:
     @pytest.mark.parametrize("entries", [12, 1024], ids=["few", "many"])
     @pytest.mark.parametrize("dropped", [None, "partner", "stream"])
     def test_each_wait_is_needed_and_there(self, dropped: str | None, entries: int) -> None:
-        device = CudaDevice(turn_bytes=300_000)
+        device = CudaDevice(quantum_bytes=300_000)
         rows = torch.zeros((entries, 2**20 // entries), dtype=torch.uint8, device="cuda")
         target = torch.full(rows.shape, POISON, dtype=torch.uint8, pin_memory=True)
         step = np.arange(entries, dtype=np.uint64) * np.uint64(rows.shape[1])
@@ -228,7 +228,7 @@ class TestTurns:
         waits = {"partner": partner, "stream": stream}
         if dropped is not None:
             waits[dropped].wait_event = lambda event: None
-        device._turns._new_stream = lambda: partner
+        device._copies._new_stream = lambda: partner
         torch.cuda.synchronize()
         with device.use_stream(stream):
             torch.cuda._sleep(LONG)
@@ -249,7 +249,7 @@ class TestOthersCopies:
     @pytest.mark.parametrize(("name", "layout"), [("hybrid", "page_first"), ("copy_engine", "layer_first")])
     def test_is_served_between_two_turns_of_a_long_write(self, name: str, layout: str) -> None:
         pool = gpu_pool(layout, layers=8, page_size=64, row_bytes=(8192, 8192), pages=128, device_slots=8192)
-        if self.comes_first(CudaDevice(turn_bytes=2**40), name, pool):
+        if self.comes_first(CudaDevice(quantum_bytes=2**40), name, pool):
             pytest.skip("this GPU's engine serves others in the middle of a turn too")
         assert self.comes_first(CudaDevice(), name, pool)
 

@@ -37,7 +37,7 @@ class LeakyDevice(CudaDevice):
     """
 
     def __init__(self, drop: tuple[str, str] | None, slow: str | None) -> None:
-        super().__init__(turn_bytes=100_000)
+        super().__init__(quantum_bytes=100_000)
         self._drop, self._slow = drop, slow
         self._unnamed = ["gather", "drain"]  # the order in which hybrid makes its streams
         self.names: dict[int, str] = {}

@@ -27,7 +27,7 @@ from policy_strategies import (
 )
 
 from sglang_hicache.io_backends.registry import register_backend, unregister_backend
-from sglang_hicache.policy.decide import Decision, decide, describe
+from sglang_hicache.policy.decide import Decision, decide, describe_decision
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.names import NameProblem
 from sglang_hicache.policy.routes import WriteFacts, writes_in_words
@@ -490,19 +490,19 @@ def test_an_unknown_backend_by_hand(name: str, hint: str):
 def test_the_log_line_is_one_line():
     use = {"backend": "hybrid", "fence_forward": "uses"}
     rules = document({"when": {"attention_backend": "fa3"}, "use": use, "because": "a long\nreason " * 40})
-    line = describe(decide(policy(rules), FA3_ON_HOPPER))
+    line = describe_decision(decide(policy(rules), FA3_ON_HOPPER))
     assert line.startswith(
         "hicache-io: D2H backend hybrid, forwards that wait: extend+decode, "
         "by rule rule-0 (p.yaml): a long reason"
     )
     assert "\n" not in line
     assert len(line) < 300
-    unfenced = describe(decide(policy(document()), FA3_ON_HOPPER))
+    unfenced = describe_decision(decide(policy(document()), FA3_ON_HOPPER))
     assert unfenced.endswith("forwards that wait: none, by rule default (p.yaml): nothing else")
 
 
 def test_the_log_line_names_every_backend_and_forward_that_a_write_may_meet():
-    line = describe(decide(policy(ROUTED), FA3_ON_HOPPER))
+    line = describe_decision(decide(policy(ROUTED), FA3_ON_HOPPER))
     assert line.startswith(
         "hicache-io: D2H backend copy_engine or fenced_kernel or hybrid, forwards that wait: extend+decode, "
         "by rule default (p.yaml): nothing else"

@@ -10,7 +10,7 @@ from policy_strategies import documents, given, policy
 from ruamel.yaml import YAML
 
 from sglang_hicache.io_backends.policy_files import default_policy, load_policy, policy_in_force
-from sglang_hicache.policy.decide import decide, describe
+from sglang_hicache.policy.decide import decide, describe_decision
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.format.errors import PolicyError
 from sglang_hicache.policy.format.layers import Policy
@@ -60,8 +60,8 @@ def test_a_difference_comes_before_the_shipped_rules(file: Path):
     assert (decision.rule, decision.layer, decision.policy) == ("mine", "policy file", str(file))
     shipped = decide(found, FA3)
     assert (shipped.rule, shipped.layer) == ("fa3-on-hopper", "shipped default")
-    assert "by rule fa3-on-hopper (shipped default): " in describe(shipped)
-    assert f"by rule mine ({file}): " in describe(decision)
+    assert "by rule fa3-on-hopper (shipped default): " in describe_decision(shipped)
+    assert f"by rule mine ({file}): " in describe_decision(decision)
     assert [(each.rule, each.layer) for each in shipped.considered][:2] == [
         ("mine", "policy file"),
         ("fa3-on-hopper-large-pages", "shipped default"),

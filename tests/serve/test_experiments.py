@@ -6,19 +6,19 @@ from pathlib import Path
 
 from sglang_hicache.bench.lab.experiments import add_up, attention_of, markdown
 from sglang_hicache.bench.serve import arms, models
-from sglang_hicache.bench.serve.account import Distribution, Turn
+from sglang_hicache.bench.serve.account import ArmRound, Distribution
 from sglang_hicache.bench.serve.arms import Cell
-from sglang_hicache.bench.serve.result import ArmFacts, CellResult, Result
+from sglang_hicache.bench.serve.result import ArmFacts, CellResult, ServeResult
 from sglang_hicache.bench.serve.scrape import Written
 
 
-def turn(arm: str, number: int, **more: int) -> Turn:
+def turn(arm: str, number: int, **more: int) -> ArmRound:
     nothing = Distribution()
     written = Written(written_bytes=1e9)
-    return Turn("chat", arm, number, 36.0, 10, 1, None, 1, 1, 1, 1, 1, nothing, nothing, written, **more)
+    return ArmRound("chat", arm, number, 36.0, 10, 1, None, 1, 1, 1, 1, 1, nothing, nothing, written, **more)
 
 
-def run(folder: Path, problem: str | None, **more: int) -> Result:
+def run(folder: Path, problem: str | None, **more: int) -> ServeResult:
     cell = Cell(
         "experiments",
         models.make("tiny", folder),
@@ -30,7 +30,7 @@ def run(folder: Path, problem: str | None, **more: int) -> Result:
     for arm in ("none", *arms.EXPERIMENTS):
         found.arms[arm] = ArmFacts(args=arms.server_args(cell, arm), problem=problem)
         found.turns.append(turn(arm, 0, **more))
-    whole = Result({"gpu": "H100", "sglang_kernel": "0.4.10"})
+    whole = ServeResult({"gpu": "H100", "sglang_kernel": "0.4.10"})
     whole.put(found)
     return whole
 

@@ -13,26 +13,34 @@ from hypothesis import strategies as st
 
 pytest.importorskip("aiohttp")
 
-from sglang_hicache.bench.serve.account import SHARES, Distribution, Turn, percentile, sum_of, sums, turn_of
-from sglang_hicache.bench.serve.load import Asked, Loaded
+from sglang_hicache.bench.serve.account import (
+    SHARES,
+    ArmRound,
+    Distribution,
+    arm_round,
+    arm_summaries,
+    arm_summary,
+    percentile,
+)
+from sglang_hicache.bench.serve.load import Loaded, RequestResult
 from sglang_hicache.bench.serve.scrape import Written, between, parse
 
 SECONDS = st.floats(1e-6, 1e3, allow_nan=False)
 
 
-def asked(number: int, **more: Any) -> Asked:
+def asked(number: int, **more: Any) -> RequestResult:
     about: dict[str, Any] = {
         "prompt_tokens": 100,
         "seen_tokens": 60,
         "output_tokens": 3,
         "answer": f"a{number}",
     }
-    return Asked("chat", number, 0, **{**about, "first_token_s": 0.5, "gaps_s": (0.1, 0.2), **more})
+    return RequestResult("chat", number, 0, **{**about, "first_token_s": 0.5, "gaps_s": (0.1, 0.2), **more})
 
 
-def turn(arm: str = "auto", number: int = 0, **more: Any) -> Turn:
+def turn(arm: str = "auto", number: int = 0, **more: Any) -> ArmRound:
     loaded = Loaded((asked(0, host_tokens=40, device_tokens=10), asked(1)), 2.0, 0.25)
-    return replace(turn_of("chat", arm, number, loaded, Written()), **more)
+    return replace(arm_round("chat", arm, number, loaded, Written()), **more)
 
 
 @given(st.lists(SECONDS, min_size=1), st.floats(0, 100))
@@ -57,24 +65,24 @@ def test_a_distribution_keeps_percentiles(values: list[float]) -> None:
 def test_a_turn_counts_answers_errors_and_outputs() -> None:
     right = {("chat", 0, 0): "a0", ("chat", 1, 0): "other"}
     requests = (asked(0, host_tokens=40), asked(1), asked(2, error="HTTP 500", output_tokens=0), asked(3))
-    found = turn_of("chat", "auto", 1, Loaded(requests, 2.0, 0.25), Written(), right)
+    found = arm_round("chat", "auto", 1, Loaded(requests, 2.0, 0.25), Written(), right)
     assert (found.requests, found.errors, found.first_error) == (3, 1, "HTTP 500")
     assert (found.prompt_tokens, found.host_tokens, found.seen_tokens) == (300, 40, 180)
     # The fourth has no reference.
     assert (found.same, found.compared) == (1, 2)
     assert found.between_tokens_s.count == 6
-    assert turn_of("chat", "auto", 1, Loaded(requests, 2.0, 0.25), Written()).compared is None
+    assert arm_round("chat", "auto", 1, Loaded(requests, 2.0, 0.25), Written()).compared is None
 
 
 def test_a_turn_survives_json() -> None:
     given_ = turn(written=Written(writes=3, write_mean_s=0.01), cut=True)
-    assert Turn.from_dict(json.loads(json.dumps(asdict(given_)))) == given_
+    assert ArmRound.from_dict(json.loads(json.dumps(asdict(given_)))) == given_
 
 
 def test_rounds_are_summed_with_their_spread() -> None:
     written = Written(writes=10, write_mean_s=0.02, write_p99_s=0.05, written_tokens=1000, written_bytes=5.0)
     faster = turn(number=1, seconds=1.0, written=replace(written, writes=30, write_mean_s=0.04))
-    found = sum_of([turn(written=written), faster])
+    found = arm_summary([turn(written=written), faster])
     assert found.rounds == 2
     assert found.requests_per_s is not None
     assert (found.requests_per_s.low, found.requests_per_s.median, found.requests_per_s.high) == (
@@ -92,16 +100,16 @@ def test_rounds_are_summed_with_their_spread() -> None:
 
 
 def test_a_cut_round_counts_for_its_errors_only() -> None:
-    found = sum_of([turn(), turn(number=1, cut=True, errors=2, requests=1, seconds=0.1)])
+    found = arm_summary([turn(), turn(number=1, cut=True, errors=2, requests=1, seconds=0.1)])
     assert (found.rounds, found.errors, found.requests) == (1, 2, 2)
     assert found.requests_per_s is not None
     assert found.requests_per_s.n == 1
-    empty = sum_of([turn(cut=True)])
+    empty = arm_summary([turn(cut=True)])
     assert (empty.rounds, empty.requests_per_s, empty.hit_share, empty.rows_locked) == (0, None, None, None)
 
 
 def test_sums_keep_workloads_and_arms_apart() -> None:
-    found = sums([turn("auto"), turn("kernel"), turn("auto", 1), turn("auto", workload="prefill")])
+    found = arm_summaries([turn("auto"), turn("kernel"), turn("auto", 1), turn("auto", workload="prefill")])
     assert [(each.workload, each.arm, each.rounds) for each in found] == [
         ("chat", "auto", 2),
         ("chat", "kernel", 1),

@@ -16,13 +16,13 @@ from sglang_hicache.bench.cli import app
 from sglang_hicache.bench.lab import gpu_plan, gpu_plans
 from sglang_hicache.bench.serve import arms, models, null_backend, public, result, run, workloads
 from sglang_hicache.bench.serve.arms import Cell
-from sglang_hicache.bench.serve.models import Model
+from sglang_hicache.bench.serve.models import ServedModel
 from sglang_hicache.bench.serve.result import CellResult
 from sglang_hicache.io_backends.interface import Backend
 from sglang_hicache.io_backends.registry import available_backends
 from sglang_hicache.io_backends.sglang import unsafe
 
-MODEL = Model("kvheavy", "/models/kvheavy", 512)
+MODEL = ServedModel("kvheavy", "/models/kvheavy", 512)
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def test_each_arm_is_a_server_with_its_own_write_back() -> None:
 def test_a_cell_says_when_outputs_can_be_compared() -> None:
     assert not Cell("x", MODEL).exact()
     assert Cell("x", MODEL, deterministic=True).exact()
-    dummy = Model("qwen3-8b", "/models/q", 512, ("--load-format", "dummy"), real_weights=False)
+    dummy = ServedModel("qwen3-8b", "/models/q", 512, ("--load-format", "dummy"), real_weights=False)
     assert not Cell("x", dummy, deterministic=True).exact()
     assert "--load-format" in arms.server_args(Cell("x", dummy), "auto")
     assert "--skip-tokenizer-init" in arms.server_args(Cell("x", MODEL), "auto")
@@ -165,10 +165,10 @@ def test_host_memory_of_a_step_is_that_of_the_servers_that_are_up_together() -> 
     # 36 layers, K and V of 8 heads of 128, two bytes each; 27 layers of 512 + 64.
     assert gpu_plans.kv_bytes_per_token(models.KVHEAVY) == 36 * 2 * 8 * 128 * 2
     assert gpu_plans.kv_bytes_per_token(models.MLAHEAVY) == 27 * 576 * 2
-    step = gpu_plans.Step("x", ("none", "auto", "kernel"), pool_tokens=1000, ratio=2)
+    step = gpu_plans.PlannedCell("x", ("none", "auto", "kernel"), pool_tokens=1000, ratio=2)
     all_at_once, alone = (
         gpu_plans.host_bytes(step, 10),
-        gpu_plans.host_bytes(gpu_plans.Step("x", step.arms, pool_tokens=1000, ratio=2, at_once=1), 10),
+        gpu_plans.host_bytes(gpu_plans.PlannedCell("x", step.arms, pool_tokens=1000, ratio=2, at_once=1), 10),
     )
     assert all_at_once - alone == 20_000 + 2 * gpu_plans.SERVER_BYTES
     for steps in gpu_plans.PLANS.values():
@@ -181,7 +181,7 @@ def test_host_memory_of_a_step_is_that_of_the_servers_that_are_up_together() -> 
 def test_a_cell_that_fails_does_not_stop_a_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fake(cell: Cell, given: run.Ask, clock: run.Clock, say: run.Say, save: Any) -> CellResult:
+    def fake(cell: Cell, given: run.ServeOptions, budget: run.Budget, say: run.Say, save: Any) -> CellResult:
         if cell.page_size == 1:
             raise RuntimeError("out of something")
         given.logs.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,7 @@ def test_time_that_is_up_cuts_and_keeps_what_was_answered() -> None:
 
 def test_a_server_that_will_not_flush_says_why(tmp_path: Any) -> None:
     with FakeServer() as fake:
-        server = serving.Server([], log=tmp_path / "log")
+        server = serving.ServerProcess([], log=tmp_path / "log")
         server.url = fake.url
         (tmp_path / "log").write_text("")
         run.flush(server)
@@ -94,7 +94,7 @@ def test_a_server_that_will_not_flush_says_why(tmp_path: Any) -> None:
 
 def test_a_server_that_cannot_freeze_its_collector_says_why(tmp_path: Any) -> None:
     (tmp_path / "log").write_text("")
-    server = serving.Server([], log=tmp_path / "log")
+    server = serving.ServerProcess([], log=tmp_path / "log")
     with FakeServer() as fake:
         server.url = fake.url
         run.freeze_gc(server)

@@ -20,15 +20,15 @@ from sglang_hicache.bench.measure.plots import why_not
 from sglang_hicache.bench.serve import arms, plots, report, result, tables
 from sglang_hicache.bench.serve.account import Distribution
 from sglang_hicache.bench.serve.arms import Cell
-from sglang_hicache.bench.serve.models import Model
-from sglang_hicache.bench.serve.result import CPU_WATERMARK, ArmFacts, CellResult, Result
+from sglang_hicache.bench.serve.models import ServedModel
+from sglang_hicache.bench.serve.result import CPU_WATERMARK, ArmFacts, CellResult, ServeResult
 from sglang_hicache.bench.serve.scrape import Written
 from sglang_hicache.bench.serving import ServerError
 
-MODEL = Model("deepseek-v2-lite", "/somewhere/of/this/machine/deepseek-v2-lite", 512)
+MODEL = ServedModel("deepseek-v2-lite", "/somewhere/of/this/machine/deepseek-v2-lite", 512)
 
 
-def a_result(ran_on: str = "GPU", **more: Any) -> Result:
+def a_result(ran_on: str = "GPU", **more: Any) -> ServeResult:
     cell = CellResult.of(Cell("a-cell-page64", MODEL, mem_layout="page_first_direct", tp=2, **more))
     wide = {
         "prompt_tokens": 123_456_789,
@@ -49,7 +49,7 @@ def a_result(ran_on: str = "GPU", **more: Any) -> Result:
             "plugin": plugin,
         }
         cell.arms[arm] = ArmFacts(["--x"], 123.4, {**server, "pool_tokens": 65_536})
-    return Result({"ran_on": ran_on, "gpu": "NVIDIA H100 80GB HBM3", "date": "2026-11-26"}, [cell])
+    return ServeResult({"ran_on": ran_on, "gpu": "NVIDIA H100 80GB HBM3", "date": "2026-11-26"}, [cell])
 
 
 def test_no_line_of_a_table_is_longer_than_80_columns() -> None:
@@ -237,7 +237,7 @@ def test_of_several_runs_the_last_that_served_a_cell_is_verified() -> None:
     assert len(verified_table([good, unserved]).splitlines()) == 3
 
 
-def a_page(page: int, auto: float, workload: str = "chat", **environment: str) -> Result:
+def a_page(page: int, auto: float, workload: str = "chat", **environment: str) -> ServeResult:
     """A cell in which ``auto`` serves that many requests a second."""
     found = a_result()
     found.environment |= {

@@ -47,7 +47,7 @@ def driver(process: emulation.Driver) -> emulation.Driver:
     return process
 
 
-TURN_BYTES = 20_000
+QUANTUM_BYTES = 20_000
 """So short that every write takes turns; no multiple of a row."""
 
 
@@ -56,7 +56,7 @@ class NamedDevice(CudaDevice):
     that take turns with others."""
 
     def __init__(self) -> None:
-        super().__init__(turn_bytes=TURN_BYTES)
+        super().__init__(quantum_bytes=QUANTUM_BYTES)
         self._names = itertools.chain(("gather", "drain"), itertools.repeat("other"))
         new_stream = super().new_stream
 
@@ -65,7 +65,7 @@ class NamedDevice(CudaDevice):
             stream.name = "turns"
             return stream
 
-        self._turns._new_stream = named
+        self._copies._new_stream = named
 
     def new_stream(self) -> Any:
         stream = super().new_stream()

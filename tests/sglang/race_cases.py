@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from sglang_hicache.bench.race.result import Result
+from sglang_hicache.bench.race.kept_fences import KeptFences
+from sglang_hicache.bench.race.result import RaceResult
 from sglang_hicache.bench.race.simulation import setups
 from sglang_hicache.bench.race.simulation.cache import Cache, Setup
 from sglang_hicache.bench.race.simulation.experiment import (
     D2H_STREAMS,
     PRODUCERS,
     Experiment,
-    Fences,
     LeaveOut,
     Run,
     left_out,
@@ -59,7 +59,7 @@ def facts_of(**given: Any) -> Facts:
 
 def experiment(
     backend: str | None,
-    fences: Fences = "auto",
+    fences: KeptFences = KeptFences.auto,
     mode: str = "overlap",
     *,
     callers: bool = False,
@@ -77,8 +77,8 @@ def experiment(
     )
 
 
-def result_of(made: Experiment, seeds: range, leave_out: LeaveOut) -> Result:
-    result = Result()
+def result_of(made: Experiment, seeds: range, leave_out: LeaveOut) -> RaceResult:
+    result = RaceResult()
     for seed in seeds:
         result.add(made.run(seed, leave_out))
     return result
@@ -90,12 +90,12 @@ class TestTheCrash:
     @pytest.mark.parametrize(
         ("fences", "kinds", "corrupts"),
         [
-            ("none", ["read_before_write", "sm_overlap"], True),
-            ("producer", ["sm_overlap"], False),
-            ("both", [], False),
+            (KeptFences.none, ["read_before_write", "sm_overlap"], True),
+            (KeptFences.producer, ["sm_overlap"], False),
+            (KeptFences.both, [], False),
         ],
     )
-    def test_two_fences_cure_two_races(self, fences: Fences, kinds: list[str], corrupts: bool) -> None:
+    def test_two_fences_cure_two_races(self, fences: KeptFences, kinds: list[str], corrupts: bool) -> None:
         found = result_of(experiment("fenced_kernel", fences), SEEDS, left_out(fences))
         assert found.kinds == kinds
         assert bool(found.corrupted) == corrupts
@@ -197,7 +197,7 @@ def test_only_the_forwards_that_crash_need_a_fence() -> None:
     found = result_of(made, FEW_SEEDS, watch)
     assert found.good, found.to_dict()
     assert ("forward", "gather") in waits
-    assert "sm_overlap" in result_of(made, FEW_SEEDS, left_out("producer")).kinds
+    assert "sm_overlap" in result_of(made, FEW_SEEDS, left_out(KeptFences.producer)).kinds
 
 
 @pytest.mark.parametrize("given", [FA3, TRITON], ids=["fa3", "triton"])
@@ -318,10 +318,10 @@ def test_a_write_is_not_done_before_its_last_chunk_is_enqueued(monkeypatch: pyte
 
 
 def test_a_seed_is_one_run() -> None:
-    made = experiment("fenced_kernel", "none")
+    made = experiment("fenced_kernel", KeptFences.none)
 
     def again(seed: int) -> tuple[Any, ...]:
-        run = made.run(seed, left_out("none"))
+        run = made.run(seed, left_out(KeptFences.none))
         races = sorted((race.kind, race.first.issued, race.second.issued, race.count) for race in run.races)
         return races, run.wrong_rows, run.wrong_reads, run.writes, run.counts
 

@@ -21,6 +21,7 @@ from race_cases import (
     without,
 )
 
+from sglang_hicache.bench.race.kept_fences import KeptFences
 from sglang_hicache.bench.race.simulation import setups
 from sglang_hicache.bench.race.simulation.experiment import Experiment, left_out
 from sglang_hicache.bench.race.simulation.modes import MODES
@@ -76,11 +77,11 @@ def test_what_sglang_lacks(mode: str) -> None:
 @pytest.mark.parametrize("mode", NEW)
 def test_each_kind_of_fence_is_needed(mode: str) -> None:
     """Without any, indices are read before they are made, and in most modes rows before they are written."""
-    made = experiment("fenced_kernel", "producer", mode=mode)
-    assert set(result_of(made, SEEDS, left_out("none")).kinds) == {"read_before_write", "sm_overlap"}
+    made = experiment("fenced_kernel", KeptFences.producer, mode=mode)
+    assert set(result_of(made, SEEDS, left_out(KeptFences.none)).kinds) == {"read_before_write", "sm_overlap"}
     # An offload is waited for before the next forward.
     left = set() if mode == "offload" else {"sm_overlap"}
-    assert set(result_of(made, SEEDS, left_out("producer")).kinds) == left
+    assert set(result_of(made, SEEDS, left_out(KeptFences.producer)).kinds) == left
 
 
 # --- every fence of ours, one at a time ---

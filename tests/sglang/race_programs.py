@@ -14,8 +14,17 @@ from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 from race_cases import experiment, keep_all
 
-from sglang_hicache.bench.race.simulation.experiment import Experiment, Fences, LeaveOut, Run, left_out
-from sglang_hicache.bench.race.simulation.workload import Abort, Action, Ask, Flush, Step, from_text, to_text
+from sglang_hicache.bench.race.kept_fences import KeptFences
+from sglang_hicache.bench.race.simulation.experiment import Experiment, LeaveOut, Run, left_out
+from sglang_hicache.bench.race.simulation.workload import (
+    Abort,
+    Action,
+    Flush,
+    NewRequest,
+    RunRounds,
+    from_text,
+    to_text,
+)
 from sglang_hicache.io_backends.registry import AUTO
 
 pytestmark = pytest.mark.usefixtures("libcuda")
@@ -23,13 +32,15 @@ pytestmark = pytest.mark.usefixtures("libcuda")
 UNIT = 4
 
 ASKS = st.builds(
-    Ask,
+    NewRequest,
     conversation=st.integers(0, 2),
     keep=st.integers(0, 8),
     fresh=st.integers(1, 6 * UNIT),
     output=st.integers(1, UNIT + 2),
 )
-ACTIONS = ASKS | st.builds(Step, st.integers(1, 8)) | st.builds(Abort, st.integers(0, 7)) | st.just(Flush())
+ACTIONS = (
+    ASKS | st.builds(RunRounds, st.integers(1, 8)) | st.builds(Abort, st.integers(0, 7)) | st.just(Flush())
+)
 PROGRAMS = st.lists(ACTIONS, min_size=1, max_size=14)
 SEEDS = st.integers(0, 10_000)
 
@@ -42,7 +53,7 @@ EXAMPLES = settings(
 )
 
 
-def command(backend: str, fences: Fences, seed: int, program: list[Action]) -> str:
+def command(backend: str, fences: KeptFences, seed: int, program: list[Action]) -> str:
     """What replays it."""
     options = ["--backend", backend, "--fences", fences, "--page-size", "4", "--seed", str(seed)]
     return shlex.join(["hicache-io", "race", *options, "--program", to_text(program)])
@@ -87,8 +98,8 @@ def smallest(made: Experiment, leave_out: LeaveOut) -> tuple[int, list[Action]]:
     return find(st.tuples(SEEDS, PROGRAMS), wrong, settings=limits)
 
 
-@pytest.mark.parametrize("fences", ["none", "producer"])
-def test_a_missing_fence_is_shrunk_to_one_that_replays(fences: Fences, capsys: Any) -> None:
+@pytest.mark.parametrize("fences", [KeptFences.none, KeptFences.producer])
+def test_a_missing_fence_is_shrunk_to_one_that_replays(fences: KeptFences, capsys: Any) -> None:
     made = experiment("fenced_kernel", fences)
     try:
         seed, program = smallest(made, left_out(fences))
@@ -98,6 +109,6 @@ def test_a_missing_fence_is_shrunk_to_one_that_replays(fences: Fences, capsys: A
         print(f"\n  {command('fenced_kernel', fences, seed, program)}")
     # One request that is written while a forward runs is enough.
     assert len(program) <= 2
-    assert [action for action in program if isinstance(action, Ask)]
+    assert [action for action in program if isinstance(action, NewRequest)]
     again = made.run(seed, left_out(fences), from_text(to_text(program)))
     assert is_bad(again)

@@ -7,9 +7,9 @@ import pytest
 from sglang_hicache.bench.measure import sglang_pools
 from sglang_hicache.bench.measure.cases import MODELS
 from sglang_hicache.bench.measure.devices import TimedCpu
-from sglang_hicache.bench.measure.memory import Memory
+from sglang_hicache.bench.measure.memory import KvBuffers
 from sglang_hicache.io_backends import host_strides
-from sglang_hicache.io_backends.sglang.pools.geometry import describe
+from sglang_hicache.io_backends.sglang.pools.geometry import describe_pool
 
 # MLA's pool in page_first_direct cannot be built with fewer pages than layers.
 SLOTS = 64 * 64
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("cpu_sglang")
 @pytest.mark.parametrize("name", ["Qwen3-8B", "DeepSeek-V3"])
 def test_same_rows_and_same_host_bytes(name: str, layout: str, page_size: int) -> None:
     model = MODELS[name]
-    memory = Memory(model, SLOTS, TimedCpu())
-    geometry = describe(sglang_pools.host_pool(memory, layout, page_size))
+    memory = KvBuffers(model, SLOTS, TimedCpu())
+    geometry = describe_pool(sglang_pools.host_pool(memory, layout, page_size))
     assert (geometry.layout, geometry.page_size) == (layout, page_size)
     assert (geometry.host_slots, geometry.device_slots) == (SLOTS, SLOTS)
     assert geometry.bytes_per_token == model.bytes_per_token

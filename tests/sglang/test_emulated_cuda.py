@@ -12,7 +12,7 @@ from own_process import fake_driver, run_cases
 from sglang_hicache.bench import tiny_model
 from sglang_hicache.bench.demo.command import identity
 from sglang_hicache.bench.demo.identity import DemoRun, DemoSetup
-from sglang_hicache.bench.workload import Workload
+from sglang_hicache.bench.workload import EvictingWorkload
 
 HERE = Path(__file__).parent
 EMULATION = HERE.parent / "emulated_cuda"
@@ -40,7 +40,7 @@ def test_writes_through_sglangs_pools_on_virtual_streams(subtests: pytest.Subtes
 
 
 # The device pool holds 4,096 tokens.
-WORKLOAD = Workload(tiny_model.VOCAB_SIZE, conversations=8, turns=2, output_tokens=8)
+WORKLOAD = EvictingWorkload(tiny_model.VOCAB_SIZE, conversations=8, turns=2, output_tokens=8)
 
 
 def serve(machine: Machine, folder: Path, backend: str | None, **env: str) -> DemoRun:

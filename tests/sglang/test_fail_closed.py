@@ -118,3 +118,46 @@ def test_an_sglang_that_is_not_known_still_serves_its_own_backends(fresh_machine
     ended = fresh_machine.launch(args, env=env, command=("-c", script))
     assert "parsed kernel" in ended.output
     assert ended.status == 0
+
+
+EMBEDDING = """
+import sys, time
+import sglang
+from sglang.srt.entrypoints.http_server import launch_server
+from sglang.srt.server_args import ServerArgs
+
+OPTIONS = dict(
+    model_path=sys.argv[2], device="cpu", attention_backend="torch_native", skip_tokenizer_init=True,
+    page_size=16, max_total_tokens=1024, enable_hierarchical_cache=True, hicache_io_backend="auto",
+    skip_server_warmup=True,
+)
+
+def run():
+    try:
+        sglang.Engine(**OPTIONS) if sys.argv[1] == "engine" else launch_server(ServerArgs(**OPTIONS))
+    except BaseException as error:
+        print("CAUGHT", error, flush=True)
+
+if __name__ == "__main__":
+    run()
+    time.sleep(600)
+"""
+"""A program that starts SGLang itself, catches what that raises, and goes on with something else."""
+
+
+@pytest.mark.parametrize("way", ["engine", "launch_server"])
+def test_a_refusal_in_the_scheduler_ends_the_program_that_started_it(
+    machine: Machine, tmp_path: Path, way: str
+) -> None:
+    env = inject(CHILDREN, "sglang.srt.managers.scheduler", "del Scheduler.run_batch")
+    if way == "launch_server":
+        env = {}  # its arguments were made before plug-ins were loaded: that is the reason
+    script = tmp_path / "program.py"
+    script.write_text(EMBEDDING)
+    ended = machine.launch([], env=env, command=(str(script), way, str(machine.model)), timeout_s=90)
+    assert ended.status != 0
+    assert "CAUGHT" not in ended.output
+    said = [line for line in set(ended.lines_of_ours()) if line.startswith("sglang-hicache-io:")]
+    cause = {"engine": "Scheduler.run_batch is not there", "launch_server": "plugins.load_plugins() before"}
+    assert len(said) == 1, ended.output[-3000:]
+    assert cause[way] in said[0]

@@ -223,10 +223,10 @@ def test_a_server_publishes_what_it_counts(machine: Machine, tmp_path: Path) -> 
         str(machine.model), cpu_engine=True, page_size=16, max_total_tokens=4096, hicache=hicache
     )
     env = {**machine.env(), "SGLANG_HICACHE_IO_POLICY": str(policy)}
-    server = serving.Server(
+    server = serving.ServerProcess(
         [*options, "--enable-metrics"], log=tmp_path / "server.log", env=env, launch=machine.launcher
     )
-    asked = workload.Workload(tiny_model.VOCAB_SIZE, conversations=8, turns=1, output_tokens=4)
+    asked = workload.EvictingWorkload(tiny_model.VOCAB_SIZE, conversations=8, turns=1, output_tokens=4)
     with server:
         workload.run(server, asked, lambda done: None)
         counted = server.info()["internal_states"][0]["hicache_io"]["counters"]

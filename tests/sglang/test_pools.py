@@ -14,7 +14,7 @@ from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.registry import OWN_NAMES
 from sglang_hicache.io_backends.routes import one_route
 from sglang_hicache.io_backends.sglang.pools.errors import UnsupportedPoolError
-from sglang_hicache.io_backends.sglang.pools.geometry import describe, host_buffers
+from sglang_hicache.io_backends.sglang.pools.geometry import describe_pool, host_buffers
 from sglang_hicache.io_backends.sglang.scheduler.writeback import WriteBack
 
 pytestmark = pytest.mark.usefixtures("cpu_sglang")
@@ -210,7 +210,7 @@ class TestFallback:
 
     def test_it_is_not_described(self, pools: Pools) -> None:
         with pytest.raises(UnsupportedPoolError, match="SomeOtherPoolHost is not a plain MHA or MLA pool"):
-            describe(pools.host)
+            describe_pool(pools.host)
 
     def test_sglangs_copy_runs_and_forwards_are_fenced_behind_it(
         self, pools: Pools, caplog: pytest.LogCaptureFixture

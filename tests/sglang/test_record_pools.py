@@ -17,7 +17,7 @@ from sglang_hicache.io_backends.registry import OWN_NAMES
 from sglang_hicache.io_backends.routes import one_route
 from sglang_hicache.io_backends.sglang.errors import RefusedError
 from sglang_hicache.io_backends.sglang.pools.errors import ShortHostRowsError, UnsupportedPoolError
-from sglang_hicache.io_backends.sglang.pools.geometry import describe
+from sglang_hicache.io_backends.sglang.pools.geometry import describe_pool
 from sglang_hicache.io_backends.sglang.scheduler.writeback import WriteBack
 
 pytestmark = pytest.mark.usefixtures("cpu_sglang")
@@ -78,7 +78,7 @@ def test_states_whose_device_slots_are_apart(name: str) -> None:
 def test_half_a_page_is_left_to_sglang(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page holds keys, then their scales: some of its bytes are no token's own."""
     pool = build(kind, "page_first")
-    geometry = describe(pool.host)
+    geometry = describe_pool(pool.host)
     host, device = pool.slots(2)
     assert is_whole(geometry, host)
     for wrong in (host[:-1], host[1:], host.flip(0)):
@@ -106,7 +106,7 @@ def test_host_rows_that_are_shorter_end_the_start() -> None:
     pool = build("keys_only", "page_first")
     pool.device.k_buffer = [rows.repeat(1, 1, 2) for rows in pool.device.k_buffer]
     with pytest.raises(ShortHostRowsError, match=r"a host row has 64 bytes, and the device row .* 128"):
-        describe(pool.host)
+        describe_pool(pool.host)
     with pytest.raises(RefusedError, match=r"pool \w+, k: a host row has 64 bytes"):
         write_back("hybrid").pools.serves(pool.host)
 
@@ -115,7 +115,7 @@ def test_host_rows_that_are_longer_are_left_to_sglang() -> None:
     pool = build("keys_only", "page_first")
     pool.device.k_buffer = [rows[..., :8].contiguous() for rows in pool.device.k_buffer]
     with pytest.raises(UnsupportedPoolError, match="a device row has 32 bytes, a host row 64"):
-        describe(pool.host)
+        describe_pool(pool.host)
     assert not write_back("hybrid").pools.serves(pool.host)
 
 
@@ -125,11 +125,11 @@ def test_side_states_are_left_to_sglang() -> None:
     pool = build("states", "page_first")
     pool.host.slot_state_device_tensors = [torch.zeros(24, 4)]
     with pytest.raises(UnsupportedPoolError, match="side states"):
-        describe(pool.host)
+        describe_pool(pool.host)
 
 
 def test_a_record_is_a_page_or_one_slot() -> None:
-    geometry = describe(build("index_pages", "layer_first").host)
+    geometry = describe_pool(build("index_pages", "layer_first").host)
     assert (geometry.record_slots, geometry.page_size) == (64, 64)
     with pytest.raises(ValueError, match="is not a page"):
         dataclasses.replace(geometry, record_slots=2)

@@ -351,7 +351,7 @@ def described(monkeypatch: pytest.MonkeyPatch) -> None:
         part = Component("kv", row, (0, 1, 2, 3), row, host)
         return PoolGeometry("kv", "mla", pool.layout, "uint8", 1, 4, 2, 64, 64, (part,))
 
-    monkeypatch.setattr(pool_registry, "describe", describe)
+    monkeypatch.setattr(pool_registry, "describe_pool", describe)
     monkeypatch.setattr(pool_registry, "fingerprint", id)
 
 

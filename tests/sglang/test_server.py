@@ -11,14 +11,14 @@ from launching import Machine
 from sglang_hicache.bench import damaged, tiny_model
 from sglang_hicache.bench.demo.command import identity
 from sglang_hicache.bench.demo.identity import DemoRun, DemoSetup
-from sglang_hicache.bench.workload import Workload
+from sglang_hicache.bench.workload import EvictingWorkload
 
 pytestmark = pytest.mark.server
 
 VERSIONS = Path(__file__).parents[2] / ".sglang-versions"
 
 # Enough to overflow the device pool of 4,096 tokens twice over.
-WORKLOAD = Workload(tiny_model.VOCAB_SIZE, conversations=12, turns=2, output_tokens=12)
+WORKLOAD = EvictingWorkload(tiny_model.VOCAB_SIZE, conversations=12, turns=2, output_tokens=12)
 
 
 def setup(machine: Machine, tmp_path: Path, *, page_size: int = 16, layout: str | None = None) -> DemoSetup:

@@ -28,8 +28,8 @@ def stress(*args: str, status: int) -> dict[str, Any]:
     return result
 
 
-def server(machine: Machine, folder: Path, backend: str, *more: str, **env: str) -> serving.Server:
-    return serving.Server(
+def server(machine: Machine, folder: Path, backend: str, *more: str, **env: str) -> serving.ServerProcess:
+    return serving.ServerProcess(
         machine.hicache_args(backend, *more),
         log=folder / "server.log",
         env={**machine.env(), **tiny_model.environment(), **env},
@@ -38,12 +38,14 @@ def server(machine: Machine, folder: Path, backend: str, *more: str, **env: str)
 
 
 @pytest.fixture(scope="module")
-def good_server(fresh_machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.Server]:
+def good_server(
+    fresh_machine: Machine, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[serving.ServerProcess]:
     with server(fresh_machine, tmp_path_factory.mktemp("good"), "auto") as running:
         yield running
 
 
-def later(running: serving.Server, number: signal.Signals, seconds: float) -> None:
+def later(running: serving.ServerProcess, number: signal.Signals, seconds: float) -> None:
     """Send a signal to all of a server's processes, while it is under load."""
     assert running._process is not None
     group = running._process.pid
@@ -51,7 +53,7 @@ def later(running: serving.Server, number: signal.Signals, seconds: float) -> No
 
 
 @pytest.mark.server
-def test_a_minute_of_pressure(good_server: serving.Server) -> None:
+def test_a_minute_of_pressure(good_server: serving.ServerProcess) -> None:
     result = stress(good_server.url, "--duration", "60s", status=0)
     (side,) = result["servers"]
     assert side["survived_s"] >= 60
@@ -66,7 +68,7 @@ def test_a_minute_of_pressure(good_server: serving.Server) -> None:
 
 
 @pytest.mark.server
-def test_a_server_that_stops_answering(good_server: serving.Server) -> None:
+def test_a_server_that_stops_answering(good_server: serving.ServerProcess) -> None:
     later(good_server, signal.SIGSTOP, 2)
     try:
         (side,) = stress(good_server.url, "--duration", "5m", "--silent", "3", status=1)["servers"]
@@ -77,7 +79,7 @@ def test_a_server_that_stops_answering(good_server: serving.Server) -> None:
 
 
 @pytest.mark.server
-def test_a_server_that_is_killed(good_server: serving.Server) -> None:
+def test_a_server_that_is_killed(good_server: serving.ServerProcess) -> None:
     later(good_server, signal.SIGKILL, 3)
     (side,) = stress(good_server.url, "--duration", "5m", status=1)["servers"]
     assert side["ended"] == "dead"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from race_cases import FA3, cache, facts_of, keep_all
 
-from sglang_hicache.bench.race.result import Result
+from sglang_hicache.bench.race.result import RaceResult
 from sglang_hicache.bench.race.simulation import setups
 from sglang_hicache.bench.race.simulation.experiment import Experiment
 from sglang_hicache.io_backends.policy_files import policy_in_force
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("libcuda")
 SEEDS = range(12)
 
 
-def run(backend: str, fences: str | None) -> tuple[Result, list[Active]]:
+def run(backend: str, fences: str | None) -> tuple[RaceResult, list[Active]]:
     """As a server with the option does it: the decision is changed, then what routes the writes."""
     facts = facts_of(**FA3)
     decision = unsafe.applied(decide(policy_in_force(None), facts, backend=backend), fences)
@@ -43,7 +43,7 @@ def run(backend: str, fences: str | None) -> tuple[Result, list[Active]]:
         unsafe.leave_out_sglangs(made.cache.controller, fences)
         seen.append(active)
 
-    result = Result()
+    result = RaceResult()
     for seed in SEEDS:
         result.add(made.run(seed, keep_all, mutate=leave_out))
     return result, seen

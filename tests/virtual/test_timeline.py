@@ -17,7 +17,7 @@ from sglang_hicache.io_backends.virtual.operations import Operation
 from sglang_hicache.io_backends.virtual.timeline import HOST, ModelOrder, Timeline, write_chrome_trace
 
 MB = 10**6
-FREE = CostModel(link_d2h_gb_per_s=50.0, sm_link_gb_per_s=50.0, call_us=0.0, event_us=0.0, entry_us=0.0)
+FREE = CostModel(link_d2h_gb_per_s=50.0, sm_link_gb_per_s=50.0, call_us=0.0, event_us=0.0, copy_us=0.0)
 """The host takes no time, the link moves 50 MB in a millisecond."""
 
 
@@ -107,11 +107,11 @@ class TestSimulation:
             "waits for the link to the host"
         }
 
-    def test_the_host_pays_for_calls_and_entries(self) -> None:
-        model = CostModel(call_us=5.0, entry_us=0.6, event_us=0.0)
+    def test_the_host_pays_for_calls_and_copies(self) -> None:
+        model = CostModel(call_us=5.0, copy_us=0.6, event_us=0.0)
         timeline = run(
             lambda: named("transfer").launch(
-                Operation("copies", engine="copy_d2h", entries=1000, nbytes=55_000)
+                Operation("copies", engine="copy_d2h", copies=1000, nbytes=55_000)
             ),
             model,
         )
@@ -169,7 +169,7 @@ class TestSimulation:
         assert done == [1, 2]
 
     def test_a_small_pool_can_stand_for_a_large_one(self) -> None:
-        model = CostModel(link_d2h_gb_per_s=50.0, call_us=0.0, entry_us=0.0, bytes_scale=1000)
+        model = CostModel(link_d2h_gb_per_s=50.0, call_us=0.0, copy_us=0.0, bytes_scale=1000)
         timeline = run(
             lambda: named("transfer").launch(Operation("copies", engine="copy_d2h", nbytes=50_000)), model
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(slots=True)
-class Batch:
+class ScheduleBatch:
     """``ScheduleBatch``: the requests of one forward, and which tokens of each it computes."""
 
     forward_mode: Any

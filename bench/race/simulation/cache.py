@@ -16,8 +16,8 @@ from ....io_backends.sglang.pools.geometry import host_buffers
 from ....io_backends.virtual import gpu
 from ....io_backends.virtual.ranges import ByteRanges
 from . import machine
-from .forward import Ints, Memory, Words
-from .kernels import PagedRows, Rows
+from .forward import Ints, LayerBuffer, Words
+from .kernels import PagedRows, StridedRows
 from .offload import offload_manager, restart_offload
 from .published import published
 
@@ -188,9 +188,9 @@ class Cache:
         )
 
 
-def _host_layers(host_pools: list[Any]) -> list[list[tuple[Rows, PagedRows | None]]]:
+def _host_layers(host_pools: list[Any]) -> list[list[tuple[StridedRows, PagedRows | None]]]:
     """Host rows of each layer and component as SGLang itself indexes them: by slot, or by page and offset."""
-    found: list[list[tuple[Rows, PagedRows | None]]] = []
+    found: list[list[tuple[StridedRows, PagedRows | None]]] = []
     for pool in host_pools:
         buffers = [pool.k_buffer, pool.v_buffer] if hasattr(pool, "k_data_refs") else [pool.kv_buffer]
         refs = [pool.k_data_refs, pool.v_data_refs] if hasattr(pool, "k_data_refs") else [pool.data_refs]
@@ -199,7 +199,7 @@ def _host_layers(host_pools: list[Any]) -> list[list[tuple[Rows, PagedRows | Non
                 pages = [PagedRows.of(buffer, layer) for buffer in buffers]
                 found.append([(each.rows, each) for each in pages])
             else:
-                found.append([(Rows.of(each[layer]), None) for each in refs])
+                found.append([(StridedRows.of(each[layer]), None) for each in refs])
     return found
 
 
@@ -234,12 +234,12 @@ def _device_pool(setup: Setup, kind: str, layers: int) -> Any:
     return MLATokenToKVPool(setup.tokens, setup.page_size, dtype, 48, 16, layers, "cpu", False)
 
 
-def _layers(device_pools: list[Any]) -> list[list[Memory]]:
+def _layers(device_pools: list[Any]) -> list[list[LayerBuffer]]:
     numbers = iter(range(1 << 8))
     layers = []
     for pool in device_pools:
         parts = [pool.k_buffer, pool.v_buffer] if hasattr(pool, "k_buffer") else [pool.kv_buffer]
         layers += [
-            [Memory(next(numbers), tensor) for tensor in tensors] for tensors in zip(*parts, strict=True)
+            [LayerBuffer(next(numbers), tensor) for tensor in tensors] for tensors in zip(*parts, strict=True)
         ]
     return layers

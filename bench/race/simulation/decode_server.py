@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ....io_backends.virtual import gpu
-from .batches import Batch, Options
+from .batches import Options, ScheduleBatch
 from .cache import Cache
 from .loops import Callers
 from .scheduler import Scheduler
@@ -36,7 +36,7 @@ class DecodeServer(Scheduler):
         prompt = max(1, len(tokens) // 4)
         super().add(name, tokens[:prompt], output + len(tokens) - prompt)
 
-    def _next_batch(self) -> Batch | None:
+    def _next_batch(self) -> ScheduleBatch | None:
         """``process_decode_queue``, ``get_next_disagg_decode_batch_to_run``."""
         self._check_transfers()
         self.ledger.check_acknowledged()
@@ -75,7 +75,7 @@ class DecodeServer(Scheduler):
         The network card writes them, in no stream's order. A request that has just finished may have one more
         forward in flight, which writes to a row that is free by now; here the rows arrive behind it.
         """
-        batch = Batch(self._modes.PREBUILT, [request], [(request.prefix_len, request.extend_end)])
+        batch = ScheduleBatch(self._modes.PREBUILT, [request], [(request.prefix_len, request.extend_end)])
         described = self._describe(batch)
         request.output_ids.extend(batch.sampled[0])
         nothing = described.read[:0], described.read_tags[:0]
@@ -124,7 +124,7 @@ class Retraction(DecodeServer):
         wanted, self._retract_one = self._retract_one, False
         return super()._must_retract() or (wanted and len(self._running) > 1)
 
-    def _decode_batch(self) -> Batch | None:
+    def _decode_batch(self) -> ScheduleBatch | None:
         self._retract_one = self._rng.random() < 0.2
         return super()._decode_batch()
 

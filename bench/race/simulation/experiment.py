@@ -6,19 +6,18 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
 from ....io_backends.virtual import gpu
 from ....io_backends.virtual.order import Order
 from ....io_backends.virtual.races import Race
 from ....policy.decide import Decision
+from ..kept_fences import KeptFences
 from . import hooks
 from .batches import Options
 from .cache import Cache
 from .scheduler import Scheduler
 from .workload import Action, Player, program
-
-Fences = Literal["none", "producer", "both", "auto"]
 
 D2H_STREAMS = frozenset({"transfer", "gather", "drain", "indices", "background"})
 """Streams of the write-back: SGLang's, and those that backends and the virtual device make."""
@@ -29,14 +28,16 @@ PRODUCERS = frozenset({"forward", "schedule"})
 LeaveOut = Callable[[Any, Any, str], bool]
 
 
-def left_out(fences: Fences) -> LeaveOut:
+def left_out(fences: KeptFences) -> LeaveOut:
     """Which waits to forget, by what they are for, whoever asked for them (SGLang's own included)."""
 
     def leave_out(waiting: Any, recorded_on: Any, site: str) -> bool:
         producer = waiting.name in D2H_STREAMS and recorded_on.name in PRODUCERS
         # Without overlap forwards run on the schedule stream.
         forward = waiting.name in PRODUCERS and recorded_on.name in D2H_STREAMS
-        return (producer and fences == "none") or (forward and fences in ("none", "producer"))
+        return (producer and fences == KeptFences.none) or (
+            forward and fences in (KeptFences.none, KeptFences.producer)
+        )
 
     return leave_out
 

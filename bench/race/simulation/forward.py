@@ -19,7 +19,7 @@ from ....io_backends.virtual import gpu
 from ....io_backends.virtual.operations import Operation
 from ....io_backends.virtual.ranges import ByteRanges
 from ....io_backends.virtual.sites import hide
-from .kernels import Rows
+from .kernels import StridedRows
 
 # Reports name the scheduler.
 hide(__name__)
@@ -48,11 +48,11 @@ def contents(tokens: npt.ArrayLike, positions: npt.ArrayLike) -> Words:
     return np.asarray(tokens, dtype=np.uint64) << np.uint64(24) | np.asarray(positions, dtype=np.uint64)
 
 
-class Memory:
+class LayerBuffer:
     """One component (K, V or the latent) of one layer, on the device: uint64 [slots, words]."""
 
     def __init__(self, number: int, tensor: Any) -> None:
-        self.rows = Rows.of(tensor)
+        self.rows = StridedRows.of(tensor)
         self._salt = np.uint64(number + 1) << np.uint64(56)
         self._words = np.arange(self.rows.nbytes // 8, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         self._view = tensor.view(torch.uint8).numpy().reshape(len(tensor), -1).view(np.uint64)
@@ -73,7 +73,7 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class ForwardBatch:
     """What a forward works on: slots and contents of the rows that it writes, and of those that it reads.
 
     Attributes:
@@ -98,12 +98,12 @@ class Forward:
             makes the current stream wait for loads of that layer.
     """
 
-    def __init__(self, layers: Sequence[Sequence[Memory]], waits: Sequence[Any]) -> None:
+    def __init__(self, layers: Sequence[Sequence[LayerBuffer]], waits: Sequence[Any]) -> None:
         self._layers = layers
         self._waits = waits
         self.wrong_reads = 0
 
-    def launch_layers(self, batch: Batch, layers: Iterable[int] | None = None) -> None:
+    def launch_layers(self, batch: ForwardBatch, layers: Iterable[int] | None = None) -> None:
         """``layers``: without it all of them, the draft's behind the target's."""
         for layer in range(len(self._layers)) if layers is None else layers:
             memories = self._layers[layer]
@@ -124,9 +124,9 @@ class Forward:
                 )
             )
 
-    def _read(self, memory: Memory, batch: Batch) -> None:
+    def _read(self, memory: LayerBuffer, batch: ForwardBatch) -> None:
         self.wrong_reads += memory.wrong(batch.read, batch.read_tags)
 
 
-def _bytes_of(memories: Sequence[Memory], slots: Ints) -> ByteRanges:
+def _bytes_of(memories: Sequence[LayerBuffer], slots: Ints) -> ByteRanges:
     return ByteRanges.of(np.concatenate([memory.rows.spans(slots) for memory in memories]))

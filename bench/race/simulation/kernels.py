@@ -50,7 +50,7 @@ host_memory = HostMemory()
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class StridedRows:
     """Rows of ``nbytes`` bytes, ``stride`` bytes apart."""
 
     base: int
@@ -58,7 +58,7 @@ class Rows:
     nbytes: int
 
     @classmethod
-    def of(cls, tensor: Any) -> Rows:
+    def of(cls, tensor: Any) -> StridedRows:
         """A tensor's rows along its first axis, each in one piece."""
         if tensor.numel() and not tensor[0].is_contiguous():
             raise ValueError(f"a row of {tuple(tensor.shape)} with strides {tensor.stride()} is in pieces")
@@ -87,9 +87,9 @@ def _memory(base: int, stride: int, nbytes: int, slots: int) -> npt.NDArray[np.u
 class Copy:
     """Rows ``sources[i]`` of one memory to rows ``targets[i]`` of another."""
 
-    target: Rows
+    target: StridedRows
     targets: Indices
-    source: Rows
+    source: StridedRows
     sources: Indices
 
     def run(self) -> None:
@@ -104,7 +104,7 @@ def launch(
     *,
     on_sms: bool,
     d2h: bool,
-    entries: int = 1,
+    engine_copies: int = 1,
 ) -> None:
     """Enqueue ``copies`` as one operation on the current stream.
 
@@ -113,7 +113,7 @@ def launch(
         gone.
         on_sms: by a kernel, or else by a copy engine.
         d2h: a part of a transfer to the host.
-        entries: copies that the copy engine gets.
+        engine_copies: that the copy engine gets.
     """
     on_device = [_OnDevice(each) for each in indices if each.is_cuda]
     pieces = [copies[nth::_PIECES] for nth in range(min(_PIECES, len(copies)))]
@@ -133,7 +133,7 @@ def launch(
             engine="sm" if on_sms else "copy_d2h" if d2h else "copy_h2d",
             d2h_on_sms=on_sms and d2h,
             uses=[each.where for each in on_device],
-            entries=entries,
+            copies=engine_copies,
             nbytes=sum(len(copy.targets) * copy.target.nbytes for copy in copies),
             crosses_link=on_sms
             and (copies[0].target.base in host_memory or copies[0].source.base in host_memory),
@@ -184,10 +184,14 @@ class CopyKernels:
         return True
 
     def launch_one(self, k_dst: Any, v_dst: Any, dst: Any, k_src: Any, v_src: Any, src: Any) -> None:
-        self._launch([(Rows.of(k_dst), Rows.of(k_src)), (Rows.of(v_dst), Rows.of(v_src))], dst, src)
+        self._launch(
+            [(StridedRows.of(k_dst), StridedRows.of(k_src)), (StridedRows.of(v_dst), StridedRows.of(v_src))],
+            dst,
+            src,
+        )
 
     def launch_one_mla(self, to: Any, dst: Any, source: Any, src: Any) -> None:
-        self._launch([(Rows.of(to), Rows.of(source))], dst, src)
+        self._launch([(StridedRows.of(to), StridedRows.of(source))], dst, src)
 
     def launch_all(
         self,
@@ -224,7 +228,7 @@ class CopyKernels:
         size = element_size or self._element_size
         self._launch(list(_layers(to, source, dst_stride, src_stride, size)), dst, src)
 
-    def _launch(self, pairs: Sequence[tuple[Rows, Rows]], dst: Any, src: Any) -> None:
+    def _launch(self, pairs: Sequence[tuple[StridedRows, StridedRows]], dst: Any, src: Any) -> None:
         targets, sources = _values(dst), _values(src)
         launch(
             self._name,
@@ -235,10 +239,12 @@ class CopyKernels:
         )
 
 
-def _layers(dst: Any, src: Any, dst_stride: int, src_stride: int, size: Any) -> Iterator[tuple[Rows, Rows]]:
+def _layers(
+    dst: Any, src: Any, dst_stride: int, src_stride: int, size: Any
+) -> Iterator[tuple[StridedRows, StridedRows]]:
     """Rows of each layer, from tables of addresses (uint64 [layers])."""
     for target, source in zip(dst.tolist(), src.tolist(), strict=True):
-        yield Rows(target, dst_stride, size), Rows(source, src_stride, size)
+        yield StridedRows(target, dst_stride, size), StridedRows(source, src_stride, size)
 
 
 class StagedKernels:
@@ -272,14 +278,14 @@ class StagedKernels:
         relayout, drain = [], []
         for target, staging, source in parts:
             # [token, layer, row]: a token's layers lie together in staging, and on the host.
-            token = Rows.of(staging)
+            token = StridedRows.of(staging)
             row = token.nbytes // staging.shape[1]
             for layer, address in enumerate(source.tolist()):
-                to = Rows(token.base + layer * row, token.stride, row)
-                relayout.append(Copy(to, staged, Rows(address, row, row), rows))
-            drain.append(Copy(Rows.of(target), _values(dst), token, staged))
+                to = StridedRows(token.base + layer * row, token.stride, row)
+                relayout.append(Copy(to, staged, StridedRows(address, row, row), rows))
+            drain.append(Copy(StridedRows.of(target), _values(dst), token, staged))
         launch("staged relayout", relayout, (pages,), on_sms=True, d2h=True)
-        launch("staged copies", drain, on_sms=False, d2h=True, entries=len(parts) * len(pages))
+        launch("staged copies", drain, on_sms=False, d2h=True, engine_copies=len(parts) * len(pages))
 
 
 def load_jit(name: str, *arguments: Any, **_: Any) -> Any:
@@ -300,7 +306,7 @@ def transfer_kv_direct(
     sources, targets = _values(src_indices), _values(dst_indices)
     _direct(
         [
-            Copy(Rows.of(dst), targets, Rows.of(src), sources)
+            Copy(StridedRows.of(dst), targets, StridedRows.of(src), sources)
             for src, dst in zip(src_layers, dst_layers, strict=True)
         ],
         page_size,
@@ -316,7 +322,7 @@ def transfer_kv_all_layer_direct_lf_pf(
     copies = []
     for nth, src in enumerate(src_ptrs):
         pages = PagedRows.of(dst_ptrs[nth // layers], nth % layers)
-        copies.append(Copy(pages.rows, pages.at(targets), Rows.of(src), sources))
+        copies.append(Copy(pages.rows, pages.at(targets), StridedRows.of(src), sources))
     _direct(copies, page_size)
 
 
@@ -333,14 +339,14 @@ def transfer_kv_per_layer_direct_pf_lf(
     copies = []
     for src, dst in zip(src_ptrs, dst_ptrs, strict=True):
         pages = PagedRows.of(src, layer_id)
-        copies.append(Copy(Rows.of(dst), targets, pages.rows, pages.at(sources)))
+        copies.append(Copy(StridedRows.of(dst), targets, pages.rows, pages.at(sources)))
     _direct(copies, page_size)
 
 
 class PagedRows(NamedTuple):
     """Rows of one layer in a buffer [page, layer, offset, ...]."""
 
-    rows: Rows
+    rows: StridedRows
     layer: int
     layers: int
     page_size: int
@@ -348,7 +354,7 @@ class PagedRows(NamedTuple):
     @classmethod
     def of(cls, buffer: Any, layer: int) -> PagedRows:
         row = buffer[0, 0, 0].numel() * buffer.element_size()
-        return cls(Rows(buffer.data_ptr(), row, row), layer, buffer.shape[1], buffer.shape[2])
+        return cls(StridedRows(buffer.data_ptr(), row, row), layer, buffer.shape[1], buffer.shape[2])
 
     def at(self, slots: Indices) -> Indices:
         """Which of :attr:`rows` the slots are."""
@@ -357,8 +363,14 @@ class PagedRows(NamedTuple):
 
 
 def _direct(copies: Sequence[Copy], page_size: int) -> None:
-    entries = len(copies) * -(-len(copies[0].targets) // page_size)
-    launch("direct copies", copies, on_sms=False, d2h=copies[0].target.base in host_memory, entries=entries)
+    engine_copies = len(copies) * -(-len(copies[0].targets) // page_size)
+    launch(
+        "direct copies",
+        copies,
+        on_sms=False,
+        d2h=copies[0].target.base in host_memory,
+        engine_copies=engine_copies,
+    )
 
 
 DIRECT: dict[str, Callable[..., None]] = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ....io_backends.virtual import gpu
-from .batches import Batch, Options
+from .batches import Options, ScheduleBatch
 from .cache import Cache
 from .scheduler import MAX_RUNNING, Scheduler
 
@@ -27,7 +27,7 @@ class NoOverlap(Scheduler):
             self._process(batch)
         self._last = batch
 
-    def _run_batch(self, batch: Batch) -> None:
+    def _run_batch(self, batch: ScheduleBatch) -> None:
         """``run_batch``, the part without ``enable_overlap``."""
         self.before_forward(batch)
         self._launch(batch, self._describe(batch))
@@ -50,8 +50,8 @@ class Pipeline(Scheduler):
         super().__init__(cache, options, rng)
         self._number = 0
         self._running_mbs: list[list[Any]] = [[] for _ in range(self.microbatches)]
-        self._last_mbs: list[Batch | None] = [None] * self.microbatches
-        self._mbs: list[Batch | None] = [None] * self.microbatches
+        self._last_mbs: list[ScheduleBatch | None] = [None] * self.microbatches
+        self._mbs: list[ScheduleBatch | None] = [None] * self.microbatches
 
     @property
     def idle(self) -> bool:
@@ -91,7 +91,7 @@ class Pipeline(Scheduler):
         elif self.idle:
             gpu.gpu.finish()
 
-    def _run_batch(self, batch: Batch) -> None:
+    def _run_batch(self, batch: ScheduleBatch) -> None:
         """``_pp_launch_batch``; the results come back through the ring of ranks."""
         with gpu.stream(self.forward_stream):
             # _pp_wait_forward_dependencies
@@ -114,12 +114,12 @@ class Callers:
     forward_stream: gpu.Stream
     schedule_stream: gpu.Stream
 
-    def _next_batch(self) -> Batch | None:
+    def _next_batch(self) -> ScheduleBatch | None:
         self._ask()
-        batch: Batch | None = super()._next_batch()  # type: ignore[misc]
+        batch: ScheduleBatch | None = super()._next_batch()  # type: ignore[misc]
         return batch
 
-    def _process(self, batch: Batch) -> None:
+    def _process(self, batch: ScheduleBatch) -> None:
         self._ask()
         super()._process(batch)  # type: ignore[misc]
         self._ask()

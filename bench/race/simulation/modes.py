@@ -24,7 +24,7 @@ from .speculative import Speculative, SynchronizeSpeculative
 
 
 @dataclass(frozen=True, slots=True)
-class Mode:
+class ServingMode:
     """One of them.
 
     Attributes:
@@ -41,12 +41,12 @@ class Mode:
         return replace(setup, **self.setup)
 
 
-MODES: dict[str, Mode] = {
-    "overlap": Mode(Scheduler, Synchronize),
-    "pipeline": Mode(Pipeline, SynchronizePipeline),
-    "synchronize": Mode(Synchronize, Synchronize),
-    "offload": Mode(Offload, SynchronizeOffload, {"offload": True, "draft": False}),
-    "retraction": Mode(Retraction, SynchronizeRetraction),
-    "no-overlap": Mode(NoOverlap, SynchronizeNoOverlap),
-    "speculative": Mode(Speculative, SynchronizeSpeculative, {"eagle": True}),
+MODES: dict[str, ServingMode] = {
+    "overlap": ServingMode(Scheduler, Synchronize),
+    "pipeline": ServingMode(Pipeline, SynchronizePipeline),
+    "synchronize": ServingMode(Synchronize, Synchronize),
+    "offload": ServingMode(Offload, SynchronizeOffload, {"offload": True, "draft": False}),
+    "retraction": ServingMode(Retraction, SynchronizeRetraction),
+    "no-overlap": ServingMode(NoOverlap, SynchronizeNoOverlap),
+    "speculative": ServingMode(Speculative, SynchronizeSpeculative, {"eagle": True}),
 }

@@ -9,7 +9,7 @@ import torch
 from .cache import Cache
 
 
-class Rows:
+class RowAllocator:
     """What mem_cache/allocation.py does for a batch, without its kernels.
 
     Args:

@@ -20,10 +20,10 @@ import torch
 from ....io_backends.virtual import gpu
 from ....io_backends.virtual.operations import Operation
 from . import forward as model
-from .batches import Batch, Options
+from .batches import Options, ScheduleBatch
 from .cache import REQUESTS, Cache
 from .ledger import Ledger
-from .rows import Rows
+from .rows import RowAllocator
 
 VOCABULARY = 1 << 20
 MAX_RUNNING = REQUESTS - 2
@@ -62,14 +62,14 @@ class Scheduler:
         gpu.set_stream(self.schedule_stream)
         self._restart()
         self.ledger = Ledger(cache)
-        self._rows = Rows(cache)
-        self.before_forward: Callable[[Batch], None] = lambda batch: None
+        self._rows = RowAllocator(cache)
+        self.before_forward: Callable[[ScheduleBatch], None] = lambda batch: None
         self.waiting: list[Any] = []
         self._running: list[Any] = []
         self._chunked: Any = None
         self._chunked_abort: Any = None
-        self._last: Batch | None = None
-        self._results: deque[Batch] = deque()
+        self._last: ScheduleBatch | None = None
+        self._results: deque[ScheduleBatch] = deque()
         # All tokens of a request, those included that a forward in flight is to sample.
         self._tokens: dict[str, list[int]] = {}
         self._promised = 0
@@ -147,7 +147,7 @@ class Scheduler:
             gpu.gpu.finish()
         self._last = batch
 
-    def _next_batch(self) -> Batch | None:
+    def _next_batch(self) -> ScheduleBatch | None:
         """``get_next_batch_to_run``."""
         self._abort_chunked()
         # _process_hicache_events
@@ -182,7 +182,7 @@ class Scheduler:
 
         checkpoint_kv_cache(request, self._cache.tree)
 
-    def _prefill_batch(self) -> Batch | None:
+    def _prefill_batch(self) -> ScheduleBatch | None:
         """``get_new_batch_prefill`` and schedule_policy.py's ``PrefillAdder``."""
         admitted: list[Any] = []
         self._promised = 0
@@ -209,7 +209,7 @@ class Scheduler:
         consumer = self._cache.tree.ready_to_load_host_cache()
         spans = [(each.prefix_len, each.extend_end) for each in admitted]
         self._rows.extend(admitted)
-        batch = Batch(
+        batch = ScheduleBatch(
             self._modes.EXTEND, admitted, spans, chunked=self._chunked, hicache_consumer_index=consumer
         )
         if self._options.mixed and self._running:
@@ -263,13 +263,13 @@ class Scheduler:
         request.extend_end = request.prefix_len + wanted
         return True
 
-    def _decode_batch(self) -> Batch | None:
+    def _decode_batch(self) -> ScheduleBatch | None:
         """``update_running_batch`` and ``ScheduleBatch.prepare_for_decode``."""
         self._retract()
         if not self._running:
             return None
         spans = [self._rows.grow(request) for request in self._running]
-        return Batch(self._modes.DECODE, list(self._running), spans, decoding=list(self._running))
+        return ScheduleBatch(self._modes.DECODE, list(self._running), spans, decoding=list(self._running))
 
     def _retract(self) -> None:
         """``ScheduleBatch.retract_decode``: the last ones give way until the others' next rows fit."""
@@ -298,7 +298,7 @@ class Scheduler:
         """``_add_request_to_queue`` of one that was retracted."""
         self.waiting.insert(0, request)
 
-    def _run_batch(self, batch: Batch) -> None:
+    def _run_batch(self, batch: ScheduleBatch) -> None:
         """``run_batch``, the part under ``enable_overlap``."""
         self.before_forward(batch)
         described = self._describe(batch)
@@ -309,7 +309,7 @@ class Scheduler:
             self.copy_stream.wait_stream(self.forward_stream)
         self._copy_results(batch, self.copy_stream)
 
-    def _launch(self, batch: Batch, described: model.Batch) -> None:
+    def _launch(self, batch: ScheduleBatch, described: model.ForwardBatch) -> None:
         """``forward_batch_generation``, on the current stream."""
         # tp_worker.py: set_hicache_consumer
         self._cache.controller.layer_done_counter.set_consumer(batch.hicache_consumer_index)
@@ -319,12 +319,12 @@ class Scheduler:
             batch.read_done = gpu.current_stream().record_event()
         self._forward.launch_layers(described)
 
-    def _copy_results(self, batch: Batch, stream: gpu.Stream) -> None:
+    def _copy_results(self, batch: ScheduleBatch, stream: gpu.Stream) -> None:
         """``GenerationBatchResult.copy_to_cpu``."""
         stream.launch(Operation("results to the host", engine="copy_d2h"))
         batch.copy_done = stream.record_event()
 
-    def _describe(self, batch: Batch) -> model.Batch:
+    def _describe(self, batch: ScheduleBatch) -> model.ForwardBatch:
         """What the forward works on; samples what it will give."""
         computed = {}
         for request, (_, stop) in zip(batch.requests, batch.spans, strict=True):
@@ -335,7 +335,7 @@ class Scheduler:
             tokens += batch.sampled[-1]
         return self._described(batch, computed)
 
-    def _described(self, batch: Batch, computed: Mapping[str, Sequence[int]]) -> model.Batch:
+    def _described(self, batch: ScheduleBatch, computed: Mapping[str, Sequence[int]]) -> model.ForwardBatch:
         """``computed``: of each request, its tokens up to the last that this forward writes."""
         written: list[torch.Tensor] = []
         read: list[torch.Tensor] = []
@@ -352,7 +352,7 @@ class Scheduler:
         tags = np.concatenate(written_tags)
         self.ledger.forward_writes(slots, tags)
         lasts = self._options.forward_ms
-        return model.Batch(
+        return model.ForwardBatch(
             name=f"forward {kind}",
             written=slots,
             written_tags=tags,
@@ -362,7 +362,7 @@ class Scheduler:
             ms=None if lasts is None else lasts(kind, len(slots)) / len(self._cache.layers),
         )
 
-    def _apply_war_barrier(self, batch: Batch) -> None:
+    def _apply_war_barrier(self, batch: ScheduleBatch) -> None:
         """``_apply_war_barrier``: the forward's last read of what the scheduler writes next.
 
         With HiCache a prefill publishes no such event (runner_utils/shared_read_event.py), so the schedule
@@ -373,7 +373,7 @@ class Scheduler:
         else:
             self.schedule_stream.wait_stream(self.forward_stream)
 
-    def _process(self, batch: Batch) -> None:
+    def _process(self, batch: ScheduleBatch) -> None:
         """``process_batch_result``: batch_result_processor.py's ``process_batch_result_prefill`` and
         ``_decode``.
         """

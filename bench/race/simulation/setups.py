@@ -7,8 +7,9 @@ from dataclasses import replace
 from ....policy.decide import Decision
 from ....policy.facts import Facts
 from ....policy.names import FORWARDS
+from ..kept_fences import KeptFences
 from .cache import Cache, Setup
-from .experiment import Experiment, Fences
+from .experiment import Experiment
 from .forward import is_exclusive
 from .modes import MODES
 
@@ -25,9 +26,9 @@ def exclusive_forwards(facts: Facts) -> tuple[str, ...]:
     return tuple(name for name in FORWARDS if is_exclusive(backends[name], facts.value("gpu_arch")))
 
 
-def fenced(decision: Decision, fences: Fences) -> Decision:
+def fenced(decision: Decision, fences: KeptFences) -> Decision:
     """``decision``, with every forward waiting unless the policy is what is looked at."""
-    if fences == "auto":
+    if fences == KeptFences.auto:
         return decision
     return replace(
         decision,
@@ -50,7 +51,11 @@ def setup_of(facts: Facts, io_backend: str) -> Setup:
 
 
 def experiment(
-    facts: Facts, decision: Decision | None, fences: Fences, io_backend: str = "kernel", mode: str = "overlap"
+    facts: Facts,
+    decision: Decision | None,
+    fences: KeptFences,
+    io_backend: str = "kernel",
+    mode: str = "overlap",
 ) -> Experiment:
     """Builds SGLang's cache, which takes a moment, and what is to be done to it."""
     chosen = MODES[mode]

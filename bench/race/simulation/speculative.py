@@ -9,7 +9,7 @@ from typing import Any
 from ....io_backends.virtual import gpu
 from ....io_backends.virtual.operations import Operation
 from . import forward as model
-from .batches import Batch, Options
+from .batches import Options, ScheduleBatch
 from .cache import Cache
 from .loops import Callers
 from .scheduler import VOCABULARY, Scheduler
@@ -33,7 +33,7 @@ class Speculative(Scheduler):
         # seq_lens on the GPU: committed rows, those in flight included.
         self._lengths: dict[str, int] = {}
 
-    def _decode_batch(self) -> Batch | None:
+    def _decode_batch(self) -> ScheduleBatch | None:
         """eagle_utils.py: ``eagle_prepare_for_decode``."""
         self._retract()
         if not self._running:
@@ -44,7 +44,7 @@ class Speculative(Scheduler):
             (self._lengths[request.rid], self._lengths[request.rid] + DRAFT_TOKENS)
             for request in self._running
         ]
-        return Batch(self._modes.DECODE, list(self._running), spans, decoding=list(self._running))
+        return ScheduleBatch(self._modes.DECODE, list(self._running), spans, decoding=list(self._running))
 
     def _reserved(self, request: Any) -> int:
         """allocation_sizing.py: ``page_aligned_decode_alloc_lens``; twice what a step writes."""
@@ -61,7 +61,7 @@ class Speculative(Scheduler):
         )
         return bool(self._running) and wanted > self._rows.free
 
-    def _describe(self, batch: Batch) -> model.Batch:
+    def _describe(self, batch: ScheduleBatch) -> model.ForwardBatch:
         if not batch.forward_mode.is_decode():
             described = super()._describe(batch)
             self._lengths.update(
@@ -80,7 +80,7 @@ class Speculative(Scheduler):
             self._lengths[request.rid] += accepted
         return self._described(batch, guessed)
 
-    def _launch(self, batch: Batch, described: model.Batch) -> None:
+    def _launch(self, batch: ScheduleBatch, described: model.ForwardBatch) -> None:
         """``forward_batch_generation`` of the worker; a prefill is followed by the draft's, on its layers."""
         if not batch.forward_mode.is_decode():
             super()._launch(batch, described)

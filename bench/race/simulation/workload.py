@@ -14,7 +14,7 @@ CONVERSATIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class NewRequest:
     """A request: a conversation's last turn, cut to ``keep`` of 8 parts, and new tokens.
 
     Attributes:
@@ -31,7 +31,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class RunRounds:
     """Rounds of the scheduler's loop."""
 
     rounds: int
@@ -49,9 +49,9 @@ class Flush:
     """Run until nothing is left to do, then reset the cache."""
 
 
-Action = Ask | Step | Abort | Flush
+Action = NewRequest | RunRounds | Abort | Flush
 
-_NAMES: dict[str, type[Any]] = {"ask": Ask, "step": Step, "abort": Abort, "flush": Flush}
+_NAMES: dict[str, type[Any]] = {"ask": NewRequest, "step": RunRounds, "abort": Abort, "flush": Flush}
 
 
 def to_text(actions: Iterable[Action]) -> str:
@@ -99,9 +99,9 @@ def program(seed: int, unit: int, actions: int = 12) -> list[Action]:
         if kind == "ask":
             fresh = rng.randint(1, 5) * unit + rng.choice((0, 0, 1, -1))
             keep = rng.choice((0, 4, 7, 8, 8))
-            made.append(Ask(rng.randrange(CONVERSATIONS), keep, fresh, rng.randint(1, unit + 2)))
+            made.append(NewRequest(rng.randrange(CONVERSATIONS), keep, fresh, rng.randint(1, unit + 2)))
         elif kind == "step":
-            made.append(Step(rng.choice((1, 1, 2, 8))))
+            made.append(RunRounds(rng.choice((1, 1, 2, 8))))
         elif kind == "abort":
             made.append(Abort(rng.randrange(8)))
         else:
@@ -125,9 +125,9 @@ class Player:
 
     def play(self, actions: Sequence[Action]) -> None:
         for action in actions:
-            if isinstance(action, Ask):
+            if isinstance(action, NewRequest):
                 self._ask(action)
-            elif isinstance(action, Step):
+            elif isinstance(action, RunRounds):
                 for _ in range(action.rounds):
                     self._scheduler.step()
             elif isinstance(action, Abort):
@@ -145,7 +145,7 @@ class Player:
             self._scheduler.step()
         raise RuntimeError("the modelled scheduler makes no progress")
 
-    def _ask(self, action: Ask) -> None:
+    def _ask(self, action: NewRequest) -> None:
         before = self._last.get(action.conversation)
         said = self._scheduler.tokens_of(before) if before is not None else []
         fresh = max(1, min(action.fresh, self._longest - action.output - 1))

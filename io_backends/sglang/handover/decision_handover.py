@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...registry import UPSTREAM_NAMES
-from ..errors import RefusedError, exit_with
+from ..errors import RefusedError, end_scheduler
 
 ATTRIBUTE = "_hicache_io"
 
@@ -90,13 +90,12 @@ def _guard_scheduler() -> None:
                 "the plug-in hicache_io was not loaded in this process "
                 "(is it left out by SGLANG_PLUGINS or SGLANG_PLATFORM?)"
             )
-            raise exit_with(
+            raise end_scheduler(
                 RefusedError(
                     f"this scheduler was asked to run one of our write-back backends, but {reason}. "
                     "It would copy KV cache without fences, so it does not start. Mend that, or start "
                     "with --hicache-io-backend kernel"
-                ),
-                1,
+                )
             )
         original(self, *args, **kwargs)
 

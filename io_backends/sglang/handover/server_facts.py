@@ -18,7 +18,7 @@ from ....policy.facts import Fact, Facts
 from ....policy.names import NO_SPECULATION
 from .. import versions
 from ..pools.errors import UnsupportedPoolError
-from ..pools.geometry import describe
+from ..pools.geometry import describe_pool
 from .machine_facts import detect
 
 RESOLVED = "resolved by SGLang"
@@ -237,7 +237,7 @@ def _pool_facts(scheduler: Any) -> dict[str, FactValue]:
         anchor = entries[0].host_pool if entries else group
         if anchor is not None:
             try:
-                geometry = describe(anchor)
+                geometry = describe_pool(anchor)
             except UnsupportedPoolError:
                 continue
             return {

@@ -20,7 +20,7 @@ ASKED_ATTRIBUTE = "_hicache_io_asked"
 """On ``ServerArgs``: an :class:`Asked`, or absent. Underscored names travel, unsealed."""
 
 
-def check_name(name: str, problem: str | None) -> None:
+def refuse_unservable(name: str, problem: str | None) -> None:
     """Raises RefusedError if ``name`` is ours to serve and cannot be."""
     if not is_ours(name):
         return
@@ -42,7 +42,7 @@ def extend_parser(problem: str | None) -> Callable[..., None]:
             if is_ours(name) and name != AUTO and name not in available_backends():
                 # argparse would list the choices; the nearest name helps more.
                 raise argparse.ArgumentTypeError(unknown_backend(name))
-            check_name(name, problem)
+            refuse_unservable(name, problem)
         except RefusedError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
         return name
@@ -132,7 +132,7 @@ def accept_engine_keywords(problem: str | None) -> None:
     def make(*args: Any, **kwargs: Any) -> Any:
         policy = kwargs.pop("hicache_io_policy", None)
         experiment = unsafe.Request.taken_from(kwargs)
-        check_name(kwargs.get("hicache_io_backend", UPSTREAM_NAMES[0]), problem)
+        refuse_unservable(kwargs.get("hicache_io_backend", UPSTREAM_NAMES[0]), problem)
         return _made(lambda: original(*args, **kwargs), Asked(policy, experiment=experiment))
 
     engine.server_args_class = staticmethod(make)

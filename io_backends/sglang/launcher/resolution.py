@@ -24,7 +24,7 @@ from ..errors import RefusedError, exit_with
 from ..handover.decision_handover import ATTRIBUTE, Carried
 from ..handover.server_facts import resolved_facts
 from ..scheduler import scheduler_hooks
-from .options import asked, check_name, is_ours
+from .options import asked, is_ours, refuse_unservable
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def _prepare(server_args: Any) -> bool:
                 f"use --hicache-io-backend {AUTO}, or leave the policy out"
             )
         return False
-    check_name(name, None)
+    refuse_unservable(name, None)
     if not hicache_in_use(config):
         if option is not None:
             raise RefusedError(

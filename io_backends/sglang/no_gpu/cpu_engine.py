@@ -13,7 +13,7 @@ import numpy as np
 
 from ...device.cpu import host_view, rows_view
 from .. import hooks, versions
-from ..pools.geometry import describe
+from ..pools.geometry import describe_pool
 
 
 def install() -> None:
@@ -54,7 +54,7 @@ def _load_layer(
     *,
     is_draft: bool = False,
 ) -> None:
-    geometry = describe(pool)
+    geometry = describe_pool(pool)
     if not is_draft and not 0 <= layer_id < pool.target_layer_num:
         return
     slots = np.asarray(host_indices, dtype=np.int64)

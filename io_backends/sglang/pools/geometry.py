@@ -24,7 +24,7 @@ WITHOUT_BYTES = frozenset({"LogicalHostPool", "DeepSeekV4StateHostPool"})
 """Host pools that hold slots and nothing that is copied."""
 
 
-def describe(host_pool: Any) -> PoolGeometry:
+def describe_pool(host_pool: Any) -> PoolGeometry:
     """Geometry of an SGLang host pool and the device buffers it mirrors.
 
     Raises:

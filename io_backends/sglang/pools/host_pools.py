@@ -15,7 +15,7 @@ from ....policy.decide import Decision
 from ...registry import BACKENDS
 from . import records
 from .errors import ShortHostRowsError, UnsupportedPoolError
-from .geometry import WITHOUT_BYTES, describe
+from .geometry import WITHOUT_BYTES, describe_pool
 
 PROMPT_TOKENS = 8192
 """Tokens of the prompt that shares are of, written once and as one node of the radix tree: every token's rows
@@ -104,7 +104,7 @@ def _pool(name: str, pool: Any, window: int | None) -> HostPool:
     kind = type(pool).__name__
     undescribed, layout = None, str(getattr(pool, "layout", "unknown"))
     try:
-        geometry = describe(pool)
+        geometry = describe_pool(pool)
         layout = geometry.layout
     except ShortHostRowsError as error:
         raise ShortHostRowsError(f"pool {name}, {error}") from error

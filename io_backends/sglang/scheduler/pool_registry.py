@@ -12,7 +12,7 @@ from ...interface import Backend, OptionsError
 from ...plan.geometry import PoolGeometry
 from ..errors import RefusedError
 from ..pools.errors import ShortHostRowsError, UnsupportedPoolError
-from ..pools.geometry import describe, fingerprint, host_buffers
+from ..pools.geometry import describe_pool, fingerprint, host_buffers
 from . import kernels
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class PoolRegistry:
         if known is not None and known.fingerprint == memory:
             return known
         try:
-            geometry = describe(host_pool)
+            geometry = describe_pool(host_pool)
         except ShortHostRowsError as error:
             raise RefusedError(f"pool {label_of(host_pool)}, {error}: nothing can keep it whole") from error
         except UnsupportedPoolError as error:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....policy.backend_spec import spec_of
-from ....policy.decide import Decision, describe
+from ....policy.decide import Decision, describe_decision
 from ...device import open_device
 from ...device.base import Device
 from ...registry import BACKENDS, make_backend
 from ...routes import routes_of
 from .. import hooks, unsafe, versions
-from ..errors import RefusedError, exit_with
+from ..errors import RefusedError, end_scheduler
 from ..handover import decision_handover, ranks
 from ..handover.decision_handover import ATTRIBUTE, is_ours
 from ..no_gpu import cpu_engine
@@ -88,12 +88,12 @@ def around_scheduler_init(
     carried = getattr(server_args, ATTRIBUTE, None)
     if carried is None:
         if is_ours(_effective_io_backend(server_args)):
-            raise exit_with(
+            raise end_scheduler(
                 RefusedError(
                     "--hicache-io-backend was not resolved in the launching process: the plug-in hicache_io "
-                    "did not run there (is it left out by SGLANG_PLUGINS?)"
-                ),
-                1,
+                    "did not run there. A program that builds ServerArgs itself calls "
+                    "sglang.srt.plugins.load_plugins() before; SGLANG_PLUGINS, if set, names hicache_io"
+                )
             )
         original(scheduler, server_args, *args, **kwargs)
         return
@@ -105,7 +105,7 @@ def around_scheduler_init(
         _activate(scheduler, decision, unsafe_fences)
     except Exception as error:  # whatever it is, the other ranks must hear of it
         if ranks.alone(server_args):
-            raise exit_with(error, 1) from error
+            raise end_scheduler(error) from error
         # The others would wait for a rank that is gone; they hear of it where all meet.
         refusal = error
     original(scheduler, server_args, *args, **kwargs)
@@ -117,8 +117,8 @@ def around_scheduler_init(
     try:
         ranks.agree(scheduler, decision, refusal)
     except RefusedError as error:
-        raise exit_with(error, 1) from (refusal or error)
-    logger.info("%s", describe(decision))
+        raise end_scheduler(error) from (refusal or error)
+    logger.info("%s", describe_decision(decision))
     unsafe.warn(unsafe_fences)
 
 
