@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from record_pools import KINDS, build
+from typer.testing import CliRunner
 
+from sglang_hicache.bench.cli import app
 from sglang_hicache.bench.explain.pool_rows import of_its_share, pool_rows
 from sglang_hicache.bench.lab import coverage
 from sglang_hicache.io_backends.policy_files import default_policy
@@ -184,3 +186,17 @@ def test_where_indices_are_translated_every_byte_is_sglangs(servers: list[dict[s
     assert share_of(list(by_name(server).values())) == 0
     others = [each for each in servers if each is not server]
     assert all(share_of(list(by_name(each).values())) > 0.95 for each in others)
+
+
+def test_explain_names_no_speed_for_a_server_whose_every_byte_sglang_copies() -> None:
+    model = MODELS / "DeepSeek-R1"
+    line = (
+        f"sglang serve --model-path {model} --skip-tokenizer-init --enable-hierarchical-cache "
+        "--hicache-io-backend auto --tp 8 --dcp-size 8"
+    )
+    shown = CliRunner().invoke(app, ["explain", "--server-args", line, "--gpu-arch", "sm90", "--json"])
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.stdout)
+    assert [(each["name"], each["writer"]) for each in found["pools"]] == [("kv", ["SGLang"])]
+    assert found["pools_unknown"] is None
+    assert {each["kind"] for each in found["cost"]} == {"unknown"}

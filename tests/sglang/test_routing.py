@@ -18,6 +18,7 @@ from sglang_hicache.io_backends.interface import Backend, OptionsError
 from sglang_hicache.io_backends.plan.geometry import Component, PoolGeometry, host_strides
 from sglang_hicache.io_backends.registry import OWN_NAMES
 from sglang_hicache.io_backends.routes import Route, one_route, routes_of
+from sglang_hicache.io_backends.sglang.pools import geometry as pool_geometry
 from sglang_hicache.io_backends.sglang.pools.errors import UnsupportedPoolError
 from sglang_hicache.io_backends.sglang.scheduler import kernels, pool_registry, writeback
 from sglang_hicache.io_backends.sglang.scheduler.indices import PlainIndices
@@ -901,7 +902,7 @@ def test_a_pool_whose_memory_changed_is_looked_at_again(
     def buffers(name: str) -> list[Any]:
         return [SimpleNamespace(data_ptr=lambda value=value: value) for value in addresses[name]]
 
-    monkeypatch.setattr(pool_registry, "host_buffers", lambda pool: buffers("host"))
+    monkeypatch.setattr(pool_geometry, "host_buffers", lambda pool: buffers("host"))
     names = ("k", "v") if part != "kv" else ("kv",)
 
     def fingerprint() -> tuple[int, ...]:
