@@ -23,6 +23,8 @@ from ...io_backends.sglang.pools.host_pools import HostPool, share_of
 
 ARCH = "sm90"
 
+_MODULE = "sglang_hicache.bench.lab.coverage"  # as a child it is __main__
+
 
 def servers(listed: Path) -> list[dict[str, Any]]:
     """The host pools of each server of ``listed``, with the SGLang that said so; in a process of its own."""
@@ -31,7 +33,7 @@ def servers(listed: Path) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="hicache-io-") as scratch:
         out = Path(scratch, "out.json")
         subprocess.run(
-            [sys.executable, "-m", __spec__.name, "--here", str(listed.resolve()), str(out)],
+            [sys.executable, "-m", _MODULE, "--here", str(listed.resolve()), str(out)],
             env={
                 **os.environ,
                 **fake_libcuda.environment(Path(scratch, "libcuda")),

@@ -60,10 +60,10 @@ def _built(server_args: Any) -> tuple[list[tuple[str, Any]], int | None]:
         components.add(ComponentType.SWA)
     if configurator.mambaish_config is not None:
         components.add(ComponentType.MAMBA)
-    nothing = dict.fromkeys(
+    nothing: dict[str, Any] = dict.fromkeys(
         ("tp_cache_group", "attn_cp_cache_group", "attn_tp_cache_group", "pp_cache_group")
     )
-    drafts = dict.fromkeys(
+    drafts: dict[str, Any] = dict.fromkeys(
         ("mtp_draft_device_pools", "mtp_draft_mamba_pools", "sidecar_draft_device_pools"), ()
     )
     page = allocator.page_size if runtime_context.get_parallel().dcp_enabled else page
@@ -93,7 +93,7 @@ def _name(name: Any) -> str:
 def _publish(server_args: Any) -> None:
     from sglang.srt import runtime_context
 
-    ranks = {}
+    ranks: dict[str, Any] = {}
     if hasattr(runtime_context, "SpawnRanks"):
         ranks["ranks"] = runtime_context.SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0)
     runtime_context.publish(server_args, role="scheduler", **ranks)
