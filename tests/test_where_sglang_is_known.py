@@ -43,11 +43,12 @@ ABOVE = frozenset({"errors", "hooks", "unsafe", "versions"})
 MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "plugin": frozenset({"handover", "launcher", "scheduler"}),
     "launcher": frozenset({"handover", "scheduler"}),
-    "handover": frozenset({"scheduler.pool_geometry"}),
-    "scheduler": frozenset({"handover", "metrics", "no_gpu"}),
+    "pools": frozenset(),
+    "handover": frozenset({"pools"}),
+    "scheduler": frozenset({"handover", "metrics", "no_gpu", "pools"}),
     "metrics": frozenset(),
-    "no_gpu": frozenset({"scheduler.pool_geometry"}),
-    "diagnose": frozenset({"handover", "launcher", "no_gpu", "scheduler.pool_geometry"}),
+    "no_gpu": frozenset({"pools"}),
+    "diagnose": frozenset({"handover", "launcher", "no_gpu", "pools"}),
     **dict.fromkeys(ABOVE, frozenset[str]()),
 }
 """By part: other parts that it may import, or single modules of one. What the parts' first lines say."""

@@ -167,8 +167,11 @@ def explain(
     else:
         with working("looking for a GPU"):
             facts = detect(given)
-    explanation = Explanation.of(in_force, facts, backend=backend)
-    then = None if other is None else Explanation.of(in_force, changed(facts, other), backend=backend)
+    pools = (server.pools, server.pools_unknown) if server else ((), None)
+    explanation = Explanation.of(in_force, facts, backend=backend, pools=pools)
+    then = None
+    if other is not None:
+        then = Explanation.of(in_force, changed(facts, other), backend=backend, pools=pools)
     words = _launch_line(facts, server, backend, policy, typed_backend)
     if as_json:
         found = {**explanation.to_dict(), "command": shlex.join(words)}

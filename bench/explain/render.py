@@ -11,7 +11,6 @@ from rich.console import Console
 
 from ...io_backends.sglang.diagnose import serving
 from ...policy import sentences
-from ...policy.cost import cost
 from ...policy.decide import Considered
 from ...policy.fact_spec import FactValue
 from ...policy.format.layers import DEFAULT_RULE, Policy
@@ -20,6 +19,7 @@ from ...policy.format.validators import USES
 from ...policy.match import word_of
 from ...policy.terminal import styled
 from ..layout import pairs, table
+from . import pool_rows
 from .explanation import Explanation
 from .what_if import difference
 
@@ -30,6 +30,7 @@ def show_explanation(out: Console, shown: Explanation) -> None:
     _heading(out, "Why")
     _show_reasons(out, shown)
     _show_cost(out, shown)
+    _show_pools(out, shown)
     _heading(out, "Facts")
     known = [(name, _fact(fact.value), fact.source) for name, fact in shown.facts.items()]
     out.print(table(out, ("fact", "value", "from"), known))
@@ -126,7 +127,7 @@ def _summary(shown: Explanation) -> list[tuple[str, str]]:
         ("Decided by", sentences.decided_by(decision, shown.policy)),
         ("SGLang gets", sentences.upstream_sentence(decision)),
     ]
-    if others := serving.other_pools(decision):
+    if not shown.pools and (others := serving.other_pools(decision)):
         waiting = " and ".join(decision.fences()) or "no forward"
         rows.append(("SGLang copies", f"pools of {', '.join(others)} itself; {waiting} would wait for that"))
     if memory := sentences.memory_sentence(decision, backends):
@@ -157,7 +158,7 @@ def _show_reasons(out: Console, shown: Explanation) -> None:
 
 
 def _show_cost(out: Console, shown: Explanation) -> None:
-    entries = cost(shown.decision, shown.facts)
+    entries = shown.cost()
     if not entries:
         return
     _heading(out, "What it costs")
@@ -165,6 +166,15 @@ def _show_cost(out: Console, shown: Explanation) -> None:
     out.print(table(out, ("backend", "", "one write"), rows))
     for source in dict.fromkeys(each["source"] for each in entries if each["source"]):
         out.print(f"Measured on: {source}")
+
+
+def _show_pools(out: Console, shown: Explanation) -> None:
+    if shown.pools:
+        _heading(out, pool_rows.TITLE)
+        out.print(table(out, pool_rows.COLUMNS, pool_rows.pool_rows(shown.pools)))
+    elif shown.pools_unknown:
+        _heading(out, "Host pools")
+        out.print(f"Unknown: {shown.pools_unknown}")
 
 
 def _fact(value: FactValue) -> str:

@@ -104,14 +104,16 @@ class PoolGeometry:
 
     Attributes:
         label: SGLang's name for the pool (``kv``, ``swa``, ...).
-        kv_kind: ``mha`` or ``mla``.
+        kv_kind: what it holds: ``mha``, ``mla``, ``index``, or ``state``, where a slot is of a whole prefix.
         layout: host layout name.
         dtype: storage dtype's name, for messages; copies are byte copies.
         heads: KV heads stored per row.
         layers: layers the pool stores, packed drafts included.
         page_size: tokens a page.
         host_slots, device_slots: token slots on each side; valid indices are below them.
-        components: ``(k, v)`` or ``(kv,)``.
+        components: ``(k, v)`` or ``(kv,)`` of rows; arrays of states; ``(page,)``.
+        record_slots: slots that must be written together, in order: a page where the bytes of its slots are
+            not each slot's own (keys, then scales), 1 elsewhere.
     """
 
     label: str
@@ -124,6 +126,7 @@ class PoolGeometry:
     host_slots: int
     device_slots: int
     components: tuple[Component, ...]
+    record_slots: int = 1
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -132,6 +135,8 @@ class PoolGeometry:
             raise ValueError(f"{self.label}: layers, page size, slots and heads must be positive")
         if self.paged and self.host_slots % self.page_size:
             raise ValueError(f"{self.label}: {self.host_slots} host slots are not whole pages")
+        if self.record_slots not in (1, self.page_size):
+            raise ValueError(f"{self.label}: a record of {self.record_slots} slots is not a page")
         for part in self.components:
             if len(part.device_rows) != self.layers:
                 raise ValueError(
@@ -151,6 +156,11 @@ class PoolGeometry:
     def paged(self) -> bool:
         """Whether rows are unevenly spaced across a page boundary on the host."""
         return self.layout in PAGED_LAYOUTS
+
+    @property
+    def by_token(self) -> bool:
+        """Whether every token that a forward computes gets bytes here."""
+        return self.kv_kind != "state"
 
     @property
     def unit_slots(self) -> int:

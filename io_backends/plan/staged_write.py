@@ -156,13 +156,13 @@ def _not_whole(geometry: PoolGeometry) -> ValueError:
 
 
 def is_whole(geometry: PoolGeometry, host_slots: npt.ArrayLike) -> bool:
-    """Whether :class:`WritePlan` takes these host slots: any, or whole pages in a paged layout.
+    """Whether these host slots can be written: any, or whole pages in a paged layout or of whole records.
 
     Args:
         geometry: the pool.
         host_slots: int64 [n]; where each token goes. Whether that is in range is not looked at.
     """
-    unit = geometry.unit_slots
+    unit = max(geometry.unit_slots, geometry.record_slots)
     if unit == 1:
         return True
     slots = np.asarray(host_slots, dtype=np.int64)

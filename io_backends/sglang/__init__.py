@@ -7,6 +7,7 @@ is known and how each release differs: the one place that a new release touches 
   resolved its arguments.
 - ``handover/``: takes the decision to every scheduler, and stops a server whose ranks would not all act on
   it.
+- ``pools/``: what SGLang's host pools hold and who writes them, for a server that runs or one that would.
 - ``scheduler/``: a scheduler that serves. Hooks, fences, and each write's way to host memory.
 - ``diagnose/``: ``hicache-io doctor`` and ``explain --server-args``; no server runs.
 - ``no_gpu/``: what stands in for a GPU and its driver in tests and demonstrations.

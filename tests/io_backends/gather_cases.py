@@ -103,6 +103,8 @@ def test_moves_exactly_these_rows(data: st.DataObject) -> None:
         ((40, 40), 1, 0),
         ((256, 128), 4, 16),
         ((1152,), 1, 0),
+        ((132,), 1, 0),
+        ((96, 24, 24), 1, 8),
     ],
 )
 def test_every_layout_and_width(layout: str, row_bytes: tuple[int, ...], heads: int, padding: int) -> None:

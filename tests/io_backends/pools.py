@@ -76,7 +76,7 @@ def make_pool(
         )
         parts.append(
             Component(
-                name=("k", "v")[index],
+                name=("k", "v", "w")[index],
                 row_bytes=row,
                 device_rows=tuple(int(r.ctypes.data) for r in rows),
                 device_row_stride=row + padding,

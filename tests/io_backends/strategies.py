@@ -13,8 +13,8 @@ LAYOUTS = ("layer_first", "page_first", "page_first_direct", "page_head")
 def pools(draw: st.DrawFn, layouts: tuple[str, ...] = LAYOUTS) -> MemoryPool:
     heads = draw(st.integers(1, 4))
     row = heads * draw(st.sampled_from([1, 2, 8, 24]))
-    kinds = draw(st.sampled_from(["mha", "mla", "wide_k"]))
-    rows = {"mha": (row, row), "mla": (row,), "wide_k": (2 * row, row)}[kinds]
+    kinds = draw(st.sampled_from(["mha", "mla", "wide_k", "states"]))
+    rows = {"mha": (row, row), "mla": (row,), "wide_k": (2 * row, row), "states": (4 * row, row, row)}[kinds]
     return make_pool(
         draw(st.sampled_from(layouts)),
         layers=draw(st.integers(1, 4)),

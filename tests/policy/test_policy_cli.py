@@ -534,8 +534,8 @@ def test_help_imports_neither_torch_nor_sglang():
 def test_pools_that_sglang_copies_itself_are_named_with_the_reason():
     shown = run("explain", "--attention-backend", "fa3", "--gpu-arch", "sm90", "--json")
     others = json.loads(shown.stdout)["other_pools"]
-    assert others["DSA indexer"] == "holds keys page by page, with their scales between them"
-    assert {"Mamba", "MXFP8", "NVFP4"} <= set(others)
+    assert others["MXFP8"] == "holds the scales of its blocks beside its rows"
+    assert {"Mamba", "DSA indexer", "DeepSeek V4", "NVFP4"} <= set(others)
     text = run("explain", "--attention-backend", "fa3", "--gpu-arch", "sm90", "--verbose").stdout
     assert "pools of Mamba, DSA indexer" in " ".join(text.split())
     own = run("explain", "--attention-backend", "fa3", "--gpu-arch", "sm90", "--backend", "kernel", "--json")

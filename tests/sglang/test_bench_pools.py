@@ -9,7 +9,7 @@ from sglang_hicache.bench.measure.cases import MODELS
 from sglang_hicache.bench.measure.devices import TimedCpu
 from sglang_hicache.bench.measure.memory import KvBuffers
 from sglang_hicache.io_backends import host_strides
-from sglang_hicache.io_backends.sglang.scheduler.pool_geometry import describe_pool
+from sglang_hicache.io_backends.sglang.pools.geometry import describe_pool
 
 # MLA's pool in page_first_direct cannot be built with fewer pages than layers.
 SLOTS = 64 * 64

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from sglang_hicache.io_backends.sglang.scheduler.pool_geometry import OTHER_KINDS
+from sglang_hicache.io_backends.sglang.pools.geometry import OTHER_KINDS
 from sglang_hicache.io_backends.sglang.versions import (
     HOST_POOL,
     RELEASES,
@@ -165,6 +166,6 @@ def test_every_kind_of_pool_that_is_left_to_sglang_exists(kind: str) -> None:
         version
         for version in SUPPORTED
         for path in (WHEELS / version / "sglang/srt/mem_cache").rglob("*.py")
-        if f"class {kind}(" in path.read_text(encoding="utf-8")
+        if re.search(rf"^class {kind}\b", path.read_text(encoding="utf-8"), re.MULTILINE)
     ]
     assert found, f"no supported SGLang has {kind}"

@@ -13,11 +13,8 @@ from sglang_hicache.io_backends import Backend, Submission, Transfer, get_backen
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.registry import OWN_NAMES
 from sglang_hicache.io_backends.routes import one_route
-from sglang_hicache.io_backends.sglang.scheduler.pool_geometry import (
-    UnsupportedPoolError,
-    describe_pool,
-    host_buffers,
-)
+from sglang_hicache.io_backends.sglang.pools.errors import UnsupportedPoolError
+from sglang_hicache.io_backends.sglang.pools.geometry import describe_pool, host_buffers
 from sglang_hicache.io_backends.sglang.scheduler.writeback import WriteBack
 
 pytestmark = pytest.mark.usefixtures("cpu_sglang")

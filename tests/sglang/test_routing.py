@@ -18,9 +18,10 @@ from sglang_hicache.io_backends.interface import Backend, OptionsError
 from sglang_hicache.io_backends.plan.geometry import Component, PoolGeometry, host_strides
 from sglang_hicache.io_backends.registry import OWN_NAMES
 from sglang_hicache.io_backends.routes import Route, one_route, routes_of
+from sglang_hicache.io_backends.sglang.pools import geometry as pool_geometry
+from sglang_hicache.io_backends.sglang.pools.errors import UnsupportedPoolError
 from sglang_hicache.io_backends.sglang.scheduler import kernels, pool_registry, writeback
 from sglang_hicache.io_backends.sglang.scheduler.indices import PlainIndices
-from sglang_hicache.io_backends.sglang.scheduler.pool_geometry import UnsupportedPoolError
 from sglang_hicache.io_backends.sglang.scheduler.writeback import WriteBack
 from sglang_hicache.policy.routes import WriteFacts, WriteRoute
 
@@ -352,7 +353,7 @@ def described(monkeypatch: pytest.MonkeyPatch) -> None:
         return PoolGeometry("kv", "mla", pool.layout, "uint8", 1, 4, 2, 64, 64, (part,))
 
     monkeypatch.setattr(pool_registry, "describe_pool", describe)
-    monkeypatch.setattr(pool_registry, "_fingerprint", id)
+    monkeypatch.setattr(pool_registry, "fingerprint", id)
 
 
 def long_entries(write: WriteFacts) -> bool:
@@ -901,12 +902,12 @@ def test_a_pool_whose_memory_changed_is_looked_at_again(
     def buffers(name: str) -> list[Any]:
         return [SimpleNamespace(data_ptr=lambda value=value: value) for value in addresses[name]]
 
-    monkeypatch.setattr(pool_registry, "host_buffers", lambda pool: buffers("host"))
+    monkeypatch.setattr(pool_geometry, "host_buffers", lambda pool: buffers("host"))
     names = ("k", "v") if part != "kv" else ("kv",)
 
     def fingerprint() -> tuple[int, ...]:
         pool = SimpleNamespace(**{f"device_{name}_buffers": buffers(name) for name in names})
-        return pool_registry._fingerprint(pool)
+        return pool_registry.fingerprint(pool)
 
     before = fingerprint()
     assert fingerprint() == before

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ....io_backends.sglang.scheduler.pool_geometry import host_buffers
+from ....io_backends.sglang.pools.geometry import host_buffers
 from ....io_backends.virtual import gpu
 from ....io_backends.virtual.ranges import ByteRanges
 from . import machine

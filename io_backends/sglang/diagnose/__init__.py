@@ -5,6 +5,5 @@ resolves a command line as SGLang would, in a child process; ``command_line`` re
 of one, with ``shell_*``, ``programs`` and ``containers`` below it, all of them without SGLang; ``serving``
 says what a server would make of a decision.
 
-Imports ``launcher``, ``handover``, ``no_gpu``, ``scheduler.pool_geometry`` and what is above; imported by
-commands only.
+Imports ``launcher``, ``handover``, ``no_gpu``, ``pools`` and what is above; imported by commands only.
 """

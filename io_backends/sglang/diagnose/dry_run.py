@@ -35,6 +35,7 @@ from ....policy.terminal import working
 from ...policy_files import load_policy, policy_in_force
 from ...registry import BACKENDS
 from ..handover.machine_facts import detect
+from ..pools.host_pools import HostPool
 from . import gpu_memory
 from .command_line import CommandLine, CommandLineError, read
 from .programs import VARIABLES_OF_SGLANG
@@ -76,6 +77,8 @@ class Server:
         variables: those of the policy as the server has them; None: as this process has them.
         command: what the text was understood as.
         not_read: what another program than SGLang was given besides SGLang's options, in a sentence.
+        pools: its host pools, which nobody is to write yet; see :mod:`..pools.prediction`.
+        pools_unknown: why there are none, or None.
     """
 
     facts: Facts
@@ -103,6 +106,9 @@ class Server:
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
+
+    pools: tuple[HostPool, ...] = ()
+    pools_unknown: str | None = None
 
 
 def server_facts_of(
@@ -148,6 +154,8 @@ def resolved(
         variables=answer["variables"],
         command=command,
         not_read=answer["not_read"],
+        pools=tuple(HostPool.from_dict(each) for each in answer.get("pools", ())),
+        pools_unknown=answer.get("pools_unknown"),
     )
 
 
@@ -236,11 +244,16 @@ def _child() -> None:
     if request["program"]:
         argv, not_read = _options_of_sglang(argv, request["program"])
     if gpu_arch in (None, "cpu"):
-        answer = _answer(argv, gpu_arch)
+        answer, server_args = _answer(argv, gpu_arch)
     else:
-        answer = _at_every_size(argv, gpu_arch, gpu_memory.sizes(gpu_arch, request["gpu_gib"]))
+        sizes = gpu_memory.sizes(gpu_arch, request["gpu_gib"])
+        answer, server_args = _at_every_size(argv, gpu_arch, sizes)
     answer["not_read"] = not_read
     Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+    if answer.get("hicache"):
+        # Apart, and after it: whatever happens to the pools, the facts are known.
+        answer |= _pools(server_args)
+        Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
 
 
 def _options_of_sglang(argv: Sequence[str], program: str) -> tuple[list[str], str]:
@@ -265,8 +278,8 @@ def _options_of_sglang(argv: Sequence[str], program: str) -> tuple[list[str], st
     )
 
 
-def _at_every_size(argv: Sequence[str], gpu_arch: str, sizes: Sequence[int]) -> dict[str, Any]:
-    """The answer for a GPU that is not here, whatever its memory is; each size in a process that has SGLang
+def _at_every_size(argv: Sequence[str], gpu_arch: str, sizes: Sequence[int]) -> tuple[dict[str, Any], Any]:
+    """`_answer` for a GPU that is not here, whatever its memory is; each size in a process that has SGLang
     imported.
     """
     stand_in_gpu(gpu_arch, sizes[0])
@@ -277,12 +290,13 @@ def _at_every_size(argv: Sequence[str], gpu_arch: str, sizes: Sequence[int]) -> 
         with tempfile.NamedTemporaryFile() as file:
             if (child := os.fork()) == 0:
                 stand_in_gpu(gpu_arch, size)
-                Path(file.name).write_text(json.dumps(_answer(argv, gpu_arch)), encoding="utf-8")
+                Path(file.name).write_text(json.dumps(_answer(argv, gpu_arch)[0]), encoding="utf-8")
                 os._exit(0)
             os.waitpid(child, 0)
             answers[size] = json.loads(Path(file.name).read_text(encoding="utf-8") or "{}")
-    here = {sizes[0]: _answer(argv, gpu_arch)}
-    return gpu_memory.merged({**here, **{size: each for size, each in answers.items() if each}})
+    here, server_args = _answer(argv, gpu_arch)
+    others = {size: each for size, each in answers.items() if each}
+    return gpu_memory.merged({sizes[0]: here, **others}), server_args
 
 
 def _trust_devices_of_another_machine() -> None:
@@ -296,19 +310,39 @@ def _trust_devices_of_another_machine() -> None:
         server_args.ServerArgs._validate_ib_devices = lambda self, device_str: device_str
 
 
-def _answer(argv: Sequence[str], gpu_arch: str | None) -> dict[str, Any]:
-    """Facts, or an error."""
+def _answer(argv: Sequence[str], gpu_arch: str | None) -> tuple[dict[str, Any], Any]:
+    """Facts and SGLang's resolved arguments, or an error and None."""
     try:
         return _resolved(argv, gpu_arch)
     except SystemExit:
         raise  # the plug-in has said why
     except CommandLineError as error:
-        return {"error": error.message}
+        return {"error": error.message}, None
     except Exception as error:
-        return {"error": _reason(argv, error)}
+        return {"error": _reason(argv, error)}, None
 
 
-def _resolved(argv: Sequence[str], gpu_arch: str | None) -> dict[str, Any]:
+def resolve(argv: Sequence[str], gpu_arch: str | None) -> dict[str, Any]:
+    """The child's answer, with the pools. For a process of its own; the GPU is stood in for by the caller."""
+    answer, server_args = _resolved(argv, gpu_arch)
+    return answer | _pools(server_args)
+
+
+def _pools(server_args: Any) -> dict[str, Any]:
+    """`Server.pools` and `Server.pools_unknown`."""
+    from ..pools import prediction
+    from ..pools.errors import ShortHostRowsError
+
+    try:
+        return {"pools": [pool.to_dict() for pool in prediction.predicted(server_args)]}
+    except ShortHostRowsError as error:
+        return {"pools_unknown": f"no server may start with them: {error}"}
+    except prediction.UnknownPoolsError as error:
+        return {"pools_unknown": f"SGLang's own code does not build them: {error}"}
+
+
+def _resolved(argv: Sequence[str], gpu_arch: str | None) -> tuple[dict[str, Any], Any]:
+    """The answer, and SGLang's resolved arguments."""
     from sglang.srt.plugins import load_plugins
 
     from .. import versions
@@ -329,7 +363,7 @@ def _resolved(argv: Sequence[str], gpu_arch: str | None) -> dict[str, Any]:
         facts = Facts(
             {n: Fact(f.value, told) if f.source == server_facts.RESOLVED else f for n, f in facts.items()}
         )
-    return {
+    answer = {
         "facts": facts.to_dict(),
         "backend": getattr(server_args, resolution.WANTED_ATTRIBUTE, None) or config.hicache_io_backend,
         "policy": options.asked(server_args).policy or os.environ.get(POLICY_VARIABLE),
@@ -337,6 +371,7 @@ def _resolved(argv: Sequence[str], gpu_arch: str | None) -> dict[str, Any]:
         "hicache": resolution.hicache_in_use(config),
         "decode": _decode_writes(config, facts),
     }
+    return answer, server_args
 
 
 def _refused_by_the_parser(parser: argparse.ArgumentParser, message: str) -> NoReturn:

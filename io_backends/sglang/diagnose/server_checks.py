@@ -27,6 +27,7 @@ from ....policy.format.layers import Policy
 from ....policy.names import FORWARDS
 from ...policy_files import default_policy
 from ...registry import BACKENDS, UPSTREAM_NAMES
+from ..pools.host_pools import assigned
 from . import serving
 from .checks import BAD, OK, WARNING, Finding
 from .dry_run import Server
@@ -60,6 +61,7 @@ def _own_server(asked: Server, policy: Policy) -> Iterator[Finding]:
     if refused is not None:
         yield Finding("server", BAD, f"would not start: {refused}")
         return
+    yield from _pools(asked, decision)
     found = list(dict.fromkeys(_open_forwards(decision, facts)))
     shipped = decide(default_policy(), facts, backend=asked.backend)
     taken = [each for each in shipped.fences() if each not in decision.fences()]
@@ -89,6 +91,14 @@ def _open_forwards(decision: Decision, facts: Facts) -> Iterator[Evidence]:
         if spec.cannot_serve(facts.value("mem_layout")) is not None:
             path = upstream_path("kernel", facts)
         yield from unfenced(facts, path, [each for each in FORWARDS if each not in route.fence_forward])
+
+
+def _pools(asked: Server, decision: Decision) -> Iterator[Finding]:
+    """Who writes which share of what this server writes, as far as its pools are known."""
+    if asked.pools_unknown is not None:
+        yield Finding("pools", WARNING, f"unknown who writes them: {asked.pools_unknown}")
+    for pool in assigned(asked.pools, decision):
+        yield Finding("pools", OK if pool.ours else WARNING, pool.in_words())
 
 
 def _upstream_server(backend: str, facts: Facts) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from ....policy.decide import Decision
 from ....policy.facts import Facts
 from ....policy.names import AUTO, UPSTREAM_NAMES
 from ...registry import BACKENDS
-from ..scheduler.pool_geometry import OTHER_KINDS
+from ..pools.geometry import OTHER_KINDS
 from ..versions import problem_with
 
 

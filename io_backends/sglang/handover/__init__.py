@@ -4,6 +4,5 @@
 plug-in is not at work. ``server_facts`` reads what the decision rests on, from arguments and from a built
 scheduler, and compares the two. ``ranks`` makes sure that all schedulers of a server act alike.
 
-Imports what is above, and ``scheduler.pool_geometry`` to read a pool's facts; imported by ``plugin``,
-``launcher``, ``scheduler`` and ``diagnose``.
+Imports ``pools`` and what is above; imported by ``plugin``, ``launcher``, ``scheduler`` and ``diagnose``.
 """

@@ -17,7 +17,8 @@ from ....policy.fact_table import ATTENTION_FACTS, SERVER_FACTS
 from ....policy.facts import Fact, Facts
 from ....policy.names import NO_SPECULATION
 from .. import versions
-from ..scheduler.pool_geometry import UnsupportedPoolError, describe_pool
+from ..pools.errors import UnsupportedPoolError
+from ..pools.geometry import describe_pool
 from .machine_facts import detect
 
 RESOLVED = "resolved by SGLang"

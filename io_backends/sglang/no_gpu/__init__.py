@@ -3,5 +3,5 @@
 ``fake_libcuda`` builds a driver library for child processes, and imports nothing of this package.
 ``cpu_engine`` supplies what HiCache lacks on SGLang's CPU engine, in a scheduler whose device is the CPU.
 
-Imports ``scheduler.pool_geometry`` and what is above; imported by ``scheduler``, ``diagnose`` and commands.
+Imports ``pools`` and what is above; imported by ``scheduler``, ``diagnose`` and commands.
 """

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...device.cpu import host_view, rows_view
 from .. import hooks, versions
-from ..scheduler.pool_geometry import describe_pool
+from ..pools.geometry import describe_pool
 
 
 def install() -> None:

@@ -10,8 +10,10 @@ from ....policy.log import logger_of
 from ...device.base import Device
 from ...interface import Backend, OptionsError
 from ...plan.geometry import PoolGeometry
+from ..errors import RefusedError
+from ..pools.errors import ShortHostRowsError, UnsupportedPoolError
+from ..pools.geometry import describe_pool, fingerprint, host_buffers
 from . import kernels
-from .pool_geometry import UnsupportedPoolError, describe_pool, host_buffers
 
 logger = logger_of(__name__)
 
@@ -28,16 +30,22 @@ class KnownPool:
         geometry: the pool, or None where all of its writes take SGLang's own path.
         reasons: why that is so, or why single backends do not serve it.
         unserved: the last, by the instance: two of one name may differ in their options.
+        by_name: of those backends no instance of whose name serves it.
     """
 
     fingerprint: tuple[int, ...]
     geometry: PoolGeometry | None
     reasons: tuple[str, ...]
     unserved: Mapping[int, str] = field(default_factory=dict)
+    by_name: Mapping[str, str] = field(default_factory=dict)
 
     def reason(self, backend: Backend) -> str | None:
         """Why ``backend`` does not serve it; None if it does."""
         return self.unserved.get(id(backend))
+
+    def reason_of(self, name: str) -> str | None:
+        """Why no backend of that name serves it; None if one does."""
+        return "; ".join(self.reasons) if self.geometry is None else self.by_name.get(name)
 
 
 class PoolRegistry:
@@ -52,22 +60,24 @@ class PoolRegistry:
 
     def __getitem__(self, host_pool: Any) -> KnownPool:
         known = self._pools.get(id(host_pool))
-        fingerprint = _fingerprint(host_pool)
-        if known is not None and known.fingerprint == fingerprint:
+        memory = fingerprint(host_pool)
+        if known is not None and known.fingerprint == memory:
             return known
         try:
             geometry = describe_pool(host_pool)
+        except ShortHostRowsError as error:
+            raise RefusedError(f"pool {label_of(host_pool)}, {error}: nothing can keep it whole") from error
         except UnsupportedPoolError as error:
-            pool = KnownPool(fingerprint, None, (str(error),))
+            pool = KnownPool(memory, None, (str(error),))
         else:
-            pool = self._served(host_pool, geometry, fingerprint)
+            pool = self._served(host_pool, geometry, memory)
         self._pools[id(host_pool)] = pool
         if pool.geometry is None:
             for reason in pool.reasons:
                 self._say(f"pool {label_of(host_pool)}", reason)
         return pool
 
-    def _served(self, host_pool: Any, geometry: PoolGeometry, fingerprint: tuple[int, ...]) -> KnownPool:
+    def _served(self, host_pool: Any, geometry: PoolGeometry, memory: tuple[int, ...]) -> KnownPool:
         """A pool that is described: asks and prepares the backends."""
         unserved: dict[int, str] = {}
         prepared = False
@@ -82,12 +92,14 @@ class PoolRegistry:
                 unserved[id(backend)] = reason
         reasons = tuple(dict.fromkeys(unserved.values()))
         if len(unserved) == len(self._backends):
-            return KnownPool(fingerprint, None, reasons)
+            return KnownPool(memory, None, reasons)
         for backend in self._backends:
             if id(backend) in unserved:
                 what = f"what {backend.name} was chosen for in pool {label_of(host_pool)}"
                 self._say(what, unserved[id(backend)])
-        return KnownPool(fingerprint, geometry, reasons, unserved)
+        serving = {backend.name for backend in self._backends if id(backend) not in unserved}
+        by_name = {b.name: unserved[id(b)] for b in self._backends if b.name not in serving}
+        return KnownPool(memory, geometry, reasons, unserved, by_name)
 
     @staticmethod
     def _say(what: str, reason: str) -> None:
@@ -118,7 +130,7 @@ class PoolRegistry:
         if len({self.serves(pool) for pool in pools}) > 1:
             for pool in pools:
                 reason = "it shares its indices with a pool that takes SGLang's own path"
-                self._pools[id(pool)] = KnownPool(_fingerprint(pool), None, (reason,))
+                self._pools[id(pool)] = KnownPool(fingerprint(pool), None, (reason,))
 
     def fallbacks(self) -> list[str]:
         """Why pools seen so far take SGLang's own path, always or where a certain backend was chosen."""
@@ -132,11 +144,3 @@ def _registered(host_pool: Any) -> list[tuple[int, int]]:
 def label_of(host_pool: Any) -> str:
     """SGLang's name for a pool (``kv``, ``swa``, ...)."""
     return str(getattr(host_pool, "pool_label", type(host_pool).__name__))
-
-
-def _fingerprint(host_pool: Any) -> tuple[int, ...]:
-    """Changes when a pool's memory does: a described geometry holds raw addresses."""
-    # SGLang replaces the rows of all layers together: the first and the last tell.
-    rows = [getattr(host_pool, f"device_{name}_buffers", None) or () for name in ("k", "v", "kv")]
-    ends = [each for layers in rows if layers for each in (layers[0], layers[-1])]
-    return tuple(buffer.data_ptr() for buffer in (*host_buffers(host_pool), *ends))

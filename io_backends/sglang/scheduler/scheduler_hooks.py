@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -20,9 +20,11 @@ from ..handover import decision_handover, ranks
 from ..handover.decision_handover import ATTRIBUTE, is_ours
 from ..metrics import metrics_of
 from ..no_gpu import cpu_engine
+from ..pools.host_pools import HostPool, assigned, host_pools
 from . import kernels
 from .fences import Fences, forwards_of
 from .indices import draft_pool_of
+from .pool_registry import label_of
 from .writeback import WriteBack
 
 logger = logger_of(__name__)
@@ -38,6 +40,7 @@ class Active:
     scheduler: Any
     speculative: bool
     unsafe_fences: str | None = None
+    pools: tuple[HostPool, ...] = ()
 
     def fence_forward(self, batch: Any) -> None:
         """Before a forward is launched: wait for SM-side D2H work if the decision says so."""
@@ -72,6 +75,7 @@ class Active:
             "routes": [route.to_dict() for route in decision.routes],
             "upstream_io_backend": decision.upstream_io_backend,
             "policy": decision.policy,
+            "pools": [pool.to_dict() for pool in self.pools],
             **self.writeback.summary(),
             **unsafe.summary(self.unsafe_fences),
         }
@@ -205,6 +209,10 @@ def _prepare(controller: Any, active: Active) -> None:
         active.writeback.expect(draft)
     for pool in pools:
         active.writeback.expect(pool)
+    active.pools += _listed(group, pools, active)
+    for row in active.pools:
+        logger.info("hicache-io: host pool %s", row.in_words())
+    for pool in pools:
         kernel_options = [
             r.options for r in active.decision.routes if spec_of(BACKENDS, r.backend).upstream_copy
         ]
@@ -217,6 +225,18 @@ def _prepare(controller: Any, active: Active) -> None:
                 getattr(pool, "pool_label", type(pool).__name__),
                 kernels.kernel_of(pool, controller.io_backend),
             )
+
+
+def _listed(group: Any, pools: Sequence[Any], active: Active) -> tuple[HostPool, ...]:
+    """The pools of a controller as they are, with who writes each."""
+    entries = getattr(group, "entries", ())
+    names = [str(getattr(entry.name, "value", entry.name)) for entry in entries] or [label_of(group)]
+    by_name = dict(zip(names, pools, strict=False))
+    runner = getattr(getattr(active.scheduler, "tp_worker", None), "model_runner", None)
+    window = getattr(runner, "sliding_window_size", None)
+    found = host_pools(list(by_name.items()), window)
+    known = active.writeback.pools
+    return assigned(found, active.decision, lambda row, name: known[by_name[row.name]].reason_of(name))
 
 
 def _around_submit(original: Callable[..., Any], engine: Any, transfers: Any) -> Any:

@@ -254,7 +254,9 @@ class WriteBack:
             elif route.upstream_indices and io_backend == "kernel":
                 # Asked while they are on the host. SGLang's direct copies have an order of their own.
                 by_host = kernels.host_order_pays(served.geometry, transfer.host_indices)
-            elif route.backend.whole_pages and not is_whole(served.geometry, transfer.host_indices):
+            elif (route.backend.whole_pages or served.geometry.record_slots > 1) and not is_whole(
+                served.geometry, transfer.host_indices
+            ):
                 route, why = None, NOT_WHOLE
         if move is not None and (route is None or route.upstream_indices):
             host, device = move(transfer.host_indices, transfer.device_indices, may_stage=route is None)

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...plan.geometry import LAYOUTS, Component, PoolGeometry, host_strides
+from . import records
+from .errors import UnsupportedPoolError, check_rows
+
+_NO_GPU_YET = "is served once its bytes were compared with SGLang's own copy on a GPU"
+UNPROVEN: Mapping[str, tuple[str, str]] = {
+    "MambaPoolHost": ("Mamba", _NO_GPU_YET),
+    "DSAIndexerPoolHost": ("DSA indexer", _NO_GPU_YET),
+    "QSAIndexerPoolHost": ("QSA indexer", _NO_GPU_YET),
+    "MHATokenToKOnlyPoolHost": ("sparse index", _NO_GPU_YET),
+}
+"""Host pools that are described, and copied right on the CPU, and left to SGLang until a GPU has shown it."""
 
 OTHER_KINDS: Mapping[str, tuple[str, str]] = {
-    "MambaPoolHost": ("Mamba", "holds states, not a row for each token"),
-    "DSAIndexerPoolHost": ("DSA indexer", "holds keys page by page, with their scales between them"),
-    "QSAIndexerPoolHost": ("QSA indexer", "holds compressed keys page by page"),
+    **UNPROVEN,
     "DeepSeekV4PagedHostPool": ("DeepSeek V4", "holds pages of several sub-pools"),
-    "MHATokenToKOnlyPoolHost": ("sparse index", "holds keys without values"),
     "MHATokenToKVPoolMXFP8Host": ("MXFP8", "holds the scales of its blocks beside its rows"),
     "MiniMaxM3Nvfp4MainKVPoolHost": ("NVFP4", "holds packed pages of keys, values and scales"),
     "MiniMaxM3Nvfp4IndexKPoolHost": ("NVFP4 index", "holds packed pages of keys and scales"),
     "HiSparseMHATokenToKVPoolHost": ("HiSparse", "is copied by HiSparse itself"),
     "UnifiedPageEnvelopeHostPool": ("unified memory", "moves whole pages whose indices SGLang translates"),
+    "PageInterleaveHostPool": ("sharded KV", "keeps the pages of one rank, whose indices SGLang translates"),
 }
 """Host pools of SGLang (0.5.18 to 0.5.23) that its own copy writes back: class, what it holds, and why."""
 
-
-class UnsupportedPoolError(ValueError):
-    """A pool that cannot be described; the message says why, as a sentence for the operator."""
+WITHOUT_BYTES = frozenset({"LogicalHostPool", "DeepSeekV4StateHostPool"})
+"""Host pools that hold slots and nothing that is copied."""
 
 
 def describe_pool(host_pool: Any) -> PoolGeometry:
@@ -35,16 +43,26 @@ def describe_pool(host_pool: Any) -> PoolGeometry:
     kind = type(host_pool).__name__
     label = str(getattr(host_pool, "pool_label", "kv"))
     # By exact class: a subclass may hold its rows differently (MXFP8 scales, HiSparse).
-    describe_kind = {
-        "MHATokenToKVPoolHost": _mha,
-        "AsymmetricMHATokenToKVPoolHost": _mha,
-        "MLATokenToKVPoolHost": _mla,
-    }.get(kind)
+    describe_kind = _ROWS.get(kind)
     if describe_kind is None:
-        _, why = OTHER_KINDS.get(kind, ("", "is not a plain MHA or MLA pool"))
-        raise UnsupportedPoolError(f"{kind} {why}")
+        if kind not in _RECORDS:
+            _, why = OTHER_KINDS.get(kind, ("", "is not a plain MHA or MLA pool"))
+            raise UnsupportedPoolError(f"{kind} {why}")
+        _refuse_translated(host_pool)
+        described = _RECORDS[kind](host_pool)  # what would lose bytes is refused all the same
+        if kind in UNPROVEN:
+            raise UnsupportedPoolError(f"{kind} {UNPROVEN[kind][1]}")
+        return described
     if host_pool.layout not in LAYOUTS:
         raise UnsupportedPoolError(f"layout {host_pool.layout} is not covered")
+    _refuse_translated(host_pool)
+    if getattr(host_pool, "kv_buffer", None) is None:
+        raise UnsupportedPoolError("it holds no host buffer (allocator only)")
+    return describe_kind(host_pool, label)
+
+
+def _refuse_translated(host_pool: Any) -> None:
+    """Refuse pools whose indices mean something else than rows of the buffers that are seen here."""
     if getattr(host_pool, "dcp_size", 1) > 1:
         raise UnsupportedPoolError("decode context parallelism translates its indices inside the pool")
     if getattr(host_pool, "shared_allocation_domain", None) is not None:
@@ -54,9 +72,6 @@ def describe_pool(host_pool: Any) -> PoolGeometry:
         device_pool, "layer_shard_enabled", False
     ):
         raise UnsupportedPoolError("its layers are sharded over ranks")
-    if getattr(host_pool, "kv_buffer", None) is None:
-        raise UnsupportedPoolError("it holds no host buffer (allocator only)")
-    return describe_kind(host_pool, label)
 
 
 def _mha(pool: Any, label: str) -> PoolGeometry:
@@ -103,17 +118,7 @@ def _component(
 ) -> Component:
     if len(rows) != pool.layer_num:
         raise UnsupportedPoolError(f"{len(rows)} device layers for {pool.layer_num} host layers")
-    strides = {int(tensor.stride(0)) * tensor.element_size() for tensor in rows}
-    if len(strides) != 1:
-        raise UnsupportedPoolError(f"its device rows do not share one stride ({sorted(strides)} bytes)")
-    first = rows[0]
-    # One row must lie in one piece: every axis after the first is packed.
-    if first.numel() and not first[0].is_contiguous():
-        raise UnsupportedPoolError(f"its device rows are not contiguous ({tuple(first.stride())})")
-    if int(first[0].numel()) * first.element_size() != row_bytes:
-        raise UnsupportedPoolError(
-            f"a device row has {int(first[0].numel()) * first.element_size()} bytes, a host row {row_bytes}"
-        )
+    stride = check_rows(name, rows, row_bytes)
     host = host_strides(
         pool.layout,
         base=int(buffer.data_ptr()),
@@ -130,17 +135,37 @@ def _component(
         name=name,
         row_bytes=row_bytes,
         device_rows=tuple(int(tensor.data_ptr()) for tensor in rows),
-        device_row_stride=strides.pop(),
+        device_row_stride=stride,
         host=host,
     )
 
 
 def host_buffers(host_pool: Any) -> tuple[Any, ...]:
     """The tensors that hold a pool's host memory."""
-    buffer = getattr(host_pool, "kv_buffer", None)
-    if buffer is None:
-        return ()
-    return tuple(buffer) if isinstance(buffer, tuple | list) else (buffer,)
+    for name in ("kv_buffer", "index_k_with_scale_buffer", "k_buffer"):
+        buffer = getattr(host_pool, name, None)
+        if buffer is not None:
+            return tuple(buffer) if isinstance(buffer, tuple | list) else (buffer,)
+    return ()
+
+
+_DEVICE_ROWS = (
+    "device_k_buffers",
+    "device_v_buffers",
+    "device_kv_buffers",
+    "packed_device_index_buffers",
+    "temporal_device_layers",
+    "device_buffers",
+)
+"""Where SGLang's host pools keep the device tensors of their layers."""
+
+
+def fingerprint(host_pool: Any) -> tuple[int, ...]:
+    """Changes when a pool's memory does: a described geometry holds raw addresses."""
+    rows = [getattr(host_pool, name, None) or () for name in _DEVICE_ROWS]
+    # SGLang replaces the rows of all layers together: the first and the last tell.
+    ends = [each for layers in rows if layers for each in (layers[0], layers[-1])]
+    return tuple(buffer.data_ptr() for buffer in (*host_buffers(host_pool), *ends))
 
 
 def _device_buffers(pool: Any, name: str) -> tuple[Any, ...]:
@@ -159,3 +184,16 @@ def _device_buffers(pool: Any, name: str) -> tuple[Any, ...]:
     if not buffers:
         raise UnsupportedPoolError(f"its device {name} buffers are not exposed")
     return tuple(buffers)
+
+
+_ROWS: Mapping[str, Callable[[Any, str], PoolGeometry]] = {
+    "MHATokenToKVPoolHost": _mha,
+    "AsymmetricMHATokenToKVPoolHost": _mha,
+    "MLATokenToKVPoolHost": _mla,
+}
+_RECORDS: Mapping[str, Callable[[Any], PoolGeometry]] = {
+    "MambaPoolHost": records.states,
+    "DSAIndexerPoolHost": records.index_pages,
+    "QSAIndexerPoolHost": records.packed_pages,
+    "MHATokenToKOnlyPoolHost": records.keys_only,
+}

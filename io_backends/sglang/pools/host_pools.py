@@ -1,0 +1,175 @@
+"""The host pools of a server, each with who writes it and its share of what is written.
+
+The same list is made of a built scheduler's pools and of the pools that a command line would have
+(:mod:`~.prediction`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+from ....policy.backend_spec import spec_of
+from ....policy.decide import Decision
+from ...registry import BACKENDS
+from . import records
+from .errors import ShortHostRowsError, UnsupportedPoolError
+from .geometry import WITHOUT_BYTES, describe_pool
+
+PROMPT_TOKENS = 8192
+"""Tokens of the prompt that shares are of, written once and as one node of the radix tree: every token's rows
+and index pages, a window of the sliding layers, one state. SGLang's default chunk of a prefill on GPUs with
+60 GiB and more. A longer prompt gives pools of states and windows less of a share."""
+
+SGLANG = "SGLang"
+"""Stands for SGLang's own copy where a writer is named."""
+
+
+@dataclass(frozen=True)
+class HostPool:
+    """One host pool.
+
+    Attributes:
+        name: SGLang's (``kv``, ``swa``, ``mamba``, ``indexer``, ...).
+        kind: its class in SGLang.
+        layout: of its host memory, as backends are asked for it.
+        record: what one index moves: ``token``, ``page`` or ``state``.
+        bytes: of one record in all layers.
+        tokens: that a record stands for; None: a state stands for a whole prefix.
+        window: tokens that are written of any prompt at most; None: all.
+        undescribed: why no backend is given it, or None.
+        share: of all bytes that are written for a prompt of :data:`PROMPT_TOKENS`, 0 to 1.
+        writer: the backends that write it, or :data:`SGLANG`.
+        why: why SGLang's own copy writes it, in part or always; None: it does not.
+    """
+
+    name: str
+    kind: str
+    layout: str
+    record: str
+    bytes: int
+    tokens: int | None
+    window: int | None
+    undescribed: str | None
+    share: float = 0.0
+    writer: tuple[str, ...] = (SGLANG,)
+    why: str | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Whether any backend writes it."""
+        return self.writer != (SGLANG,)
+
+    def written(self, prompt: int = PROMPT_TOKENS) -> int:
+        """Bytes of it that are written for a prompt of so many tokens."""
+        if self.tokens is None:
+            return self.bytes
+        tokens = prompt if self.window is None else min(prompt, self.window)
+        return -(-tokens // self.tokens) * self.bytes
+
+    def in_words(self) -> str:
+        """One line for a log."""
+        unit = self.record if self.tokens in (None, 1) else f"{self.record} of {self.tokens} tokens"
+        line = f"{self.name} {self.bytes:,} bytes a {unit}, {self.share:.0%} by {' and '.join(self.writer)}"
+        return f"{line} ({self.why})" if self.why else line
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**asdict(self), "writer": list(self.writer), "share": round(self.share, 4)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        return cls(**{**data, "writer": tuple(data["writer"])})
+
+
+def host_pools(entries: Sequence[tuple[str, Any]], window: int | None = None) -> tuple[HostPool, ...]:
+    """The pools of a group, first the one of keys and values, with their shares; nobody writes them yet.
+
+    Args:
+        entries: SGLang's name and host pool of each.
+        window: tokens of the model's sliding window.
+
+    Raises:
+        ShortHostRowsError: a pool cannot hold what it is for.
+    """
+    pools = [_pool(name, pool, window) for name, pool in entries if type(pool).__name__ not in WITHOUT_BYTES]
+    _refuse_short_sidecars(entries)
+    total = sum(pool.written() for pool in pools) or 1
+    return tuple(replace(pool, share=pool.written() / total) for pool in pools)
+
+
+def _pool(name: str, pool: Any, window: int | None) -> HostPool:
+    page = int(getattr(pool, "page_size", 1))
+    kind = type(pool).__name__
+    undescribed, layout = None, str(getattr(pool, "layout", "unknown"))
+    try:
+        geometry = describe_pool(pool)
+        layout = geometry.layout
+    except ShortHostRowsError as error:
+        raise ShortHostRowsError(f"pool {name}, {error}") from error
+    except UnsupportedPoolError as error:
+        undescribed = str(error)
+    in_pages = hasattr(pool, "item_bytes")  # the pages of DeepSeek-V4 and QSA: of one layer
+    record = "state" if kind == "MambaPoolHost" else "token"
+    if in_pages or kind == "DSAIndexerPoolHost":
+        record = "page"
+    per_token = int(getattr(pool, "size_per_token", 0))
+    nbytes = per_token * page if record == "page" else per_token
+    if in_pages:
+        nbytes = int(pool.item_bytes) * int(pool.layer_num)
+    return HostPool(
+        name=name,
+        kind=kind,
+        layout=layout,
+        record=record,
+        bytes=nbytes,
+        tokens=None if record == "state" else page if record == "page" else 1,
+        window=None if window is None or "swa" not in name.lower() else -(-window // page) * page,
+        undescribed=undescribed,
+    )
+
+
+def _refuse_short_sidecars(entries: Sequence[tuple[str, Any]]) -> None:
+    """A pool that follows the first one's indices holds at least as many records."""
+    if not entries:
+        return
+    anchor_name, anchor = entries[0]
+    indices = int(getattr(anchor, "logical_size", 0))
+    for name, pool in entries[1:]:
+        if type(pool).__name__ in records.FOLLOWING and int(pool.size) < indices:
+            raise ShortHostRowsError(
+                f"pool {name} holds {int(pool.size):,} tokens and follows the indices of pool {anchor_name}, "
+                f"which go up to {indices:,}: what is written past its end would be lost"
+            )
+
+
+Reason = Callable[[HostPool, str], str | None]
+"""Why the backend of a name does not serve a pool; None if it does."""
+
+
+def by_layout(pool: HostPool, backend: str) -> str | None:
+    """A :data:`Reason` from what is known of backends without making one."""
+    return spec_of(BACKENDS, backend).cannot_serve(pool.layout)
+
+
+def assigned(
+    pools: Sequence[HostPool], decision: Decision, reason: Reason = by_layout
+) -> tuple[HostPool, ...]:
+    """The same pools, each with who writes it by a decision."""
+    names = tuple(dict.fromkeys(route.backend for route in decision.routes))
+    return tuple(_assigned(pool, names, reason) for pool in pools)
+
+
+def _assigned(pool: HostPool, names: Sequence[str], reason: Reason) -> HostPool:
+    if pool.undescribed is not None:
+        return replace(pool, writer=(SGLANG,), why=pool.undescribed)
+    reasons = {name: reason(pool, name) for name in names}
+    writers = tuple(name for name, why in reasons.items() if why is None)
+    missing = "; ".join(f"{name} {why}" for name, why in reasons.items() if why is not None)
+    return replace(pool, writer=writers or (SGLANG,), why=missing or None)
+
+
+def share_of(pools: Sequence[HostPool], backend: str | None = None) -> float:
+    """Share of what is written that one backend writes, or any; 0 to 1."""
+    return sum(pool.share for pool in pools if (pool.ours if backend is None else backend in pool.writer))

@@ -1,0 +1,69 @@
+"""Pools of pages and states in plans: whole records only, and a ring that is sized by what a step writes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pools import make_pool
+
+from sglang_hicache.io_backends.plan.chunks import LEAD_BYTES
+from sglang_hicache.io_backends.plan.copies import direct_copies
+from sglang_hicache.io_backends.plan.geometry import PoolGeometry
+from sglang_hicache.io_backends.plan.ring_size import DEFAULT_STAGING_MB, staging_size
+from sglang_hicache.io_backends.plan.staged_write import is_whole
+
+MIB = 2**20
+
+
+def of_pages(layout: str, page: int = 4) -> PoolGeometry:
+    made = make_pool(layout, layers=2, page_size=page, row_bytes=(12,))
+    return dataclasses.replace(made.geometry, kv_kind="index", record_slots=page)
+
+
+@given(
+    pages=st.lists(st.integers(0, 7), min_size=1, max_size=8, unique=True),
+    cut=st.integers(1, 3),
+    layout=st.sampled_from(["layer_first", "page_first_direct"]),
+)
+def test_a_write_is_of_whole_records(pages: list[int], cut: int, layout: str) -> None:
+    geometry = of_pages(layout)
+    slots = (np.array(pages)[:, None] * 4 + np.arange(4)).ravel()
+    assert is_whole(geometry, slots)
+    assert not is_whole(geometry, slots[:-cut])
+    assert not is_whole(geometry, np.roll(slots, cut))
+    assert is_whole(dataclasses.replace(geometry, record_slots=1), slots[:-cut]) == (layout == "layer_first")
+
+
+@given(pages=st.lists(st.integers(0, 7), min_size=1, max_size=8, unique=True), data=st.data())
+@pytest.mark.parametrize("layout", ["layer_first", "page_first_direct"])
+def test_a_record_is_never_cut_by_a_copy(layout: str, pages: list[int], data: st.DataObject) -> None:
+    """Its bytes are one copy a layer, or part of a longer one: never two."""
+    geometry = of_pages(layout)
+    device_pages = data.draw(st.permutations(range(16)).map(lambda p: p[: len(pages)]))
+    host = (np.array(pages)[:, None] * 4 + np.arange(4)).ravel()
+    device = (np.array(device_pages)[:, None] * 4 + np.arange(4)).ravel()
+    batch = direct_copies(geometry, host, device)
+    assert not (batch.nbytes % 48).any()
+    assert batch.total_bytes == len(pages) * 48 * geometry.layers
+
+
+def test_a_state_takes_the_room_of_two_and_not_of_a_step() -> None:
+    rows = make_pool("page_first", layers=2, page_size=1, row_bytes=(1024,)).geometry
+    states = dataclasses.replace(
+        make_pool(
+            "page_first", layers=2, page_size=1, row_bytes=(4 * MIB,), pages=2, device_slots=2
+        ).geometry,
+        kv_kind="state",
+    )
+    alone = staging_size([rows], 8192, None)
+    both = staging_size([rows, states], 8192, None)
+    assert alone.nbytes == DEFAULT_STAGING_MB * MIB == both.nbytes
+    many = staging_size([rows, states], 10**6, None).nbytes
+    step = 10**6 * rows.bytes_per_token + 2 * states.unit_bytes
+    assert many == -(-(step + step // 7 + LEAD_BYTES) // MIB) * MIB
+    assert "bytes of states" in both.because
+    assert "bytes of states" not in alone.because

@@ -1,0 +1,202 @@
+"""The list of host pools: bytes, writers and shares, from pools that are there and from a command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from record_pools import KINDS, build
+from typer.testing import CliRunner
+
+from sglang_hicache.bench.cli import app
+from sglang_hicache.bench.explain.pool_rows import of_its_share, pool_rows
+from sglang_hicache.bench.lab import coverage
+from sglang_hicache.io_backends.policy_files import default_policy
+from sglang_hicache.io_backends.sglang.pools.errors import ShortHostRowsError
+from sglang_hicache.io_backends.sglang.pools.host_pools import (
+    PROMPT_TOKENS,
+    HostPool,
+    assigned,
+    host_pools,
+    share_of,
+)
+from sglang_hicache.policy.decide import decide
+from sglang_hicache.policy.facts import Facts
+
+MODELS = Path(__file__).parent / "models"
+
+
+def decision(backend: str) -> Any:
+    return decide(default_policy(), Facts.given(mem_layout="page_first", page_size=64), backend=backend)
+
+
+def pool(name: str = "kv", **changed: Any) -> HostPool:
+    fields: dict[str, Any] = {
+        "kind": "MHATokenToKVPoolHost",
+        "layout": "page_first",
+        "record": "token",
+        "bytes": 1024,
+        "tokens": 1,
+        "window": None,
+        "undescribed": None,
+    }
+    return HostPool(name, **{**fields, **changed})
+
+
+class TestWriters:
+    def test_a_pool_that_is_not_described_is_sglangs_whatever_the_backend(self) -> None:
+        (row,) = assigned([pool(undescribed="holds packed pages")], decision("hybrid"))
+        assert (row.writer, row.why, row.ours) == (("SGLang",), "holds packed pages", False)
+
+    def test_a_layout_that_the_backend_cannot_serve_is_sglangs(self) -> None:
+        (row,) = assigned([pool(layout="page_head")], decision("copy_engine"))
+        assert row.writer == ("SGLang",)
+        assert "page_head" in str(row.why)
+
+    def test_else_the_backend_of_the_decision_writes_it(self) -> None:
+        (row,) = assigned([pool()], decision("copy_engine"))
+        assert (row.writer, row.why) == (("copy_engine",), None)
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 10**6), st.sampled_from([None, 1, 64])), min_size=1, max_size=5)
+)
+def test_a_state_is_written_once_a_prompt_and_a_page_as_often_as_it_is_begun(sizes: Any) -> None:
+    rows = [pool(str(nth), bytes=size, tokens=tokens) for nth, (size, tokens) in enumerate(sizes)]
+    for row, (size, tokens) in zip(rows, sizes, strict=True):
+        assert row.written(130) == size * {None: 1, 1: 130, 64: 3}[tokens]
+        assert HostPool.from_dict(json.loads(json.dumps(row.to_dict()))) == row
+
+
+def test_of_a_window_no_more_is_written_than_it_holds() -> None:
+    assert pool("swa", window=128).written() == 128 * 1024
+    assert pool("swa", window=128).written(100) == 100 * 1024
+
+
+class TestCost:
+    ENTRY: ClassVar[dict[str, Any]] = {
+        "backend": "hybrid",
+        "kind": "measured",
+        "text": "50.5 GB/s",
+        "source": "a run",
+    }
+
+    def test_no_speed_is_named_for_a_server_whose_bytes_sglang_copies(self) -> None:
+        rows = assigned([pool(undescribed="not ours", share=1.0)], decision("hybrid"))
+        (entry,) = of_its_share([self.ENTRY], rows)
+        assert entry["kind"] == "unknown"
+        assert "GB/s" not in entry["text"]
+        assert entry["source"] is None
+
+    def test_a_part_is_said_to_be_one(self) -> None:
+        rows = assigned([pool(share=0.75), pool("x", undescribed="no", share=0.25)], decision("hybrid"))
+        (entry,) = of_its_share([self.ENTRY], rows)
+        assert entry["text"].startswith("75% of the bytes: 50.5 GB/s")
+        assert share_of(rows) == 0.75
+
+    def test_nothing_is_changed_where_the_pools_are_not_known(self) -> None:
+        assert of_its_share([self.ENTRY], ()) == [self.ENTRY]
+
+
+@pytest.mark.usefixtures("cpu_sglang")
+class TestRealPools:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_bytes_are_those_that_a_record_moves(self, kind: str) -> None:
+        built = build(kind, "page_first")
+        (row,) = host_pools([("x", built.host)])
+        nbytes = sum(int(rows[0].numel()) * rows.element_size() for _, rows in built.rows)
+        assert row.bytes == nbytes
+        assert row.tokens == {"states": None, "keys_only": 1}.get(kind, built.per_record)
+        assert row.undescribed is None
+        assert pool_rows([row])[0][0] == "x"
+
+    def test_a_pool_that_follows_longer_indices_than_it_holds_ends_the_start(self) -> None:
+        """With decode context parallelism ranks share the rows, not the indices."""
+        built = build("index_pages", "page_first")
+        anchor = SimpleNamespace(
+            size=built.host.size,
+            logical_size=8 * built.host.size,
+            page_size=64,
+            layout="page_first",
+            size_per_token=4,
+        )
+        with pytest.raises(ShortHostRowsError, match=r"pool indexer holds 1,280 tokens .* up to 10,240"):
+            host_pools([("kv", anchor), ("indexer", built.host)])
+        anchor.logical_size = built.host.size
+        found = host_pools([("kv", anchor), ("indexer", built.host)])
+        assert [row.name for row in found] == ["kv", "indexer"]
+
+
+def by_name(server: dict[str, Any]) -> dict[str, HostPool]:
+    return {each["name"]: HostPool.from_dict(each) for each in server["pools"]}
+
+
+@pytest.fixture(scope="module")
+def servers() -> list[dict[str, Any]]:
+    """What SGLang's own code builds for each server of models/, now."""
+    return coverage.servers(MODELS / "servers.json")
+
+
+def test_the_saved_list_is_what_sglang_builds(servers: list[dict[str, Any]]) -> None:
+    """`python -m sglang_hicache.bench.lab.coverage tests/sglang/models/servers.json
+    tests/sglang/models/coverage.json`, then `make tables`."""
+    assert servers == json.loads((MODELS / "coverage.json").read_text(encoding="utf-8"))
+
+
+def test_bytes_are_those_of_the_models_own_numbers(servers: list[dict[str, Any]]) -> None:
+    """Computed here from each config.json, without SGLang."""
+    seen = set()
+    for server in servers:
+        config = json.loads((MODELS / server["model"] / "config.json").read_text(encoding="utf-8"))
+        words = server["options"].split()
+        tp = int(words[words.index("--tp") + 1]) if "--tp" in words else 1
+        pools = by_name(server)
+        layers = config["num_hidden_layers"]
+        if config["model_type"].startswith("deepseek"):
+            latent = config["kv_lora_rank"] + config["qk_rope_head_dim"]
+            # DeepSeek-V3.2 keeps a byte an element of the latent, a scale for 128 of them, and bf16 of rope.
+            packed = config["kv_lora_rank"] * 132 // 128 + 2 * config["qk_rope_head_dim"]
+            assert pools["kv"].bytes in (layers * latent * 2, layers * packed), server
+            if "index_head_dim" in config:
+                assert pools["indexer"].bytes == layers * 64 * (config["index_head_dim"] + 4)
+                seen.add("indexer")
+        else:
+            heads = max(1, config["num_key_value_heads"] // tp)
+            row = 2 * 2 * heads * config["head_dim"]
+            if "linear_num_value_heads" in config:
+                layers //= config["full_attention_interval"]
+                seen.add("states")
+            if "layer_types" in config:
+                layers = config["layer_types"].count("full_attention")
+                sliding = config["layer_types"].count("sliding_attention")
+                assert pools["swa"].bytes == sliding * row
+                assert pools["swa"].written() < PROMPT_TOKENS * sliding * row
+                seen.add("window")
+            assert pools["kv"].bytes == layers * row, server
+    assert seen == {"indexer", "states", "window"}
+
+
+def test_where_indices_are_translated_every_byte_is_sglangs(servers: list[dict[str, Any]]) -> None:
+    (server,) = [each for each in servers if "--dcp-size" in each["options"]]
+    assert share_of(list(by_name(server).values())) == 0
+    others = [each for each in servers if each is not server]
+    assert all(share_of(list(by_name(each).values())) > 0.95 for each in others)
+
+
+def test_explain_names_no_speed_for_a_server_whose_every_byte_sglang_copies() -> None:
+    model = MODELS / "DeepSeek-R1"
+    line = (
+        f"sglang serve --model-path {model} --skip-tokenizer-init --enable-hierarchical-cache "
+        "--hicache-io-backend auto --tp 8 --dcp-size 8"
+    )
+    shown = CliRunner().invoke(app, ["explain", "--server-args", line, "--gpu-arch", "sm90", "--json"])
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.stdout)
+    assert [(each["name"], each["writer"]) for each in found["pools"]] == [("kv", ["SGLang"])]
+    assert found["pools_unknown"] is None
+    assert {each["kind"] for each in found["cost"]} == {"unknown"}

@@ -1,0 +1,143 @@
+"""Pools of pages and states: the right bytes by SGLang's own views, whatever a write is like."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from record_pools import build
+from stand_in_scheduler import fences
+
+from sglang_hicache.io_backends import get_backend
+from sglang_hicache.io_backends.device.cpu import CpuDevice
+from sglang_hicache.io_backends.plan.staged_write import is_whole
+from sglang_hicache.io_backends.registry import OWN_NAMES
+from sglang_hicache.io_backends.routes import one_route
+from sglang_hicache.io_backends.sglang.errors import RefusedError
+from sglang_hicache.io_backends.sglang.pools import geometry
+from sglang_hicache.io_backends.sglang.pools.errors import ShortHostRowsError, UnsupportedPoolError
+from sglang_hicache.io_backends.sglang.pools.geometry import describe_pool
+from sglang_hicache.io_backends.sglang.scheduler.writeback import WriteBack
+
+pytestmark = pytest.mark.usefixtures("cpu_sglang")
+
+
+@pytest.fixture(autouse=True)
+def proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a GPU had shown it already: these tests are what must pass there."""
+    monkeypatch.setattr(geometry, "UNPROVEN", {})
+
+
+CASES = [
+    ("states", "page_first"),
+    ("states", "page_first_direct"),
+    ("index_pages", "layer_first"),
+    ("index_pages", "page_first"),
+    ("index_pages", "page_first_direct"),
+    ("packed_pages", "page_first"),
+    ("packed_pages", "page_first_direct"),
+    ("keys_only", "layer_first"),
+    ("keys_only", "page_first"),
+    ("keys_only", "page_first_direct"),
+]
+
+
+def write_back(name: str) -> WriteBack:
+    device = CpuDevice()
+    return WriteBack(device, one_route(get_backend(name)(device, {"staging_mb": 1}), ()), fences(device))
+
+
+def submit(writeback: WriteBack, pool: Any, host: Any, device: Any) -> Any:
+    from sglang.srt.mem_cache.l2_transfer import L2Transfer, L2TransferEngine
+
+    engine = L2TransferEngine("direct" if pool.host.layout == "page_first_direct" else "kernel")
+    transfers = [L2Transfer(pool.host, pool.device, host, device)]
+    return writeback.submit(L2TransferEngine.submit_device_to_host, engine, transfers)
+
+
+@pytest.mark.parametrize("records", [1, 7, 12])
+@pytest.mark.parametrize(("kind", "layout"), CASES)
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_records_byte_for_byte(name: str, kind: str, layout: str, records: int) -> None:
+    pool = build(kind, layout)
+    host, device = pool.slots(records, seed=records)
+    writeback = write_back(name)
+    completion = submit(writeback, pool, host, device)
+    pool.assert_copied(host, device)
+    assert completion.finish_event.query()
+    assert writeback.pools.fallbacks() == []
+    assert writeback.counters.bytes == len(host) * pool.host.size_per_token
+    assert writeback.counters.by_backend == {name: 1}
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_states_whose_device_slots_are_apart(name: str) -> None:
+    """Unified memory keeps a slot's states together, so that one array's are not."""
+    pool = build("states", "page_first", strided=True)
+    assert not pool.rows[0][1].is_contiguous()
+    host, device = pool.slots(9)
+    submit(write_back(name), pool, host, device)
+    pool.assert_copied(host, device)
+
+
+@pytest.mark.parametrize("kind", ["index_pages", "packed_pages"])
+def test_half_a_page_is_left_to_sglang(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page holds keys, then their scales: some of its bytes are no token's own."""
+    pool = build(kind, "page_first")
+    geometry = describe_pool(pool.host)
+    host, device = pool.slots(2)
+    assert is_whole(geometry, host)
+    for wrong in (host[:-1], host[1:], host.flip(0)):
+        assert not is_whole(geometry, wrong)
+    calls: list[int] = []
+    monkeypatch.setattr(
+        type(pool.host), "backup_from_device_all_layer", lambda *args, **named: calls.append(1)
+    )
+    writeback = write_back("copy_engine")
+    submit(writeback, pool, host[:-1], device[:-1])
+    assert calls == [1]
+    assert writeback.counters.by_backend == {"upstream": 1}
+
+
+@pytest.mark.parametrize(("kind", "layout"), CASES)
+def test_an_index_past_the_end_is_refused(kind: str, layout: str) -> None:
+    pool = build(kind, layout)
+    host, device = pool.slots(1)
+    with pytest.raises(ValueError, match="host index"):
+        submit(write_back("copy_engine"), pool, host * 0 + np.arange(len(host)) + pool.host.size, device)
+
+
+def test_host_rows_that_are_shorter_end_the_start() -> None:
+    """Nothing can keep them whole, so nobody may copy them either."""
+    pool = build("keys_only", "page_first")
+    pool.device.k_buffer = [rows.repeat(1, 1, 2) for rows in pool.device.k_buffer]
+    with pytest.raises(ShortHostRowsError, match=r"a host row has 64 bytes, and the device row .* 128"):
+        describe_pool(pool.host)
+    with pytest.raises(RefusedError, match=r"pool \w+, k: a host row has 64 bytes"):
+        write_back("hybrid").pools.serves(pool.host)
+
+
+def test_host_rows_that_are_longer_are_left_to_sglang() -> None:
+    pool = build("keys_only", "page_first")
+    pool.device.k_buffer = [rows[..., :8].contiguous() for rows in pool.device.k_buffer]
+    with pytest.raises(UnsupportedPoolError, match="a device row has 32 bytes, a host row 64"):
+        describe_pool(pool.host)
+    assert not write_back("hybrid").pools.serves(pool.host)
+
+
+def test_side_states_are_left_to_sglang() -> None:
+    import torch
+
+    pool = build("states", "page_first")
+    pool.host.slot_state_device_tensors = [torch.zeros(24, 4)]
+    with pytest.raises(UnsupportedPoolError, match="side states"):
+        describe_pool(pool.host)
+
+
+def test_a_record_is_a_page_or_one_slot() -> None:
+    geometry = describe_pool(build("index_pages", "layer_first").host)
+    assert (geometry.record_slots, geometry.page_size) == (64, 64)
+    with pytest.raises(ValueError, match="is not a page"):
+        dataclasses.replace(geometry, record_slots=2)
