@@ -41,7 +41,7 @@ _OF_THE_LINK = frozenset({"ms", "gb_per_s", "ack_us", "held_ms", "kept_gb_per_s"
 
 
 @dataclass(frozen=True)
-class Line:
+class GateLine:
     """One contender in one measurement.
 
     Attributes:
@@ -83,7 +83,7 @@ _Key = tuple[Any, ...]
 _Pairs = dict[_Key, tuple[Spread, Spread]]
 
 
-def gate(first: Results, second: Results, fail_over: float = FAIL_OVER) -> list[Line]:
+def gate(first: Results, second: Results, fail_over: float = FAIL_OVER) -> list[GateLine]:
     """A line for each contender and figure, worst first.
 
     A contender is slower if it is so by more than ``fail_over`` in proportion to every unchanged contender
@@ -124,7 +124,7 @@ def _line(
     contenders: Mapping[str, _Pairs],
     link: float | None,
     fail_over: float,
-) -> Line:
+) -> GateLine:
     own = contenders[name]
     ratios = {key: _slower(pair, figure) for key, pair in own.items()}
     beside: dict[str, float] = {}
@@ -143,7 +143,7 @@ def _line(
     counts = 2 * beyond >= len(own)
     slower, faster = change > fail_over, change < 1 / (1 + fail_over) - 1
     verdict = "slower" if counts and slower else "faster" if counts and faster else "same"
-    return Line(
+    return GateLine(
         measurement,
         name,
         figure,
@@ -176,7 +176,7 @@ def _link(first: Results, second: Results, figure: str) -> float | None:
     return rates[0].median / rates[1].median
 
 
-def _presence(first: Results, second: Results) -> Iterator[Line]:
+def _presence(first: Results, second: Results) -> Iterator[GateLine]:
     """Contenders that have figures in one run only."""
     sides: list[dict[_Key, Row]] = [{row.key: row for row in run.rows} for run in (first, second)]
     # A run of fewer measurements is no sign that the others are gone.
@@ -194,10 +194,10 @@ def _presence(first: Results, second: Results) -> Iterator[Line]:
         where = row.measurement, row.contender, verdict, reason
         groups[where] = groups.get(where, 0) + 1
     for (measurement, contender, verdict, reason), count in groups.items():
-        yield Line(measurement, contender, None, count, verdict=verdict, reason=reason)
+        yield GateLine(measurement, contender, None, count, verdict=verdict, reason=reason)
 
 
-def sort(lines: Sequence[Line], by: str) -> list[Line]:
+def sort(lines: Sequence[GateLine], by: str) -> list[GateLine]:
     """``change``: as :func:`gate` has them; else by ``measurement`` or ``contender``, these stay in order."""
     if by == "change":
         return list(lines)

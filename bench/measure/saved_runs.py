@@ -177,7 +177,7 @@ def _measured(run: Results | serve_result.ServeResult) -> dict[str, int]:
     return {name: names.count(name) for name in dict.fromkeys(names)}
 
 
-def _show_lines(lines: Sequence[gate.Line], runs: Sequence[Results]) -> None:
+def _show_lines(lines: Sequence[gate.GateLine], runs: Sequence[Results]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -215,7 +215,7 @@ def _show_lines(lines: Sequence[gate.Line], runs: Sequence[Results]) -> None:
     )
 
 
-def _more(line: gate.Line) -> float:
+def _more(line: gate.GateLine) -> float:
     """The change of the figure, whichever direction is better."""
     assert line.raw is not None
     assert line.figure is not None

@@ -231,7 +231,6 @@ def metrics_of(scheduler: Any) -> Metrics | None:
             model = versions.view(scheduler.server_args).served_model_name
             # SGLang's cache metrics name no rank before 0.5.21, and none of --dp-size's replicas after:
             # series of one name would be added up, or overwrite each other, in the one endpoint of a node.
-            return Metrics(
-                {"model_name": model, **labels, **versions.rank_labels(scheduler)}, prometheus_client
-            )
+            ranks: dict[str, Any] = {**versions.rank_labels(scheduler)}
+            return Metrics({"model_name": model, **labels, **ranks}, prometheus_client)
     return None

@@ -103,6 +103,9 @@ class TestCost:
         assert of_its_share([self.ENTRY], ()) == [self.ENTRY]
 
 
+NOT_YET = "is served once its bytes were compared with SGLang's own copy on a GPU"
+
+
 @pytest.mark.usefixtures("cpu_sglang")
 class TestRealPools:
     @pytest.mark.parametrize("kind", KINDS)
@@ -112,7 +115,7 @@ class TestRealPools:
         nbytes = sum(int(rows[0].numel()) * rows.element_size() for _, rows in built.rows)
         assert row.bytes == nbytes
         assert row.tokens == {"states": None, "keys_only": 1}.get(kind, built.per_record)
-        assert row.undescribed is None
+        assert row.undescribed == f"{type(built.host).__name__} {NOT_YET}"
         assert pool_rows([row])[0][0] == "x"
 
     def test_a_pool_that_follows_longer_indices_than_it_holds_ends_the_start(self) -> None:
@@ -185,7 +188,11 @@ def test_where_indices_are_translated_every_byte_is_sglangs(servers: list[dict[s
     (server,) = [each for each in servers if "--dcp-size" in each["options"]]
     assert share_of(list(by_name(server).values())) == 0
     others = [each for each in servers if each is not server]
-    assert all(share_of(list(by_name(each).values())) > 0.95 for each in others)
+    # Indexers and states wait for a GPU.
+    waiting = {"DeepSeek-V3.2": 0.90, "Qwen3-Next-80B-A3B": 0.84}
+    for each in others:
+        share = share_of(list(by_name(each).values()))
+        assert share > 0.95 if each["model"] not in waiting else abs(share - waiting[each["model"]]) < 0.005
 
 
 def test_explain_names_no_speed_for_a_server_whose_every_byte_sglang_copies() -> None:
