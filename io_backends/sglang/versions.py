@@ -5,8 +5,8 @@ difference by its name, and nobody else compares versions. What an object of SGL
 attribute that only newer pools have) is read off the object.
 
 The hook points are checked against the published wheels of every supported version by
-``tests/sglang/test_hook_points.py``, and against the running SGLang each time one of this project's
-backends is asked for: an SGLang that looks different is refused, never patched on a guess.
+``tests/io_backends/sglang/test_hook_points.py``, and against the running SGLang each time one of this
+project's backends is asked for: an SGLang that looks different is refused, never patched on a guess.
 """
 
 from __future__ import annotations

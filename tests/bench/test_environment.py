@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from sglang_hicache.bench.measure import environment
 
-RESULTS = Path(__file__).parents[2] / "bench" / "results"
+RESULTS = ROOT / "bench" / "results"
 
 
 @pytest.mark.parametrize(

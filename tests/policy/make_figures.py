@@ -6,8 +6,9 @@ python tests/policy/make_figures.py > policy/figures.yaml
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
+
+from repository import ROOT
 
 RESULTS = "bench/results/2026-11-26-h100"
 TOKENS = 4096
@@ -16,7 +17,7 @@ BACKENDS = ("hybrid", "copy_engine", "fenced_kernel")
 
 def figures() -> str:
     """The file's text."""
-    root = Path(__file__).parents[2] / RESULTS
+    root = ROOT / RESULTS
     run = json.loads((root / "bench.json").read_text(encoding="utf-8"))
     machine = run["environment"]
     lines = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 from typer.testing import CliRunner
 
 from sglang_hicache.bench.cli import app
@@ -16,7 +16,7 @@ from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.names import ATTENTION_BACKENDS
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "policy.md"
+DOCUMENT = ROOT / "docs" / "policy.md"
 SHIPPED = default_policy()
 TABLE = matrix(SHIPPED, {})
 

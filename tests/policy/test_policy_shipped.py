@@ -7,13 +7,13 @@ import re
 from importlib.resources import files
 from importlib.util import find_spec
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import strategies as st
 from make_figures import figures
 from policy_strategies import ATTENTION_KEYS, FACT_VALUES, given, writes
+from repository import ROOT
 
 from sglang_hicache.io_backends.policy_files import default_policy
 from sglang_hicache.policy.decide import Decision, decide
@@ -23,7 +23,6 @@ from sglang_hicache.policy.format.schema import Default, Rule
 from sglang_hicache.policy.names import ATTENTION_BACKENDS, MEM_LAYOUTS
 from sglang_hicache.policy.routes import WriteFacts
 
-ROOT = Path(__file__).parents[2]
 SHIPPED = default_policy()
 ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120", "cpu")
 BY_HAND = ("auto", "hybrid", "copy_engine", "fenced_kernel")

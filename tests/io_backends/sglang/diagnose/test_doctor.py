@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from repository import VERSIONS
 from typer.testing import CliRunner
 
 from sglang_hicache.bench import tiny_model
@@ -58,7 +59,7 @@ class TestInstallation:
     def test_older_releases_have_fewer(
         self, monkeypatch: pytest.MonkeyPatch, version: str, d2h: bool, h2d: bool
     ) -> None:
-        tree = Path(__file__).parents[2] / ".sglang-versions" / version / "sglang"
+        tree = VERSIONS / version / "sglang"
         spec = SimpleNamespace(submodule_search_locations=[str(tree)])
         monkeypatch.setattr(checks, "find_spec", lambda name: spec)
         found = checks.upstream_fences()
@@ -320,7 +321,7 @@ default: {use: {backend: fenced_kernel, fence_forward: []}, because: a test that
     ],
 )
 def test_a_policy_that_leaves_fa3_open_is_bad_in_every_form(tmp_path: Path, form: str) -> None:
-    """Other forms are read alike (`tests/diagnose/test_command_line.py`); these take the real way."""
+    """Other forms are read alike (test_command_line.py); these take the real way."""
     policy = tmp_path / "p q.yaml"
     policy.write_text(OPEN)
     model = tiny_model.write(tmp_path / "model")

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from repository import VERSIONS
 
 from sglang_hicache.io_backends.sglang.pools.geometry import OTHER_KINDS
 from sglang_hicache.io_backends.sglang.versions import (
@@ -22,7 +23,7 @@ from sglang_hicache.io_backends.sglang.versions import (
     release_of,
 )
 
-WHEELS = Path(__file__).parents[2] / ".sglang-versions"
+WHEELS = VERSIONS
 POINTS = tuple(dict.fromkeys(point for release in RELEASES for point in release.points))
 """Of all releases."""
 

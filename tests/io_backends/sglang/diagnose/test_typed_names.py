@@ -26,6 +26,8 @@ from sglang_hicache.policy.format.lint import warnings
 from sglang_hicache.policy.gpu_names import architecture
 from sglang_hicache.policy.names import NameProblem
 
+WITHOUT_SGLANG = True
+
 
 def run(*arguments: str, **env: str | None) -> Result:
     return CliRunner().invoke(app, list(arguments), env={"NO_COLOR": "1", "COLUMNS": "80", **env})

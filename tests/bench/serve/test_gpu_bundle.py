@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from repository import ROOT
 
 from sglang_hicache.bench.lab import gpu_bundle
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_everything_that_is_pinned_is_packed_but_cuda_and_tools() -> None:

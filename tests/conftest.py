@@ -1,4 +1,4 @@
-"""SGLang on a machine without a driver: everything under this folder needs the installed SGLang."""
+"""SGLang on a machine without a driver, and servers to start."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from own_process import SHARD
 
 from sglang_hicache.io_backends.sglang.no_gpu import fake_libcuda
 
-HERE = Path(__file__).parent
+SGLANG = Path(__file__).parent / "io_backends" / "sglang"
+FIXTURES = {"libcuda", "cpu_sglang", "machine", "fresh_machine"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if HERE in item.path.parents:
+        asked = FIXTURES.intersection(getattr(item, "fixturenames", ()))
+        if asked or (SGLANG in item.path.parents and not getattr(item.module, "WITHOUT_SGLANG", False)):
             item.add_marker("sglang")
     if SHARD in os.environ:
         nth, of = map(int, os.environ[SHARD].split("/"))

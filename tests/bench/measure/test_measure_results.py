@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from repository import ROOT
 
 from sglang_hicache.bench.measure import plots, report, results, tables
 from sglang_hicache.bench.measure.cases import Case
@@ -105,7 +106,7 @@ def test_a_saved_run_that_is_something_else_is_refused_with_its_name(tmp_path: P
 
 SAVED = sorted(
     path
-    for path in (Path(__file__).parents[2] / "bench" / "results").glob("*/*.json")
+    for path in (ROOT / "bench" / "results").glob("*/*.json")
     if "ceilings_gb_per_s" in json.loads(path.read_text(encoding="utf-8"))
 )
 

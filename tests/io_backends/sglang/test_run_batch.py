@@ -9,14 +9,14 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from pathlib import Path
 
 import pytest
+from repository import VERSIONS
 from test_device_readers import CALLERS, HOOKED
 
 from sglang_hicache.io_backends.sglang.versions import SUPPORTED
 
-WHEELS = Path(__file__).parents[2] / ".sglang-versions"
+WHEELS = VERSIONS
 
 LAUNCHES = frozenset({"forward_batch_generation", "forward_batch_embedding", "forward_batch_split_prefill"})
 """Methods of SGLang's workers that launch a batch."""

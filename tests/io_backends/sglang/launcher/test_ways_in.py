@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from launching import Machine
+from repository import ROOT
 
 from sglang_hicache.bench import server_options
 
 pytestmark = pytest.mark.server
 
-ROOT = Path(__file__).parents[2]
 
 POLICY = """\
 version: 1

@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from sglang_hicache.io_backends.sglang.diagnose import dry_run
 from sglang_hicache.io_backends.sglang.diagnose.command_line import CommandLine, CommandLineError, read
 
+WITHOUT_SGLANG = True
+
 POLICY = "SGLANG_HICACHE_IO_POLICY"
 OPTIONS = ["--model-path", "/m", "--tp", "2"]
 SERVE = "sglang serve /m --tp 2"

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ast
 from functools import cache
-from pathlib import Path
 
 import pytest
+from repository import VERSIONS
 
 from sglang_hicache.io_backends.sglang.versions import SUPPORTED
 
-WHEELS = Path(__file__).parents[2] / ".sglang-versions"
+WHEELS = VERSIONS
 
 ELSEWHERE = (
     "layers/",  # forwards

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from launching import CHILDREN, Machine, inject
 from own_process import fake_driver, run_cases
+from repository import ROOT
 
 from sglang_hicache.bench import tiny_model
 from sglang_hicache.bench.demo.command import identity
@@ -15,7 +16,7 @@ from sglang_hicache.bench.demo.identity import DemoRun, DemoSetup
 from sglang_hicache.bench.workload import EvictingWorkload
 
 HERE = Path(__file__).parent
-EMULATION = HERE.parent / "emulated_cuda"
+EMULATION = ROOT / "tests" / "support" / "emulated_cuda"
 
 POLICY = """\
 version: 1

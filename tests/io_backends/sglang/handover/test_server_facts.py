@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from launching import CHILDREN, Machine, inject
+from repository import VERSIONS
 from test_hook_points import assigned_attributes
 
 from sglang_hicache.bench import tiny_model
@@ -24,7 +25,7 @@ from sglang_hicache.io_backends.sglang.versions import SUPPORTED
 from sglang_hicache.policy.facts import Fact, Facts
 
 HERE = Path(__file__).parent
-WHEELS = HERE.parents[1] / ".sglang-versions"
+WHEELS = VERSIONS
 
 POLICY = """\
 version: 1

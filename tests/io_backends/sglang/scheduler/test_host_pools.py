@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -11,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from record_pools import KINDS, build
+from repository import ROOT
 from typer.testing import CliRunner
 
 from sglang_hicache.bench.cli import app
@@ -28,7 +28,7 @@ from sglang_hicache.io_backends.sglang.pools.host_pools import (
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts
 
-MODELS = Path(__file__).parent / "models"
+MODELS = ROOT / "tests" / "support" / "models"
 
 
 def decision(backend: str) -> Any:
@@ -146,8 +146,8 @@ def servers() -> list[dict[str, Any]]:
 
 
 def test_the_saved_list_is_what_sglang_builds(servers: list[dict[str, Any]]) -> None:
-    """`python -m sglang_hicache.bench.lab.coverage tests/sglang/models/servers.json
-    tests/sglang/models/coverage.json`, then `make tables`."""
+    """`python -m sglang_hicache.bench.lab.coverage tests/support/models/servers.json
+    tests/support/models/coverage.json`, then `make tables`."""
     assert servers == json.loads((MODELS / "coverage.json").read_text(encoding="utf-8"))
 
 

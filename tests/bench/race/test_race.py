@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 from own_process import SHARD, run_cases
+from repository import VERSIONS
+
+pytestmark = pytest.mark.sglang
 
 HERE = Path(__file__).parent
-VERSIONS = HERE.parents[1] / ".sglang-versions"
 
 
 # Minutes of one core each; more where others run beside it.

@@ -1,4 +1,4 @@
-"""What metrics cost a write: ``python tests/sglang/time_metrics.py`` prints it, for this machine's CPU.
+"""What metrics cost a write: run by hand, prints it for this machine's CPU.
 
 As in a server: SGLang's multi-process mode, where every count is a write to a mapped file.
 """

@@ -129,8 +129,9 @@ def test_damage_is_told_from_rounding(machine: Machine, tmp_path: Path) -> None:
     assert "by the server's own recomputation" in side["first_problem"]["what"]
 
 
+@pytest.mark.sglang
 def test_what_an_experiment_leaves_out(subtests: pytest.Subtests) -> None:
-    run_cases(subtests, HERE / "unsafe_cases.py", {})
+    run_cases(subtests, HERE.parent / "race" / "unsafe_cases.py", {})
 
 
 # Every way to ask for it, in one process: most of its time is SGLang's import.

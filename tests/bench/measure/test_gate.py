@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from repository import ROOT
 from typer.testing import CliRunner, Result
 
 from sglang_hicache.bench.cli import app
@@ -19,7 +20,7 @@ from sglang_hicache.bench.measure.cases import Case
 from sglang_hicache.bench.measure.contenders import names
 from sglang_hicache.bench.measure.results import Results, Row, Spread
 
-RESULTS = Path(__file__).parents[2] / "bench" / "results"
+RESULTS = ROOT / "bench" / "results"
 ONE_COMMIT = (RESULTS / "2026-11-26-h100-slow-host/bench.json", RESULTS / "2026-11-26-h100/bench.json")
 CASES = [
     Case("Qwen3-8B", "page_first", page, 4096, fragmented) for page in (1, 16, 64) for fragmented in (0, 1)

@@ -12,6 +12,8 @@ import transformers
 
 from sglang_hicache.bench.serve import models
 
+pytestmark = pytest.mark.sglang
+
 _GUARDED = {"quantization_config", "rope_theta"}
 """Read only where ``hasattr`` finds it, or where there are no ``rope_parameters``."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from launching import Machine
+from repository import ROOT
 
 from sglang_hicache.bench import serving, tiny_model, workload
 from sglang_hicache.io_backends import Submission
@@ -20,7 +21,7 @@ from sglang_hicache.io_backends.sglang.metrics import SAMPLED, Metrics, metrics_
 
 prometheus_client = pytest.importorskip("prometheus_client")
 
-DASHBOARD = Path(__file__).parents[2] / "bench" / "grafana_dashboard.json"
+DASHBOARD = ROOT / "bench" / "grafana_dashboard.json"
 
 
 @pytest.fixture

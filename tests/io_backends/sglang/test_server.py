@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from launching import Machine
+from repository import VERSIONS
 
 from sglang_hicache.bench import damaged, tiny_model
 from sglang_hicache.bench.demo.command import identity
@@ -15,7 +16,6 @@ from sglang_hicache.bench.workload import EvictingWorkload
 
 pytestmark = pytest.mark.server
 
-VERSIONS = Path(__file__).parents[2] / ".sglang-versions"
 
 # Enough to overflow the device pool of 4,096 tokens twice over.
 WORKLOAD = EvictingWorkload(tiny_model.VOCAB_SIZE, conversations=12, turns=2, output_tokens=12)
