@@ -30,6 +30,7 @@ TABLES = {
     ],
     "docs/policy.md": ["policy_matrix"],
     "docs/stress-and-the-fa3-crash.md": ["experiments"],
+    "docs/coverage.md": ["coverage"],
 }
 
 
