@@ -13,10 +13,11 @@ import pytest
 from launching import Machine
 from own_process import SHARD
 
+from sglang_hicache.io_backends.sglang.diagnose import dry_run
 from sglang_hicache.io_backends.sglang.no_gpu import fake_libcuda
 
 SGLANG = Path(__file__).parent / "io_backends" / "sglang"
-FIXTURES = {"libcuda", "cpu_sglang", "machine", "fresh_machine"}
+FIXTURES = {"libcuda", "cpu_sglang", "machine", "fresh_machine", "quick_dry_runs"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,6 +56,22 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     fresh = Machine(tmp_path_factory.mktemp("machine"))
     with preloaded.started(fresh.cache, fresh.env()) as python:
         yield replace(fresh, python=python)
+
+
+@pytest.fixture(scope="session")
+def sm90_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
+    """A Python that has SGLang imported already, on a machine that seems to have a GPU of sm90."""
+    folder = tmp_path_factory.mktemp("sm90")
+    environment = {**fake_libcuda.environment(folder / "libcuda"), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with preloaded.started(folder, environment, "sm90") as python:
+        yield python
+
+
+@pytest.fixture
+def quick_dry_runs(sm90_python: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `explain` and `doctor` ask SGLang for a GPU of sm90, without its import."""
+    monkeypatch.setattr(dry_run, "PYTHON", sm90_python)
 
 
 @pytest.fixture(scope="session")

@@ -161,6 +161,11 @@ def race(
                 tell(f"{count} of {len(chosen)} seeds")
                 result.add(experiment.run(each, left_out(fences), actions), name)
         result.seconds += time.monotonic() - began
+    if not own and result.writes and not result.served_writes:
+        _refuse(
+            f"{backend} served none of {result.writes:,} writes: SGLang copied this pool itself, and nothing "
+            "is known of the backend; choose a --mem-layout, --page-size or --kv-kind that it serves"
+        )
     what = f"{backend}, fences {fences.value}" + ("" if own or backend != AUTO else f" ({_routes(decision)})")
     if mode:
         what += f", mode{'s' if len(modes) > 1 else ''} {', '.join(modes)}"

@@ -60,6 +60,10 @@ class RaceResult:
         return sum(run.writes for runs in self.runs.values() for run in runs)
 
     @property
+    def served_writes(self) -> int:
+        return sum(run.served_writes for runs in self.runs.values() for run in runs)
+
+    @property
     def loads(self) -> int:
         return sum(run.loads for runs in self.runs.values() for run in runs)
 

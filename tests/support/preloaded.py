@@ -5,7 +5,7 @@ one spawns, and nearly all of a small server's start. Run as a program, this fil
 ``python``: ``-m MODULE``, ``-c CODE`` or a script, with its arguments, variables, working folder, standard
 streams and exit status. What a process spawns with ``multiprocessing`` is not forked from it but from a
 process that has SGLang imported and nothing else done, with the spawning one's variables: as after a spawn,
-nothing but what was pickled arrives. The plug-in itself is never imported beforehand.
+nothing but what was pickled arrives. The plug-in is never loaded beforehand.
 
 What SGLang reads while it is imported (another release on ``PYTHONPATH``, another ``libcuda.so.1``) is as it
 was for the first process: what needs another gets a Python of its own.
@@ -30,11 +30,17 @@ SOCKET = "PRELOADED_SOCKET"
 
 
 @contextlib.contextmanager
-def started(folder: Path, environment: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
-    """The first process, with variables ``environment``; yields the command that takes ``python``'s place."""
+def started(folder: Path, environment: Mapping[str, str], gpu_arch: str = "") -> Iterator[tuple[str, ...]]:
+    """Start the first process; yields the command that takes ``python``'s place.
+
+    Args:
+        folder: for the socket on which it is asked.
+        environment: its variables, on top of this process's.
+        gpu_arch: let a GPU of this architecture be there, as `dry_run` does, when SGLang is imported.
+    """
     address = folder / "preloaded"
     first = subprocess.Popen(
-        [sys.executable, __file__, "--first", str(address)],
+        [sys.executable, __file__, "--first", str(address), gpu_arch],
         env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -69,15 +75,19 @@ def ask(address: str, argv: list[str]) -> None:
     os._exit(status)
 
 
-def serve(address: str) -> None:
+def serve(address: str, gpu_arch: str) -> None:
     """Import SGLang, and fork for each that asks until killed."""
     import gc
     import importlib
 
     _end_with_parent()
+    if gpu_arch:
+        from sglang_hicache.io_backends.sglang.diagnose.dry_run import stand_in_gpu
+
+        stand_in_gpu(gpu_arch)
     for module in MODULES:
         importlib.import_module(module)
-    assert not any(name.startswith("sglang_hicache") for name in sys.modules)
+    assert "sglang_hicache.io_backends.sglang.plugin" not in sys.modules
     _let_spawned_processes_be_forked()
     gc.freeze()
     assert len(os.listdir("/proc/self/task")) == 1, "only a process with one thread can be forked"
@@ -248,6 +258,6 @@ def _fork_the_fork_server() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--first":
-        serve(sys.argv[2])
+        serve(*sys.argv[2:])
     else:
         ask(sys.argv[1], sys.argv[2:])

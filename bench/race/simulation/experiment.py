@@ -50,6 +50,7 @@ class Run:
         wrong_rows: host rows that held something else than the forward wrote.
         wrong_reads: rows of a context that a forward found to hold something else.
         writes, loads: transfers.
+        served_writes: pools' parts of writes that the decision's backends copied; 0 for SGLang alone.
     """
 
     seed: int
@@ -59,6 +60,7 @@ class Run:
     writes: int
     loads: int
     counts: dict[str, int] = field(default_factory=dict)
+    served_writes: int = 0
 
 
 class Experiment:
@@ -115,7 +117,8 @@ class Experiment:
         )
         scheduler = self._scheduler(self.cache, options or chosen, rng)
         if self.decision is not None:
-            mutate(hooks.attach(scheduler, self.cache, self.decision, self._unsafe_fences))
+            active = hooks.attach(scheduler, self.cache, self.decision, self._unsafe_fences)
+            mutate(active)
         scheduler.ledger.watch()
         device.leave_out = leave_out
         player = Player(scheduler, self.cache.setup.tokens * 3 // 4, count(1))
@@ -133,6 +136,7 @@ class Experiment:
             scheduler.ledger.writes,
             scheduler.ledger.loads,
             dict(device.counts),
+            0 if self.decision is None else active.writeback.counters.served_writes,
         )
 
     def _settle(self, scheduler: Scheduler) -> None:

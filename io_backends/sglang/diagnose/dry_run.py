@@ -42,6 +42,9 @@ from .programs import VARIABLES_OF_SGLANG
 
 _MODULE = "sglang_hicache.io_backends.sglang.diagnose.dry_run"  # as a child it is __main__
 
+PYTHON: Sequence[str] = (sys.executable,)
+"""The command that runs Python, for the process that imports SGLang."""
+
 RESOLVING = "asking SGLang what this command line resolves to"
 
 TIMEOUT_S = 300
@@ -197,7 +200,7 @@ def _ask(command: CommandLine, gpu_arch: FactValue, gpu_gib: int | None = None) 
                 **({"CUDA_VISIBLE_DEVICES": ""} if gpu_arch is not None else {}),
             }
             done = subprocess.run(
-                [sys.executable, "-m", _MODULE],
+                [*PYTHON, "-m", _MODULE],
                 input=json.dumps(request),
                 env=environment,
                 capture_output=True,

@@ -33,6 +33,11 @@ class Counters:
     ordered_writes: int = 0
     by_backend: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def served_writes(self) -> int:
+        """By backends, not by SGLang's own copy; of a write with several pools each counts."""
+        return sum(self.by_backend.values()) - self.fallback_writes
+
     def served_by(self, name: str) -> None:
         self.by_backend[name] = self.by_backend.get(name, 0) + 1
 

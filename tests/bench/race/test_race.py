@@ -15,6 +15,8 @@ import pytest
 from own_process import SHARD, run_cases
 from repository import VERSIONS
 
+from sglang_hicache.bench import damaged
+
 pytestmark = pytest.mark.sglang
 
 HERE = Path(__file__).parent
@@ -81,7 +83,7 @@ def test_a_good_run_says_so_and_draws(tmp_path: Path) -> None:
     assert found["races"] == []
     assert found["corrupted"] == []
     assert found["replay"] is None
-    assert "no race, and every row right" in done.stderr
+    assert "no race, and every row right" in " ".join(done.stderr.split())
     events = json.loads(trace.read_text())["traceEvents"]
     assert {event["name"] for event in events} & {"gather", "drain"}
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -93,7 +95,7 @@ def test_modes_are_run_together() -> None:
     assert found["modes"] == ["retraction", "no-overlap"]
     assert found["seeds"] == 2
     assert found["races"] == []
-    assert "modes retraction, no-overlap" in done.stderr
+    assert "modes retraction, no-overlap" in " ".join(done.stderr.split())
     bad = race("--seeds", "2", "--json", "--mode", "no-overlap", "--backend", "kernel", status=1)
     found = json.loads(bad.stdout)
     assert {each["mode"] for each in found["races"]} == {"no-overlap"}
@@ -101,6 +103,34 @@ def test_modes_are_run_together() -> None:
         *("--json", "--backend", "kernel", "--mode", "no-overlap"),
         *("--seed", str(found["races"][0]["seeds"][0])),
     ]
+
+
+NOTHING = """
+class Nothing:
+    name = "nothing"
+
+    def __init__(self, device, options):
+        pass
+
+    def supports(self, geometry):
+        return "no pool is mine"
+
+    def prepare(self, geometry):
+        pass
+
+    def submit(self, transfer, stream):
+        raise AssertionError
+"""
+
+
+def test_a_backend_that_served_nothing_is_not_called_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "their_backend.py").write_text(NOTHING)
+    installed = damaged.third_party(tmp_path, "nothing", "their_backend:Nothing")
+    monkeypatch.setenv("PYTHONPATH", installed["PYTHONPATH"])
+    said = race("--seeds", "2", "--backend", "nothing", status=2).stderr
+    assert "nothing served none of" in " ".join(said.split())
 
 
 def test_a_release_that_is_not_simulated() -> None:

@@ -128,7 +128,11 @@ def test_a_scheduler_takes_sglangs_own_fence_away_too(
         max_total_num_tokens=200,
     )
     started: list[int] = []
-    active: Any = SimpleNamespace(unsafe_fences=fences, writeback=SimpleNamespace(start=started.append))
+    active: Any = SimpleNamespace(
+        unsafe_fences=fences,
+        writeback=SimpleNamespace(start=started.append),
+        tell_metrics=lambda: None,
+    )
     monkeypatch.setattr(scheduler_hooks, "_active", active)
     monkeypatch.setattr(scheduler_hooks, "_prepare", lambda *_: None)
     monkeypatch.setattr(scheduler_hooks, "metrics_of", lambda _: None)

@@ -10,6 +10,8 @@ import pytest
 from sglang_hicache.bench import tiny_model
 from sglang_hicache.io_backends.sglang.diagnose import dry_run, gpu_memory
 
+pytestmark = pytest.mark.usefixtures("quick_dry_runs")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -312,6 +312,7 @@ default: {use: {backend: fenced_kernel, fence_forward: []}, because: a test that
 """
 
 
+@pytest.mark.usefixtures("quick_dry_runs")
 @pytest.mark.parametrize(
     "form",
     [
@@ -346,7 +347,7 @@ def test_a_command_line_that_sglang_refuses() -> None:
 def test_the_report_is_readable(monkeypatch: pytest.MonkeyPatch) -> None:
     bad = Finding("locked memory", BAD, "[8] KiB", "raise it")
     monkeypatch.setattr(
-        "sglang_hicache.io_backends.sglang.diagnose.doctor.examine", lambda *_: {"This": [bad]}
+        "sglang_hicache.io_backends.sglang.diagnose.doctor.examine", lambda *_: iter([("This", iter([bad]))])
     )
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1

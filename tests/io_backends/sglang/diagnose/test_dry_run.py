@@ -63,6 +63,7 @@ def test_sglangs_own_choice_for_a_gpu_that_is_not_here(model: Path) -> None:
     assert found["backend"] == "hybrid"
 
 
+@pytest.mark.usefixtures("quick_dry_runs")
 def test_what_is_given_beside_it_counts_first(model: Path, tmp_path: Path) -> None:
     policy = tmp_path / "policy.yaml"
     policy.write_text("version: 1\nrules: []\ndefault: {use: {backend: copy_engine}, because: a test}\n")
@@ -77,6 +78,7 @@ def test_what_is_given_beside_it_counts_first(model: Path, tmp_path: Path) -> No
     assert found["facts"]["page_size"] == {"value": 32, "source": "given"}
 
 
+@pytest.mark.usefixtures("quick_dry_runs")
 @pytest.mark.parametrize(
     ("options", "more", "words"),
     [
@@ -110,12 +112,14 @@ def test_a_machine_without_a_gpu_asks_for_the_architecture(
     )
 
 
+@pytest.mark.usefixtures("quick_dry_runs")
 def test_nothing_is_downloaded() -> None:
     result = explain("sglang serve nobody/nothing --enable-hierarchical-cache", "--gpu-arch", "sm90")
     assert result.exit_code == 2
     assert "the model nobody/nothing (--model-path) is not on this machine" in result.stderr
 
 
+@pytest.mark.usefixtures("quick_dry_runs")
 def test_a_draft_is_not_downloaded_either(model: Path) -> None:
     draft = "--speculative-algorithm EAGLE --speculative-draft-model=nobody/draft --trust-remote-code"
     line = f"--model-path {model} --skip-tokenizer-init {draft}"
@@ -144,6 +148,7 @@ def test_models_by_every_option_that_can_name_one(libcuda: None, tmp_path: Path)
 DECODE = "--disaggregation-mode decode"
 
 
+@pytest.mark.usefixtures("quick_dry_runs")
 @pytest.mark.parametrize(
     ("options", "retraction", "offload"),
     [

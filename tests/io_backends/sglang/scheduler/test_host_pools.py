@@ -195,6 +195,7 @@ def test_where_indices_are_translated_every_byte_is_sglangs(servers: list[dict[s
         assert share > 0.95 if each["model"] not in waiting else abs(share - waiting[each["model"]]) < 0.005
 
 
+@pytest.mark.usefixtures("quick_dry_runs")
 def test_explain_names_no_speed_for_a_server_whose_every_byte_sglang_copies() -> None:
     model = MODELS / "DeepSeek-R1"
     line = (
