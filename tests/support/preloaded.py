@@ -70,7 +70,8 @@ def ask(address: str, argv: list[str]) -> None:
         answer = connection.recv(64)
     status = int(answer) if answer else 1
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # SIGKILL has no other
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import preloaded
 import pytest
 from launching import Machine
 from repository import VERSIONS
@@ -164,9 +165,11 @@ def test_an_sglang_without_a_write_fence(fresh_machine: Machine, tmp_path: Path)
     """0.5.22 has no `write_fence_stream`: the producer fence is ours alone."""
     other = VERSIONS / "0.5.22"
     assert other.is_dir(), "run `make versions`"
-    given = setup(fresh_machine, tmp_path)
-    given = replace(given, env={**given.env, "PYTHONPATH": str(other)})
-    reference = run(given, None)
-    result = run(given, "hybrid")
+    other_release = {**fresh_machine.env(), "PYTHONPATH": str(other)}
+    with preloaded.started(tmp_path, other_release) as python:
+        given = setup(replace(fresh_machine, python=python), tmp_path)
+        given = replace(given, env={**given.env, **other_release})
+        reference = run(given, None)
+        result = run(given, "hybrid")
     assert result.version == "0.5.22"
     assert_right(result, reference)

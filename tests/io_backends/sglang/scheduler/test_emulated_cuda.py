@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import preloaded
 import pytest
 from launching import CHILDREN, Machine, inject
 from own_process import fake_driver, run_cases
@@ -52,6 +55,15 @@ def serve(machine: Machine, folder: Path, backend: str | None, **env: str) -> De
     return identity.run(given, backend or "reference", backend, status=lambda *_: None)
 
 
+@pytest.fixture(scope="module")
+def emulated_machine(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """The stand-in driver and Triton's interpreter are chosen when they are imported."""
+    folder = tmp_path_factory.mktemp("emulated")
+    environment = {**machine.env(), **fake_driver(folder), "TRITON_INTERPRET": "1"}
+    with preloaded.started(folder, environment) as python:
+        yield replace(machine, python=python)
+
+
 def serve_emulated(machine: Machine, folder: Path, **env: str) -> DemoRun:
     """Writes of 1.4 MiB (700 tokens) through a ring of 1 MiB, and forwards that wait for gathers."""
     (folder / "policy.yaml").write_text(POLICY)
@@ -64,8 +76,7 @@ def serve_emulated(machine: Machine, folder: Path, **env: str) -> DemoRun:
         "EMULATED_CUDA_SEED": "1",
         "SGLANG_HICACHE_IO_POLICY": str(folder / "policy.yaml"),
     }
-    # The stand-in driver and Triton's interpreter are chosen when they are imported.
-    result = serve(machine.with_python_of_its_own(), folder, "auto", **fake_driver(folder), **emulated, **env)
+    result = serve(machine, folder, "auto", **emulated, **env)
     assert result.plugin is not None
     assert result.plugin["rule"] == "here"
     assert result.count("fallback_writes") == 0
@@ -79,9 +90,9 @@ def reference(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Dem
 
 @pytest.mark.server
 def test_a_server_whose_writes_are_larger_than_the_ring(
-    machine: Machine, tmp_path: Path, reference: DemoRun
+    emulated_machine: Machine, tmp_path: Path, reference: DemoRun
 ) -> None:
-    result = serve_emulated(machine, tmp_path)
+    result = serve_emulated(emulated_machine, tmp_path)
     assert result.problem(reference) is None
     assert result.count("forward_fences") > 0
     assert result.plugin is not None
@@ -95,9 +106,9 @@ def test_a_server_whose_writes_are_larger_than_the_ring(
 
 @pytest.mark.server
 def test_a_server_without_fences_answers_wrongly(
-    machine: Machine, tmp_path: Path, reference: DemoRun
+    emulated_machine: Machine, tmp_path: Path, reference: DemoRun
 ) -> None:
     """The check above can fail."""
-    result = serve_emulated(machine, tmp_path, EMULATED_CUDA_UNFENCED="1")
+    result = serve_emulated(emulated_machine, tmp_path, EMULATED_CUDA_UNFENCED="1")
     assert result.host_tokens > 0
     assert result.identical(reference) < len(reference.answers)

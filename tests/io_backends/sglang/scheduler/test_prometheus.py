@@ -169,8 +169,8 @@ def test_every_query_of_the_dashboard_has_data_of_a_real_server(machine: Machine
     )
     options = serving.base_args(machine.model, cpu_engine=True, hicache=serving.HiCache("auto"))
     env = {**machine.env(), "SGLANG_HICACHE_IO_POLICY": str(policy)}
-    asked = workload.Workload(tiny_model.VOCAB_SIZE, conversations=4, turns=1, output_tokens=4)
-    server = serving.Server(
+    asked = workload.EvictingWorkload(tiny_model.VOCAB_SIZE, conversations=4, turns=1, output_tokens=4)
+    server = serving.ServerProcess(
         [*options, "--enable-metrics"], log=tmp_path / "server.log", env=env, launch=machine.launcher
     )
     target = server.url.removeprefix("http://")
