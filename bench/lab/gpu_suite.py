@@ -41,7 +41,12 @@ from ..measure.environment import describe_environment
 from . import profile
 
 PARTS = ("tests", "sanitize", "bench", "profile", "calibrate")
-GPU_TESTS = ("tests/io_backends", "tests/io_backends/sglang/scheduler/test_gpu_pools.py")
+GPU_TESTS = (
+    "tests/io_backends/device/test_cuda_gpu.py",
+    "tests/io_backends/test_fences_gpu.py",
+    "tests/io_backends/sglang/scheduler/test_gpu_pools.py",
+    "tests/io_backends/sglang/scheduler/test_record_pools_gpu.py",
+)
 SANITIZER = "compute-sanitizer"
 # Failed API calls are not what is looked for: this project checks each of its own, and cuda-python asks the
 # driver for functions that it may not have, which would be 34 reports. Nor does racecheck look at SGLang's
