@@ -16,6 +16,7 @@ import typer
 
 from ...io_backends.policy_files import policy_in_force
 from ...io_backends.registry import AUTO, BACKENDS
+from ...io_backends.sglang.diagnose.gpu_memory import GpuMemory
 from ...io_backends.sglang.handover.machine_facts import detect
 from ...policy.decide import check_backend
 from ...policy.fact_spec import FactValue
@@ -92,16 +93,7 @@ def explain(
             help="A whole SGLang command line: facts, backend and policy as SGLang resolves them.",
         ),
     ] = None,
-    gpu_memory: Annotated[
-        int | None,
-        typer.Option(
-            "--gpu-memory",
-            min=1,
-            metavar="GIB",
-            help="With --server-args and --gpu-arch: memory of that GPU, where its name does not tell.",
-            show_default=False,
-        ),
-    ] = None,
+    gpu_memory: GpuMemory = None,
     what_if: Annotated[
         str | None,
         _option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 from dataclasses import replace
 from typing import Any
@@ -18,16 +19,21 @@ from sglang_hicache.io_backends.device.cuda import CudaDevice
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
-def _why_not() -> str | None:
+def why_not(*libraries: str) -> str | None:
+    """Why tests that need a GPU, torch and ``libraries`` cannot run here; None if they can."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
         return "no NVIDIA driver: libcuda.so.1 was not found"
-    torch = pytest.importorskip("torch")
+    for name in ("torch", *libraries):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed"
+    import torch
+
     return None if torch.cuda.is_available() else "torch.cuda.is_available() is False"
 
 
-WHY_NOT = _why_not()
+WHY_NOT = why_not()
 MARKS = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 if WHY_NOT is None:
     import torch

@@ -15,6 +15,19 @@ import numpy as np
 LAYERS = 3
 POISON = 0xA5
 KINDS = ("states", "index_pages", "packed_pages", "keys_only")
+CASES = [
+    ("states", "page_first"),
+    ("states", "page_first_direct"),
+    ("index_pages", "layer_first"),
+    ("index_pages", "page_first"),
+    ("index_pages", "page_first_direct"),
+    ("packed_pages", "page_first"),
+    ("packed_pages", "page_first_direct"),
+    ("keys_only", "layer_first"),
+    ("keys_only", "page_first"),
+    ("keys_only", "page_first_direct"),
+]
+"""Kinds, and the layouts in which they are described."""
 
 
 @dataclass

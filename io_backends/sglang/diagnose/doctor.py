@@ -26,6 +26,7 @@ from ..handover.machine_facts import detect
 from . import checks, server_checks
 from .checks import BAD, OK, WARNING, Finding
 from .dry_run import RESOLVING, Server, resolved, understood
+from .gpu_memory import GpuMemory
 
 _STYLES = {OK: "green", WARNING: "yellow", BAD: "bold red"}
 _VERDICTS = {
@@ -58,16 +59,7 @@ def doctor(
             show_default=False,
         ),
     ] = None,
-    gpu_memory: Annotated[
-        int | None,
-        typer.Option(
-            "--gpu-memory",
-            min=1,
-            metavar="GIB",
-            help="With --server-args and --gpu-arch: memory of that GPU, where its name does not tell.",
-            show_default=False,
-        ),
-    ] = None,
+    gpu_memory: GpuMemory = None,
     policy: Annotated[
         str | None,
         typer.Option("--policy", metavar="FILE", help="The policy file, as for explain.", show_default=False),

@@ -6,7 +6,9 @@ Where its size is not known, SGLang is asked at every size that such a GPU has, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 # GiB of each architecture's GPUs, by NVIDIA's data sheets; of several in one of the classes by which SGLang
 # sizes batches (memory_hook.py of 0.5.23: below 20, 35, 60, 90, 160 GiB), one. The first is asked first.
@@ -24,6 +26,18 @@ _SIZES: Mapping[str, tuple[int, ...]] = {
 _ALL = (80, 16, 24, 48, 141, 180)
 
 HOW = "give --gpu-memory"
+
+GpuMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--gpu-memory",
+        min=1,
+        metavar="GIB",
+        help="With --server-args and --gpu-arch: memory of that GPU, where its name does not tell.",
+        show_default=False,
+    ),
+]
+"""The option of every command that takes ``--server-args``."""
 
 
 def sizes(gpu_arch: str, given_gib: int | None) -> tuple[int, ...]:

@@ -24,8 +24,11 @@ def check_rows(name: str, rows: Sequence[Any], host_bytes: int) -> int:
 
     Raises:
         ShortHostRowsError: a device row is longer.
-        UnsupportedPoolError: a device row is shorter or not in one piece, or layers differ in their strides.
+        UnsupportedPoolError: a device row is shorter or not in one piece, a layer has none, or the layers'
+            strides differ.
     """
+    if not all(tensor.shape[0] for tensor in rows):
+        raise UnsupportedPoolError("a layer has no device rows")
     device_bytes = max(int(tensor[0].numel()) * tensor.element_size() for tensor in rows)
     if device_bytes > host_bytes:
         raise ShortHostRowsError(
@@ -37,7 +40,7 @@ def check_rows(name: str, rows: Sequence[Any], host_bytes: int) -> int:
         raise UnsupportedPoolError(f"its device rows do not share one stride ({sorted(strides)} bytes)")
     for tensor in rows:
         # One row must lie in one piece: every axis after the first is packed.
-        if tensor.numel() and not tensor[0].is_contiguous():
+        if not tensor[0].is_contiguous():
             raise UnsupportedPoolError(f"its device rows are not contiguous ({tuple(tensor.stride())})")
         if int(tensor[0].numel()) * tensor.element_size() != host_bytes:
             raise UnsupportedPoolError(

@@ -16,7 +16,8 @@ UNPROVEN: Mapping[str, tuple[str, str]] = {
     "QSAIndexerPoolHost": ("QSA indexer", _NO_GPU_YET),
     "MHATokenToKOnlyPoolHost": ("sparse index", _NO_GPU_YET),
 }
-"""Host pools that are described, and copied right on the CPU, and left to SGLang until a GPU has shown it."""
+"""Host pools whose descriptions copy the right bytes on the CPU: left to SGLang, unlooked at, until a GPU has
+shown it."""
 
 OTHER_KINDS: Mapping[str, tuple[str, str]] = {
     **UNPROVEN,
@@ -48,11 +49,10 @@ def describe_pool(host_pool: Any) -> PoolGeometry:
         if kind not in _RECORDS:
             _, why = OTHER_KINDS.get(kind, ("", "is not a plain MHA or MLA pool"))
             raise UnsupportedPoolError(f"{kind} {why}")
-        _refuse_translated(host_pool)
-        described = _RECORDS[kind](host_pool)  # what would lose bytes is refused all the same
         if kind in UNPROVEN:
             raise UnsupportedPoolError(f"{kind} {UNPROVEN[kind][1]}")
-        return described
+        _refuse_translated(host_pool)
+        return _RECORDS[kind](host_pool)
     if host_pool.layout not in LAYOUTS:
         raise UnsupportedPoolError(f"layout {host_pool.layout} is not covered")
     _refuse_translated(host_pool)

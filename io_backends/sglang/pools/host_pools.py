@@ -131,11 +131,15 @@ def _pool(name: str, pool: Any, window: int | None) -> HostPool:
 
 
 def _refuse_short_sidecars(entries: Sequence[tuple[str, Any]]) -> None:
-    """A pool that follows the first one's indices holds at least as many records."""
-    if not entries:
+    """A pool that follows the first one's indices holds as many records, where ranks share that one's rows.
+
+    With decode context parallelism an index stands for one rank's row in the first pool alone
+    (``maybe_dcp_kernel_indices`` in SGLang's ``pool_host/mla.py``; ``dsa.py`` has no such step).
+    """
+    if not entries or getattr(entries[0][1], "dcp_size", 1) == 1:
         return
     anchor_name, anchor = entries[0]
-    indices = int(getattr(anchor, "logical_size", 0))
+    indices = int(anchor.logical_size)
     for name, pool in entries[1:]:
         if type(pool).__name__ in records.FOLLOWING and int(pool.size) < indices:
             raise ShortHostRowsError(

@@ -20,6 +20,7 @@ from ..handover import decision_handover, ranks
 from ..handover.decision_handover import ATTRIBUTE, is_ours
 from ..metrics import metrics_of
 from ..no_gpu import cpu_engine
+from ..pools.errors import ShortHostRowsError
 from ..pools.host_pools import HostPool, assigned, host_pools
 from . import kernels
 from .fences import Fences, forwards_of
@@ -234,9 +235,15 @@ def _listed(group: Any, pools: Sequence[Any], active: Active) -> tuple[HostPool,
     by_name = dict(zip(names, pools, strict=False))
     runner = getattr(getattr(active.scheduler, "tp_worker", None), "model_runner", None)
     window = getattr(runner, "sliding_window_size", None)
-    found = host_pools(list(by_name.items()), window)
     known = active.writeback.pools
-    return assigned(found, active.decision, lambda row, name: known[by_name[row.name]].reason_of(name))
+    try:
+        found = host_pools(list(by_name.items()), window)
+        return assigned(found, active.decision, lambda row, name: known[by_name[row.name]].reason_of(name))
+    except ShortHostRowsError as error:
+        raise RefusedError(str(error)) from error
+    except Exception as error:  # a list for people: no reason not to serve
+        logger.warning("hicache-io: the host pools cannot be listed: %r", error)
+        return ()
 
 
 def _around_submit(original: Callable[..., Any], engine: Any, transfers: Any) -> Any:

@@ -5,8 +5,6 @@ Runs with the SGLang installed, or with the one that ``bench/lab/gpu_bundle.py``
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -14,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gpu import why_not
 from stand_in_scheduler import fences
 
 from sglang_hicache.bench.measure import sglang_pools
@@ -24,21 +23,7 @@ from sglang_hicache.io_backends.routes import Route, one_route
 from sglang_hicache.io_backends.sglang.scheduler import kernels
 from sglang_hicache.io_backends.sglang.scheduler.writeback import WriteBack
 
-
-def _why_not() -> str | None:
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "no NVIDIA driver: libcuda.so.1 was not found"
-    for name in ("torch", "sglang"):
-        if importlib.util.find_spec(name) is None:
-            return f"{name} is not installed"
-    import torch
-
-    return None if torch.cuda.is_available() else "torch.cuda.is_available() is False"
-
-
-WHY_NOT = _why_not()
+WHY_NOT = why_not("sglang")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from sglang_hicache.bench.cli import app
 from sglang_hicache.bench.explain.pool_rows import of_its_share, pool_rows
 from sglang_hicache.bench.lab import coverage
 from sglang_hicache.io_backends.policy_files import default_policy
+from sglang_hicache.io_backends.sglang.errors import RefusedError
 from sglang_hicache.io_backends.sglang.pools.errors import ShortHostRowsError
 from sglang_hicache.io_backends.sglang.pools.host_pools import (
     PROMPT_TOKENS,
@@ -25,6 +27,7 @@ from sglang_hicache.io_backends.sglang.pools.host_pools import (
     host_pools,
     share_of,
 )
+from sglang_hicache.io_backends.sglang.scheduler import scheduler_hooks
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts
 
@@ -123,6 +126,7 @@ class TestRealPools:
         built = build("index_pages", "page_first")
         anchor = SimpleNamespace(
             size=built.host.size,
+            dcp_size=8,
             logical_size=8 * built.host.size,
             page_size=64,
             layout="page_first",
@@ -130,9 +134,34 @@ class TestRealPools:
         )
         with pytest.raises(ShortHostRowsError, match=r"pool indexer holds 1,280 tokens .* up to 10,240"):
             host_pools([("kv", anchor), ("indexer", built.host)])
-        anchor.logical_size = built.host.size
+        anchor.dcp_size, anchor.logical_size = 1, built.host.size
         found = host_pools([("kv", anchor), ("indexer", built.host)])
         assert [row.name for row in found] == ["kv", "indexer"]
+
+
+class TestAServersList:
+    """Made when a scheduler starts, for people."""
+
+    @pytest.fixture
+    def made(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], tuple[HostPool, ...]]:
+        def list_with(error: Exception) -> tuple[HostPool, ...]:
+            def fail(*_: Any) -> Any:
+                raise error
+
+            monkeypatch.setattr(scheduler_hooks, "host_pools", fail)
+            active: Any = SimpleNamespace(scheduler=None, writeback=SimpleNamespace(pools={}))
+            return scheduler_hooks._listed(SimpleNamespace(), [object()], active)
+
+        return list_with
+
+    def test_what_it_cannot_read_is_no_reason_not_to_serve(
+        self, made: Callable[[Exception], tuple[HostPool, ...]]
+    ) -> None:
+        assert made(AttributeError("another release names it otherwise")) == ()
+
+    def test_bytes_that_would_be_lost_are(self, made: Callable[[Exception], tuple[HostPool, ...]]) -> None:
+        with pytest.raises(RefusedError, match="too short"):
+            made(ShortHostRowsError("too short"))
 
 
 def by_name(server: dict[str, Any]) -> dict[str, HostPool]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from record_pools import build
+from record_pools import CASES, build
 from stand_in_scheduler import fences
 
 from sglang_hicache.io_backends import get_backend
@@ -28,20 +28,6 @@ pytestmark = pytest.mark.usefixtures("cpu_sglang")
 def proven(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a GPU had shown it already: these tests are what must pass there."""
     monkeypatch.setattr(geometry, "UNPROVEN", {})
-
-
-CASES = [
-    ("states", "page_first"),
-    ("states", "page_first_direct"),
-    ("index_pages", "layer_first"),
-    ("index_pages", "page_first"),
-    ("index_pages", "page_first_direct"),
-    ("packed_pages", "page_first"),
-    ("packed_pages", "page_first_direct"),
-    ("keys_only", "layer_first"),
-    ("keys_only", "page_first"),
-    ("keys_only", "page_first_direct"),
-]
 
 
 def write_back(name: str) -> WriteBack:
@@ -125,6 +111,13 @@ def test_host_rows_that_are_longer_are_left_to_sglang() -> None:
     with pytest.raises(UnsupportedPoolError, match="a device row has 32 bytes, a host row 64"):
         describe_pool(pool.host)
     assert not write_back("hybrid").pools.serves(pool.host)
+
+
+def test_a_layer_without_device_rows_is_left_to_sglang() -> None:
+    pool = build("keys_only", "page_first")
+    pool.device.k_buffer[-1] = pool.device.k_buffer[-1][:0]
+    with pytest.raises(UnsupportedPoolError, match="a layer has no device rows"):
+        describe_pool(pool.host)
 
 
 def test_side_states_are_left_to_sglang() -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from record_pools import POISON, RecordPool, build
+from gpu import why_not
+from record_pools import CASES, POISON, RecordPool, build
 from stand_in_scheduler import fences
 
 from sglang_hicache.io_backends import get_backend
@@ -19,34 +18,7 @@ from sglang_hicache.io_backends.sglang.pools import geometry
 from sglang_hicache.io_backends.sglang.pools.geometry import host_buffers
 from sglang_hicache.io_backends.sglang.scheduler.writeback import WriteBack
 
-CASES = [
-    ("states", "page_first"),
-    ("states", "page_first_direct"),
-    ("index_pages", "layer_first"),
-    ("index_pages", "page_first"),
-    ("index_pages", "page_first_direct"),
-    ("packed_pages", "page_first"),
-    ("packed_pages", "page_first_direct"),
-    ("keys_only", "layer_first"),
-    ("keys_only", "page_first"),
-    ("keys_only", "page_first_direct"),
-]
-
-
-def _why_not() -> str | None:
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "no NVIDIA driver: libcuda.so.1 was not found"
-    for name in ("torch", "sglang"):
-        if importlib.util.find_spec(name) is None:
-            return f"{name} is not installed"
-    import torch
-
-    return None if torch.cuda.is_available() else "torch.cuda.is_available() is False"
-
-
-WHY_NOT = _why_not()
+WHY_NOT = why_not("sglang")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 
 
