@@ -1,5 +1,6 @@
 # make demo        real SGLang servers, with and without HiCache: the outputs must not differ (no GPU needed)
-# make test        all tests; make test-fast: those that need neither SGLang nor a GPU, in seconds
+# make test        all tests; make test-fast: those that need neither SGLang nor a GPU, in 3 minutes
+# make properties  property tests ROUNDS (5) times, with examples that differ each time
 # make lint        ruff and mypy
 # make stress      five minutes of load on each backend, with real servers (no GPU needed; not part of make test)
 # make tables      the tables of README.md and docs/ again from the saved runs that they name
@@ -23,6 +24,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 
 # Each imports SGLang: 2 to 4 GB of memory.
 WORKERS ?= 2
+ROUNDS ?= 5
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +34,7 @@ PINNED := $(PIP) install -c constraints.txt
 STEP := .ci/step
 SOURCES := io_backends policy bench tests
 
-.PHONY: demo test test-fast lint stress tables versions clean distclean
+.PHONY: demo test test-fast properties lint stress tables versions clean distclean
 
 demo: $(VENV)/.package
 	$(BIN)/hicache-io demo --cache .demo $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -44,6 +46,11 @@ test: $(VENV)/.test versions
 
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not sglang and not server and not gpu" $(ARGS)
+
+# The examples of property tests are the same in each run but here.
+properties: $(VENV)/.test versions
+	for round in $$(seq $(ROUNDS)); do $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+		-m "hypothesis and not gpu" --hypothesis-profile search -q $(ARGS) || exit 1; done
 
 # The folders are the package only by pyproject.toml's package-dir; mypy finds it through links.
 lint: export MYPYPATH := build/types

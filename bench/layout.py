@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from rich.box import HORIZONTALS, SIMPLE_HEAD
@@ -13,6 +14,7 @@ from rich.text import Text
 TableCell = str | Text
 
 _PADDING = 2
+_WORD = re.compile(r"^\s*\S+|\S+")
 _CLEAR_WITHOUT_LINES = 3
 
 
@@ -100,7 +102,8 @@ def _plain(cell: TableCell) -> str:
 
 
 def _longest_word(text: str) -> int:
-    return max((cell_len(word) for word in text.split()), default=0)
+    # A line's indent stays with its first word.
+    return max((cell_len(word) for line in text.splitlines() for word in _WORD.findall(line)), default=0)
 
 
 def _longest_line(text: str) -> int:

@@ -10,11 +10,17 @@ from pathlib import Path
 
 import preloaded
 import pytest
+from hypothesis import settings
 from launching import Machine
 from own_process import SHARD
 
 from sglang_hicache.io_backends.sglang.diagnose import dry_run
 from sglang_hicache.io_backends.sglang.no_gpu import fake_libcuda
+
+# What the tests say of a commit is the same each time; `make properties` looks for what they have not seen.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None, print_blob=True)
+settings.load_profile("same")
 
 SGLANG = Path(__file__).parent / "io_backends" / "sglang"
 FIXTURES = {"libcuda", "cpu_sglang", "machine", "fresh_machine", "quick_dry_runs"}

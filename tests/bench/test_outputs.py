@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.text import Text
 from typer.testing import CliRunner, Result
@@ -250,6 +250,7 @@ rows = st.lists(st.tuples(*[st.text("ab c\n", max_size=30)] * 4), min_size=1, ma
 
 
 @given(rows, st.sampled_from([40, 80, 120]))
+@example([("", "", "", " aaaaaaaaa"), ("", "", "aaaaaaaaaaaaaaa", "")], 40)
 def test_no_word_of_a_table_is_broken_that_fits_a_line(rows: list[tuple[str, ...]], columns: int) -> None:
 
     out = console(columns=columns)
