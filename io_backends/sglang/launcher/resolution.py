@@ -21,10 +21,10 @@ from ...policy_files import policy_in_force
 from ...registry import AUTO, BACKENDS
 from .. import unsafe, versions
 from ..errors import RefusedError, exit_with
-from ..handover.decision_handover import ATTRIBUTE, Carried
+from ..handover.decision_handover import ATTRIBUTE, Carried, is_ours
 from ..handover.server_facts import resolved_facts
 from ..scheduler import scheduler_hooks
-from .options import asked, is_ours, refuse_unservable
+from .options import asked, refuse_unservable
 
 logger = logger_of(__name__)
 
