@@ -51,7 +51,7 @@ def _takes_facts(command: Callable[..., None]) -> Callable[..., None]:
         command({spec.name: given.pop(spec.name) for spec in facts}, **given)
 
     options = {
-        spec.name: Annotated[str | None, _option(spec.option, metavar=spec.metavar, help=spec.help)]
+        spec.name: Annotated[str | None, _option(spec.option, metavar=spec.metavar, help=spec.meaning)]
         for spec in facts
     }
     _, *others = inspect.signature(command, eval_str=True).parameters.values()
