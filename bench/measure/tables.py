@@ -227,7 +227,11 @@ def _overview(by_layout: Mapping[str, Sequence[_Pair]]) -> Table:
         "auto beside SGLang's default: GB/s of one write",
         ("layout", "writes", "median", "least to most", "right", "even", "wrong"),
         tuple(lines),
-        ("right: auto chose the fastest contender that keeps the policy's fences; even: not told apart.",),
+        (
+            "right: auto chose the fastest contender that keeps the policy's fences; even: not told apart. "
+            "By this write alone: the policy also weighs what a copy takes from the forwards beside it "
+            "(--only interference).",
+        ),
     )
 
 
