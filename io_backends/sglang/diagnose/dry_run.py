@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +38,7 @@ from ..handover.machine_facts import detect
 from ..pools.host_pools import HostPool
 from . import gpu_memory
 from .command_line import CommandLine, CommandLineError, read
+from .pool_sizes import Sizing, sizing
 from .programs import VARIABLES_OF_SGLANG
 
 _MODULE = "sglang_hicache.io_backends.sglang.diagnose.dry_run"  # as a child it is __main__
@@ -82,6 +83,9 @@ class Server:
         not_read: what another program than SGLang was given besides SGLang's options, in a sentence.
         pools: its host pools, which nobody is to write yet; see :mod:`..pools.prediction`.
         pools_unknown: why there are none, or None.
+        sizing: how large its host pools are to be.
+        memory_saver: ``--enable-memory-saver``: device pools can be unmapped while it runs.
+        gpu_gib: memory of its GPU, where that was told.
     """
 
     facts: Facts
@@ -112,6 +116,9 @@ class Server:
 
     pools: tuple[HostPool, ...] = ()
     pools_unknown: str | None = None
+    sizing: Sizing | None = None
+    memory_saver: bool = False
+    gpu_gib: int | None = None
 
 
 def server_facts_of(
@@ -159,6 +166,9 @@ def resolved(
         not_read=answer["not_read"],
         pools=tuple(HostPool.from_dict(each) for each in answer.get("pools", ())),
         pools_unknown=answer.get("pools_unknown"),
+        sizing=Sizing(**answer["sizing"]),
+        memory_saver=answer["memory_saver"],
+        gpu_gib=gpu_gib,
     )
 
 
@@ -373,6 +383,8 @@ def _resolved(argv: Sequence[str], gpu_arch: str | None) -> tuple[dict[str, Any]
         "variables": {name: os.environ[name] for name in _OF_POLICIES if name in os.environ},
         "hicache": resolution.hicache_in_use(config),
         "decode": _decode_writes(config, facts),
+        "sizing": asdict(sizing(config)),
+        "memory_saver": bool(config.enable_memory_saver),
     }
     return answer, server_args
 
