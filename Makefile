@@ -52,18 +52,10 @@ properties: $(VENV)/.test versions
 	for round in $$(seq $(ROUNDS)); do $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
 		-m "hypothesis and not gpu" --hypothesis-profile search -q $(ARGS) || exit 1; done
 
-# The folders are the package only by pyproject.toml's package-dir; mypy finds it through links.
-lint: export MYPYPATH := build/types
-lint: MYPY := $(BIN)/mypy --namespace-packages --explicit-package-bases
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	@mkdir -p build/types/sglang_hicache
-	@for folder in io_backends policy bench; do ln -sfn ../../../$$folder build/types/sglang_hicache/$$folder; done
-	$(MYPY) --strict -p sglang_hicache.policy -p sglang_hicache.io_backends.plan \
-		$(addprefix -m sglang_hicache.io_backends.,interface registry copy_engine hybrid fenced_kernel)
-	$(MYPY) --disable-error-code import-untyped --no-warn-unused-ignores \
-		-p sglang_hicache.io_backends -p sglang_hicache.bench
+	$(BIN)/python -m sglang_hicache.bench.lab.typecheck
 
 stress: $(VENV)/.test
 	$(BIN)/python -m sglang_hicache.bench.stress.on_cpu_engine --out .stress $(ARGS)

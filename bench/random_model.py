@@ -45,7 +45,8 @@ def write_random_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             made: Any = transformers.AutoConfig.for_model(model_type, **config)
-            model: Any = transformers.AutoModelForCausalLM.from_config(made)
+            new: Any = transformers.AutoModelForCausalLM.from_config
+            model = new(made)
         model.to(torch.bfloat16).save_pretrained(scratch)
         (scratch / _RECIPE).write_text(recipe, encoding="utf-8")
         if folder.exists():

@@ -44,7 +44,7 @@ class CopyEngineBackend(Backend):
         self._limit: int | None = options.get("max_copies_per_batch")
 
     def supports(self, geometry: PoolGeometry) -> str | None:
-        if not self.spec.serves(geometry.layout):
+        if self.spec.cannot_serve(geometry.layout, geometry.kv_kind):
             return (
                 f"copy_engine cannot serve layout {geometry.layout}: it would copy every head of every "
                 "token and layer on its own"

@@ -45,7 +45,7 @@ class FencedKernelBackend(Backend):
         self._limits = {"block_quota": options["block_quota"]} if "block_quota" in options else {}
 
     def supports(self, geometry: PoolGeometry) -> str | None:
-        if not self.spec.serves(geometry.layout):
+        if self.spec.cannot_serve(geometry.layout, geometry.kv_kind):
             return f"fenced_kernel does not know layout {geometry.layout}"
         return None
 

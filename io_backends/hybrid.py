@@ -193,7 +193,7 @@ class HybridBackend(Backend):
         return sum(each.left_tokens * each.transfer.geometry.bytes_per_token for each in self._waiting)
 
     def supports(self, geometry: PoolGeometry) -> str | None:
-        if not self.spec.serves(geometry.layout):
+        if self.spec.cannot_serve(geometry.layout, geometry.kv_kind):
             return f"hybrid does not know layout {geometry.layout}"
         return None if self._size_was_asked_for else self._too_small(geometry)
 

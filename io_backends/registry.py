@@ -14,12 +14,13 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from ..policy.backend_spec import Backends, BackendSpec
+from ..policy.backend_spec import Backends, BackendSpec, spec_of
 from ..policy.names import AUTO as AUTO
 from ..policy.names import UPSTREAM_NAMES as UPSTREAM_NAMES
 from ..policy.names import nearest
 from .device.base import Device
 from .interface import Backend, BackendFactory, complete
+from .plan.geometry import PoolGeometry
 
 ENTRY_POINT_GROUP = "sglang_hicache.io_backends"
 
@@ -110,6 +111,15 @@ def make_backend(name: str, device: Device, options: Mapping[str, Any]) -> Backe
         OptionsError: it can never work with these options.
     """
     return complete(get_backend(name)(device, options))
+
+
+def unsupported(backend: Backend, geometry: PoolGeometry) -> str | None:
+    """Why ``backend`` serves no pool like this: by its spec, or as it says itself; None if it does.
+
+    What the spec rules out it is not asked: what ``explain`` says of a pool is then what a server does.
+    """
+    reason = spec_of(BACKENDS, backend.name).cannot_serve(geometry.layout, geometry.kv_kind)
+    return backend.supports(geometry) if reason is None else f"{backend.name} {reason}"
 
 
 class _Backends(Mapping[str, BackendSpec]):

@@ -1,4 +1,4 @@
-"""What a D2H backend says of itself before there is an instance: layouts, options, work on the SMs.
+"""What a D2H backend says of itself before there is an instance: what it serves, options, work on the SMs.
 
 A policy file is checked against these, and ``explain``, ``doctor`` and the benchmarks read them. The registry
 of backends hands them over (`Backends`); nothing else knows a backend by its name.
@@ -78,6 +78,8 @@ class BackendSpec:
     Attributes:
         name: by which it is asked for.
         layouts: host layouts that it can serve (it may still refuse a pool); None: it says so for each pool.
+        kv_kinds: kinds of KV cache likewise: ``mha`` and ``mla``, as the fact `kv_kind`; for pools beside
+            that one also ``index`` and ``state``. None: it says so for each pool.
         options: which there are; None: any, unchecked.
         sm_work: what of a transfer runs on the SMs. Of ``TRANSFER`` every forward waits when the backend is
             given by hand, and a rule must say which ones do.
@@ -88,6 +90,7 @@ class BackendSpec:
 
     name: str
     layouts: frozenset[str] | None = None
+    kv_kinds: frozenset[str] | None = None
     options: tuple[Option, ...] | None = None
     sm_work: SmWork = SmWork.UNKNOWN
     upstream_copy: bool = False
@@ -103,15 +106,20 @@ class BackendSpec:
             check_name(f"option of {self.name}", name, [each.name for each in self.options])
             self.option(name).check(value)
 
-    def serves(self, layout: str) -> bool:
-        """Whether it can serve that host layout, as far as is known."""
-        return self.layouts is None or layout in self.layouts
+    def cannot_serve(self, layout: object, kv_kind: object) -> str | None:
+        """Why it cannot serve a pool; None if it can, or nothing is known.
 
-    def cannot_serve(self, layout: object) -> str | None:
-        """Why it cannot serve a host layout; None if it can, or nothing is known."""
-        if self.layouts is None or layout is None or layout in self.layouts:
-            return None
-        return f"cannot serve --hicache-mem-layout {layout} (it can: {', '.join(sorted(self.layouts))})"
+        Args:
+            layout: of the pool's host memory; None: unknown.
+            kv_kind: what the pool holds; None: unknown.
+        """
+        for what, value, can in (
+            ("--hicache-mem-layout", layout, self.layouts),
+            ("KV cache of kind", kv_kind, self.kv_kinds),
+        ):
+            if can is not None and value is not None and value not in can:
+                return f"cannot serve {what} {value} (it can: {', '.join(sorted(can))})"
+        return None
 
 
 #: The backends that there are, by name, this project's first. A registry may grow while it is used.

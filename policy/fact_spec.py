@@ -40,13 +40,14 @@ class FactSpec:
     Attributes:
         name: as conditions, ``--fact`` and JSON spell it.
         kind: what its values are.
+        meaning: what it is, in one sentence: help of ``explain``, JSON schema and docs/policy.md say it.
         source: where it comes from.
         called: what a message calls such a name; of a number or a text, what it is.
         values: of `FactKind.NAME`, the valid ones.
         unknown: why it is unknown where nobody gives it and detection does not look for it.
         default, default_because: SGLang's default, where it has one, and what is said of it.
         example: a value, for messages.
-        metavar, help: of ``explain``'s option for it; without a metavar, ``--fact`` gives it.
+        metavar: of ``explain``'s option for it; without one, ``--fact`` gives it.
         follows: another fact, with which this one changes unless it is given too.
         forwards: of an attention backend, the forwards that it runs in.
         speculative_only: it is there with speculative decoding only.
@@ -58,6 +59,7 @@ class FactSpec:
 
     name: str
     kind: FactKind
+    meaning: str
     source: FactSource = FactSource.SERVER
     called: str = ""
     values: tuple[str, ...] = ()
@@ -66,7 +68,6 @@ class FactSpec:
     default_because: str = "SGLang's default"
     example: str = ""
     metavar: str = ""
-    help: str = ""
     follows: str = ""
     forwards: tuple[str, ...] = ()
     speculative_only: bool = False
@@ -74,6 +75,10 @@ class FactSpec:
     phrase: str = ""
     canonical: Callable[[str], str] = field(default=str, repr=False)
     hints: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not (self.meaning[:1].isupper() and self.meaning.endswith(".")):
+            raise ValueError(f"the meaning of fact {self.name} is no sentence: {self.meaning!r}")
 
     @property
     def of_write(self) -> bool:

@@ -49,20 +49,20 @@ _SPECULATIVE_ONLY = "not given; runs with speculative decoding only"
 
 def _attention(
     name: str,
+    meaning: str,
     *forwards: str,
     unknown: str = _CHOSEN_BY_MODEL,
     metavar: str = "",
-    help: str = "",
     speculative_only: bool = False,
 ) -> FactSpec:
     return FactSpec(
         name,
         FactKind.NAME,
+        meaning,
         called="attention backend",
         values=ATTENTION_BACKENDS,
         unknown=unknown,
         metavar=metavar,
-        help=help,
         forwards=forwards,
         speculative_only=speculative_only,
         compared=True,
@@ -70,31 +70,31 @@ def _attention(
     )
 
 
-def _version(name: str, example: str = "0.5.23", metavar: str = "", help: str = "") -> FactSpec:
+def _version(name: str, meaning: str, example: str = "0.5.23", metavar: str = "") -> FactSpec:
     return FactSpec(
-        name, FactKind.VERSION, FactSource.MACHINE, example=example, metavar=metavar, help=help, compared=True
+        name, FactKind.VERSION, meaning, FactSource.MACHINE, example=example, metavar=metavar, compared=True
     )
 
 
 def _number(
     name: str,
+    meaning: str,
     called: str,
     default: FactValue = None,
     because: str = "SGLang's default",
     unknown: str = "",
     metavar: str = "",
-    help: str = "",
     compared: bool = False,
 ) -> FactSpec:
     return FactSpec(
         name,
         FactKind.NUMBER,
+        meaning,
         called=called,
         unknown=unknown,
         default=default,
         default_because=because,
         metavar=metavar,
-        help=help,
         compared=compared,
     )
 
@@ -102,7 +102,10 @@ def _number(
 #: A condition on any attention backend that runs, and shorthand for facts: it sets prefill and decode,
 #: verification and draft where they are not set themselves, as SGLang's option of that name does.
 ANY_ATTENTION = _attention(
-    "attention_backend", metavar="NAME", help="Backend of prefill and decode.", unknown=""
+    "attention_backend",
+    "Attention backend of any forward that runs; given, of each forward whose own is not given.",
+    metavar="NAME",
+    unknown="",
 )
 
 #: Every fact, in the order in which they are shown. The forwards of an attention backend are as SGLang's
@@ -110,38 +113,58 @@ ANY_ATTENTION = _attention(
 #: prefill and decode alike. Defaults were read in SGLang 0.5.23 and are the same in 0.5.18; page_first holds
 #: from 0.5.14 on (#21631).
 FACTS: tuple[FactSpec, ...] = (
-    _attention("prefill_attention_backend", EXTEND, metavar="NAME", help="Backend of prefill alone."),
-    _attention("decode_attention_backend", DECODE, metavar="NAME", help="Backend of decode alone."),
-    _attention("verify_attention_backend", DECODE, unknown=_SPECULATIVE_ONLY, speculative_only=True),
-    _attention("draft_attention_backend", EXTEND, DECODE, unknown=_SPECULATIVE_ONLY, speculative_only=True),
+    _attention("prefill_attention_backend", "Attention backend that runs prefill.", EXTEND, metavar="NAME"),
+    _attention("decode_attention_backend", "Attention backend that runs decode.", DECODE, metavar="NAME"),
+    _attention(
+        "verify_attention_backend",
+        "Attention backend that verifies drafted tokens (speculative decoding).",
+        DECODE,
+        unknown=_SPECULATIVE_ONLY,
+        speculative_only=True,
+    ),
+    _attention(
+        "draft_attention_backend",
+        "Attention backend of the draft model (speculative decoding).",
+        EXTEND,
+        DECODE,
+        unknown=_SPECULATIVE_ONLY,
+        speculative_only=True,
+    ),
     FactSpec(
         "gpu_arch",
         FactKind.ARCHITECTURE,
+        "Architecture of the GPU: sm90, H100, as nvidia-smi names it, or cpu for a server without one.",
         FactSource.MACHINE,
         called="gpu_arch",
         example="sm90",
         metavar="ARCH",
-        help="The GPU: sm90, H100, as nvidia-smi names it, or cpu.",
         compared=True,
         canonical=gpu_names.canonical,
     ),
     FactSpec(
         "gpu_name",
         FactKind.TEXT,
+        "The GPU's name, as nvidia-smi prints it.",
         FactSource.MACHINE,
         called="a GPU's name: what nvidia-smi prints, such as NVIDIA H200",
         example="NVIDIA H200",
         follows="gpu_arch",
         compared=True,
     ),
-    _version("driver", example="580.159.04"),
-    _version("cuda", example="13.0"),
-    _version("sglang", metavar="VERSION", help="Version of SGLang."),
-    _version("sgl_kernel", metavar="VERSION", help="Version of sglang-kernel."),
-    _version("flashinfer"),
+    _version("driver", "Version of NVIDIA's driver.", example="580.159.04"),
+    _version("cuda", "CUDA version that torch was built for.", example="13.0"),
+    _version("sglang", "Version of SGLang.", metavar="VERSION"),
+    _version(
+        "sgl_kernel",
+        "Version of sglang-kernel, SGLang's package of kernels (sgl-kernel before 0.4.0).",
+        example="0.4.10",
+        metavar="VERSION",
+    ),
+    _version("flashinfer", "Version of flashinfer-python.", example="0.7.2"),
     FactSpec(
         "fa3_binary",
         FactKind.NAME,
+        "Whose build of FlashAttention-3 SGLang loads: that of its kernel package, or kernels-community's.",
         FactSource.MACHINE,
         called="FA3 build",
         values=FA3_BINARIES,
@@ -150,45 +173,52 @@ FACTS: tuple[FactSpec, ...] = (
     FactSpec(
         "kv_kind",
         FactKind.NAME,
+        "Kind of KV cache: mha keeps K and V of each head, mla one latent row a token.",
         called="KV kind",
         values=KV_KINDS,
         unknown="not given; SGLang takes it from the model",
         metavar="KIND",
-        help="mha or mla.",
         compared=True,
     ),
     FactSpec(
         "mem_layout",
         FactKind.NAME,
+        "Layout of the host pool (--hicache-mem-layout).",
         called="memory layout",
         values=MEM_LAYOUTS,
         default="page_first",
         default_because="SGLang's default since 0.5.14",
         metavar="LAYOUT",
-        help="Layout of the host pool.",
         compared=True,
     ),
     _number(
         "page_size",
+        "Tokens in a page (--page-size).",
         "a page size: a whole number of tokens, 1 or more",
         1,
         "SGLang's default (0.5.23); some attention backends raise it",
         metavar="TOKENS",
-        help="Tokens in a page.",
         compared=True,
     ),
     # Not compared: only speed rests on it.
     _number(
         "row_bytes",
+        "Bytes of one token's K (with mla, of its one row) in one layer on one rank.",
         "a row's size: a whole number of bytes, 1 or more",
         unknown="not given; follows from the model",
     ),
     FactSpec(
-        "write_policy", FactKind.NAME, called="write policy", values=WRITE_POLICIES, default="write_through"
+        "write_policy",
+        FactKind.NAME,
+        "When SGLang writes rows to the host pool (--hicache-write-policy).",
+        called="write policy",
+        values=WRITE_POLICIES,
+        default="write_through",
     ),
     FactSpec(
         "overlap",
         FactKind.FLAG,
+        "Whether the scheduler prepares a batch while the one before it runs (overlap schedule).",
         default=True,
         default_because="SGLang's default; some options and models turn it off",
         compared=True,
@@ -196,25 +226,43 @@ FACTS: tuple[FactSpec, ...] = (
     FactSpec(
         "speculative",
         FactKind.NAME,
+        "Algorithm of speculative decoding; none: there is none.",
         called="speculative algorithm",
         values=SPECULATIVE,
         default=NO_SPECULATION,
         compared=True,
         canonical=_algorithm,
     ),
-    _number("tp", "a tensor-parallel size: a whole number, 1 or more", 1),
-    _number("dp", "a data-parallel size: a whole number, 1 or more", 1),
-    _number("pp", "a pipeline-parallel size: a whole number, 1 or more", 1),
+    _number(
+        "tp", "Tensor-parallel size (--tp-size).", "a tensor-parallel size: a whole number, 1 or more", 1
+    ),
+    _number(
+        "dp",
+        "Data-parallel size: replicas of the server, times groups of data-parallel attention.",
+        "a data-parallel size: a whole number, 1 or more",
+        1,
+    ),
+    _number(
+        "pp", "Pipeline-parallel size (--pp-size).", "a pipeline-parallel size: a whole number, 1 or more", 1
+    ),
     FactSpec(
         "pinned_memory",
         FactKind.FLAG,
+        "Whether host pools are pinned (page-locked) memory.",
         unknown="not given; SGLang decides it when it allocates",
         compared=True,
     ),
-    FactSpec("batch_copy", FactKind.FLAG, FactSource.MACHINE, compared=True),
+    FactSpec(
+        "batch_copy",
+        FactKind.FLAG,
+        "Whether the driver takes copies in batches (cuMemcpyBatchAsync).",
+        FactSource.MACHINE,
+        compared=True,
+    ),
     FactSpec(
         "device",
         FactKind.NAME,
+        "What the server computes on; a GPU is cuda.",
         called="device",
         values=DEVICES,
         follows="gpu_arch",
@@ -222,10 +270,33 @@ FACTS: tuple[FactSpec, ...] = (
         # To difflib "cpu" is the nearest to "gpu", which is the opposite of what was meant.
         hints={"gpu": "cuda", "nvidia": "cuda"},
     ),
-    FactSpec("write_tokens", FactKind.NUMBER, FactSource.WRITE, phrase="of {} tokens"),
-    FactSpec("write_entries", FactKind.NUMBER, FactSource.WRITE, phrase="of {} entries"),
-    FactSpec("write_entry_bytes", FactKind.NUMBER, FactSource.WRITE, phrase="with entries of {} bytes"),
-    FactSpec("write_contiguous", FactKind.FLAG, FactSource.WRITE),
+    FactSpec(
+        "write_tokens",
+        FactKind.NUMBER,
+        "Tokens of one write: rows of the pool, all layers together counting as one.",
+        FactSource.WRITE,
+        phrase="of {} tokens",
+    ),
+    FactSpec(
+        "write_entries",
+        FactKind.NUMBER,
+        "Copies to the host in one write: one a run of host slots, in layer_first for each layer of K and V.",
+        FactSource.WRITE,
+        phrase="of {} entries",
+    ),
+    FactSpec(
+        "write_entry_bytes",
+        FactKind.NUMBER,
+        "Bytes of such a copy, on average over one write.",
+        FactSource.WRITE,
+        phrase="with entries of {} bytes",
+    ),
+    FactSpec(
+        "write_contiguous",
+        FactKind.FLAG,
+        "Whether the host slots of one write are one run.",
+        FactSource.WRITE,
+    ),
 )
 
 #: What ``when`` of a rule may ask, by key.

@@ -8,7 +8,7 @@ from .text import LINES, escaped
 
 
 def escape(text: str) -> str:
-    """`text` as HTML that shows it: no markup, and what nobody would see (control characters, changes of
-    direction) as escapes such as ``\\x1b``.
+    r"""`text` as HTML that shows it: no markup, and what nobody would see (control characters, changes of
+    direction) as escapes such as ``\x1b``.
     """
     return html.escape(escaped(text, allowed=LINES))

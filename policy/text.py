@@ -22,7 +22,7 @@ def unsafe_character(text: str, *, allowed: str = "") -> str | None:
 
 
 def escaped(text: str, *, allowed: str = "") -> str:
-    """`text` with unsafe characters but `allowed` ones as escapes such as ``\\x1b`` and ``\\u202e``."""
+    r"""`text` with unsafe characters but `allowed` ones as escapes such as ``\x1b`` and ``\u202e``."""
     if unsafe_character(text, allowed=allowed) is None:
         return text
     return "".join(

@@ -17,8 +17,16 @@ import pytest
 
 from sglang_hicache.bench.explain.explanation import Explanation
 from sglang_hicache.io_backends import CopyBatch, direct_copies
+from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.policy_files import load_policy_text, policy_json_schema
-from sglang_hicache.io_backends.registry import BACKENDS, make_backend, register_backend, unregister_backend
+from sglang_hicache.io_backends.registry import (
+    BACKENDS,
+    make_backend,
+    register_backend,
+    unregister_backend,
+    unsupported,
+)
+from sglang_hicache.io_backends.sglang.diagnose import checks
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.format.errors import PolicyError
@@ -135,6 +143,33 @@ def test_explain_knows_it(factory: Any) -> None:
         "--hicache-io-backend small_batches cannot serve --hicache-mem-layout page_head "
         "(it can: layer_first, page_first)"
     )
+
+
+def test_explain_knows_which_kinds_of_kv_cache_it_serves(factory: Any) -> None:
+    """By name the server does not start, by a rule SGLang copies; never that it serves what it refuses."""
+    spec = replace(factory.spec, kv_kinds=frozenset({"mha"}))
+    unregister_backend(NAME)
+    register_backend(NAME, factory, spec)
+    policy = load_policy_text(POLICY, "mine.yaml")
+    rows = np.zeros((2, 64, 32), dtype=np.uint8)
+    mla = module("checks", CHECKS).make_pool(1 << 20, rows)
+    assert mla.kv_kind == "mla"
+    server = unsupported(make_backend(NAME, CpuDevice(), {}), mla)
+    assert server == f"{NAME} cannot serve KV cache of kind mla (it can: mha)"
+    facts = Facts.given(mem_layout="page_first", kv_kind="mla")
+    by_name = Explanation.of(policy, facts, backend=NAME).to_dict()
+    assert by_name["refused"] == f"--hicache-io-backend {server}"
+    by_rule = Explanation.of(policy, facts, backend="auto").to_dict()
+    assert by_rule["refused"] is None
+    assert by_rule["fallback"] == (
+        f"{server}: SGLang's own copy runs instead, and extend and decode would wait for it"
+    )
+    for served in (Facts.given(mem_layout="page_first", kv_kind="mha"), Facts.given(mem_layout="page_first")):
+        said = Explanation.of(policy, served, backend="auto").to_dict()
+        assert (said["refused"], said["fallback"]) == (None, None)
+    found = {each.about: each.text for each in checks._backends("cpu", Facts.given(gpu_arch="sm90"))}
+    assert "layouts layer_first, page_first; KV cache of kind mha" in found[NAME]
+    assert "KV cache of kind" not in found["hybrid"]
 
 
 def test_its_spec_is_read_from_the_class(factory: Any) -> None:

@@ -28,7 +28,7 @@ TABLES = {
         "gpu_targets",
         "gpu_targets",
     ],
-    "docs/policy.md": ["policy_matrix"],
+    "docs/policy.md": ["policy_facts", "policy_matrix"],
     "docs/stress-and-the-fa3-crash.md": ["experiments"],
     "docs/coverage.md": ["coverage"],
 }

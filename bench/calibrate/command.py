@@ -13,9 +13,10 @@ from ...policy.terminal import console as console_of
 from ...policy.text import answer
 from ..layout import table
 from ..measure.cases import MODELS
-from ..measure.command import Live, stderr_console
+from ..measure.command import Live
 from ..measure.devices import gpu_missing
 from ..measure.results import CPU_WATERMARK
+from ..measure.saved_runs import stderr_console
 from ..outputs import check_file, check_folder, refuse
 from . import machine_policy
 from .run import ON_CPU, Calibration, Plan, quicker

@@ -28,6 +28,7 @@ from ...policy.names import NameProblem
 from ...policy.terminal import console, working
 from ...policy.text import answer
 from ..json_option import Json
+from ..layout import pairs
 from . import launch_line, render
 from . import matrix as table
 from .explanation import Explanation
@@ -50,7 +51,7 @@ def _takes_facts(command: Callable[..., None]) -> Callable[..., None]:
         command({spec.name: given.pop(spec.name) for spec in facts}, **given)
 
     options = {
-        spec.name: Annotated[str | None, _option(spec.option, metavar=spec.metavar, help=spec.help)]
+        spec.name: Annotated[str | None, _option(spec.option, metavar=spec.metavar, help=spec.meaning)]
         for spec in facts
     }
     _, *others = inspect.signature(command, eval_str=True).parameters.values()
@@ -185,7 +186,7 @@ def explain(
 def _show(explanation: Explanation, words: list[str], verbose: bool, not_read: str | None) -> None:
     out = console()
     if not_read is not None:
-        out.print(render.pairs([("Not read", not_read)]))
+        out.print(pairs([("Not read", not_read)]))
     if verbose:
         render.show_explanation(out, explanation)
     else:

@@ -65,15 +65,16 @@ def table(saved: Path) -> str:
 def _here(listed: Path, out: Path) -> None:
     """In the process that has SGLang: resolve each server, and build its pools."""
     from ...io_backends.policy_files import default_policy
-    from ...io_backends.sglang.diagnose import dry_run
+    from ...io_backends.sglang.diagnose import dry_run_child
+    from ...io_backends.sglang.no_gpu.stand_in_gpu import stand_in_gpu
     from ...io_backends.sglang.pools.host_pools import assigned
     from ...policy.decide import decide
     from ...policy.facts import Facts
 
-    dry_run.stand_in_gpu(ARCH)
+    stand_in_gpu(ARCH)
     found = []
     for each in json.loads(listed.read_text(encoding="utf-8")):
-        answer = dry_run.resolve(_argv(listed.parent, each), ARCH)
+        answer = dry_run_child.resolve(_argv(listed.parent, each), ARCH)
         decision = decide(default_policy(), Facts.from_dict(answer["facts"]), backend="auto")
         pools = assigned([HostPool.from_dict(pool) for pool in answer.get("pools", ())], decision)
         found.append(

@@ -18,7 +18,7 @@ from ...io_backends.policy_files import default_policy
 from ..explain.matrix import markdown, matrix
 from ..measure import results
 from ..serve import result
-from . import coverage, experiments, submission_thread, targets
+from . import coverage, experiments, fact_list, submission_thread, targets
 from .gpu_table import fence_table, of_file
 from .serve_table import speed_table, summary_table, together, verified_table
 
@@ -37,6 +37,7 @@ MAKERS: dict[str, Callable[[Sequence[Path]], str]] = {
     "gpu_fence": lambda paths: "\n".join(fence_table(results.load(path)) for path in paths),
     "gpu_targets": lambda paths: "\n".join(targets.table(results.load(path)) for path in paths),
     "coverage": lambda paths: "\n".join(map(coverage.table, paths)),
+    "policy_facts": lambda paths: fact_list.table(),
     "policy_matrix": lambda paths: markdown(matrix(default_policy(), {})),
     "serve_summary": _servers(summary_table),
     "serve_chat": _servers(speed_table),

@@ -69,7 +69,7 @@ def add_up(runs: Iterable[result.ServeResult]) -> list[ArmTotals]:
                     "--enable-deterministic-inference" in facts.args,
                     EXPERIMENTS[arm],
                 )
-                found = sums.setdefault(key, ArmTotals(*key))  # type: ignore[arg-type]
+                found = sums.setdefault(key, ArmTotals(*key))
                 found.died += facts.problem is not None
                 for turn in cell.turns:
                     if turn.arm == arm:

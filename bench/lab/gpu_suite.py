@@ -38,6 +38,7 @@ from ..measure.cases import MODELS
 from ..measure.contenders import names
 from ..measure.devices import gpu_missing
 from ..measure.environment import describe_environment
+from ..measure.sustained import SECONDS
 from . import profile
 
 PARTS = ("tests", "sanitize", "bench", "profile", "calibrate")
@@ -212,7 +213,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", nargs="+", choices=names(), help="contenders of bench")
     parser.add_argument("--option", nargs="+", help="BACKEND.NAME=VALUE, such as hybrid.gather_ctas=132")
     parser.add_argument("--forward", nargs="+", help="forwards of interference and sustained, first words")
-    parser.add_argument("--seconds", type=float, default=suite.SECONDS, help="of each loop of sustained")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of each loop of sustained")
     parser.add_argument("--budget", type=float, default=300, help="seconds for all measurements of bench")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one or two cases of each measurement")

@@ -29,6 +29,7 @@ from .contenders import names
 from .devices import gpu_missing
 from .results import Results
 from .saved_runs import say_written, stderr_console
+from .sustained import SECONDS
 
 ALL = "all"
 
@@ -77,7 +78,7 @@ def _measurement(name: str, text: str) -> None:
         ] = None,
         repeats: Annotated[int, typer.Option(min=1, help="Repeats of each contender in each case.")] = 5,
         budget: Annotated[float, typer.Option(min=1, help="Seconds for all measurements together.")] = 300,
-        seconds: Annotated[float, typer.Option(min=0.1, help="Of each loop of sustained.")] = suite.SECONDS,
+        seconds: Annotated[float, typer.Option(min=0.1, help="Of each loop of sustained.")] = SECONDS,
         quick: Annotated[bool, typer.Option("--quick", help="One or two cases of each measurement.")] = False,
         out: Annotated[
             Path | None,

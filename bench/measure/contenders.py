@@ -8,7 +8,7 @@ from typing import Any
 
 from ...io_backends import PoolGeometry, Transfer, available_backends, direct_copies
 from ...io_backends.plan.copies import Slots
-from ...io_backends.registry import AUTO, BACKENDS, make_backend
+from ...io_backends.registry import AUTO, BACKENDS, make_backend, unsupported
 from ...io_backends.routes import write_facts
 from ...policy.backend_spec import SmWork, spec_of
 from ...policy.decide import Decision
@@ -153,7 +153,7 @@ def ours(name: str, task: Task, options: Mapping[str, Any]) -> Contender:
     """A backend of this project, or of a third party, behind its interface."""
     device, geometry = task.device, task.geometry
     backend = make_backend(name, device, options)
-    reason = backend.supports(geometry)
+    reason = unsupported(backend, geometry)
     if reason is not None:
         return Contender(name, reason=reason, backend=name, ours=True)
     upstream = _no_upstream

@@ -126,7 +126,7 @@ def timed_cuda(**options: Any) -> Bench:
             self._scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
         def record(self, stream: Any) -> Any:
-            event = torch.cuda.Event(enable_timing=True)
+            event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record(stream)
             return event
 

@@ -39,7 +39,7 @@ class KvBuffers:
         ]
         sizes = [model.layers * slots * row for row in model.components]
         self.pinned: Any = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=where == "cuda")
-        self.host = list(self.pinned.split(sizes))
+        self.host: list[Any] = list(self.pinned.split(sizes))  # type: ignore[no-untyped-call]
 
     def part(self, slots: int) -> KvBuffers:
         """The same memory as one of fewer slots."""

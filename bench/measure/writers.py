@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ...io_backends import Transfer
 from ...io_backends.interface import Backend, Pending
-from ...io_backends.registry import AUTO, BACKENDS, make_backend
+from ...io_backends.registry import AUTO, BACKENDS, make_backend, unsupported
 from ...io_backends.routes import Route, distinct, one_route, routes_of
 from ...policy.backend_spec import BackendSpec, SmWork, spec_of
 from ...policy.names import FORWARDS
@@ -54,7 +54,7 @@ class OwnWriter:
         self._gap = 0
         for tokens, task in tasks.items():
             route = next(route for route in routes if route.holds(task.facts))
-            reason = route.backend.supports(task.geometry)
+            reason = unsupported(route.backend, task.geometry)
             if reason is not None:
                 raise CannotError(reason)
             self._by_tokens[tokens] = route, _upstream(task) if route.upstream_indices else _none

@@ -58,7 +58,7 @@ def timelines(facts: Facts) -> dict[str, Timeline]:
     program: list[Action] = [NewRequest(0, 0, prompt, 4), RunRounds(2)]
     runs = {}
     for name in OWN_NAMES:
-        if BACKENDS[name].cannot_serve(cache.setup.mem_layout) is None:
+        if BACKENDS[name].cannot_serve(cache.setup.mem_layout, cache.setup.kv_kind) is None:
             order = ModelOrder(model)
             decision = decide(policy_in_force(None), facts, backend=name)
             # As a server starts: a ring for its step's rows, not the simulation's small one.

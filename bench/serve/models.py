@@ -152,7 +152,9 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer = Tokenizer(made)
     split: Any = WhitespaceSplit()
     tokenizer.pre_tokenizer = split
-    fast: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=_CHAT_TEMPLATE)
+    fast: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, chat_template=_CHAT_TEMPLATE
+    )
     fast.save_pretrained(folder)
 
 

@@ -29,7 +29,12 @@ class DeviceUnavailableError(RuntimeError):
 
 
 class Staging(Protocol):
-    """Device memory that a gather writes and a copy drains."""
+    """Device memory that a gather writes and a copy drains; free when nothing refers to it any more.
+
+    Attributes:
+        address: of its first byte, a multiple of :data:`~..plan.chunks.STAGING_ALIGNMENT`.
+        nbytes: its length.
+    """
 
     address: int
     nbytes: int
@@ -45,7 +50,9 @@ class Device(Protocol):
         """A stream for background work, at the lowest priority there is (CUDA's default is the lowest)."""
         ...
 
-    def current_stream(self) -> Stream: ...
+    def current_stream(self) -> Stream:
+        """The stream on which this thread's work goes unless it says otherwise."""
+        ...
 
     def use_stream(self, stream: Stream) -> AbstractContextManager[object]:
         """Make ``stream`` current inside the block."""
@@ -67,6 +74,7 @@ class Device(Protocol):
         """Check that copies can write the pool's host memory. Once per pool, before its first copy.
 
         Args:
+            geometry: the pool.
             registered: (address, bytes) of each registration of that memory, where it is known.
 
         Raises:
@@ -79,15 +87,28 @@ class Device(Protocol):
         ...
 
     def host_values(self, indices: Any, after: Event | None = None) -> npt.NDArray[np.int64]:
-        """Device indices as host values int64 [n]. The host waits for their copy, which waits for ``after``
-        (for the current stream's work without it)."""
+        """Device indices as host values. The host waits for their copy.
+
+        Args:
+            indices: integers [n], on the device or the host.
+            after: event that the copy waits for; without it, for the current stream's work so far.
+
+        Returns:
+            int64 [n], which nothing changes afterwards.
+        """
         ...
 
     def memory_free(self) -> int | None:
         """Bytes of device memory that nobody has allocated; None where that bounds nothing."""
         ...
 
-    def allocate_staging(self, nbytes: int) -> Staging: ...
+    def allocate_staging(self, nbytes: int) -> Staging:
+        """Device memory of ``nbytes`` bytes, which nothing else uses.
+
+        Raises:
+            RuntimeError: there is not so much (``torch.OutOfMemoryError`` is one).
+        """
+        ...
 
     def gather(
         self,
@@ -101,13 +122,25 @@ class Device(Protocol):
         """SM work: copy the device rows of ``chunk``'s tokens to its slots in staging.
 
         Args:
-            staged: the pool, and the layout of the destination, which begins at address ``base``.
+            staged: the pool, and the layout of the destination.
+            base: address in staging at which that begins, in bytes.
             device_slots: where each token of the transfer is, int64 [n] on the device.
             chunk: which tokens; the first one goes to slot 0 of ``staged``.
-            ctas: thread blocks to use at most.
+            stream: what it is enqueued on.
+            ctas: thread blocks to use at most, from 1 up.
         """
         ...
 
     def copy(self, batch: CopyBatch, stream: Stream) -> None:
-        """Copy-engine work: every copy of ``batch``, in any order among themselves."""
+        """Copy-engine work: every copy of ``batch``, in any order among themselves.
+
+        The arrays of ``batch`` have been read when this returns. After an error some copies may be under way.
+
+        Args:
+            batch: host destinations in pools that :meth:`prepare_copies` has seen; device sources.
+            stream: what they are enqueued on.
+
+        Raises:
+            RuntimeError: the stream takes no copies, or the driver or the memory refuses them.
+        """
         ...

@@ -106,6 +106,9 @@ class InterleavedCopies:
         driver: takes the copies.
         new_stream: makes a stream that nobody else has.
         quantum_bytes: what is copied in one turn at most.
+
+    Raises:
+        ValueError: ``quantum_bytes`` is below 1.
     """
 
     def __init__(
@@ -123,7 +126,7 @@ class InterleavedCopies:
 
     @property
     def quantum_bytes(self) -> int:
-        """What is copied in one turn at most; may change between two writes."""
+        """What is copied in one turn at most, from 1 up (else ValueError); may change between two writes."""
         return self._most
 
     @quantum_bytes.setter
@@ -137,6 +140,7 @@ class InterleavedCopies:
 
         Args:
             batch: addresses as the GPU sees them.
+            stream: a ``torch.cuda.Stream``, not the legacy NULL one.
 
         Raises:
             CopyRefusedError, DriverError: see :meth:`~.driver.Driver.copy`. After the latter too, ``stream``

@@ -244,7 +244,7 @@ class CudaDevice:
         return self._index_reader().read(indices, after)
 
     def memory_free(self) -> int:
-        """As the driver counts: what torch keeps for its next tensors is not free."""
+        """Bytes, as the driver counts: what torch keeps for its next tensors is not free."""
         return int(self._torch.cuda.mem_get_info()[0])
 
     def allocate_staging(self, nbytes: int) -> CudaStaging:

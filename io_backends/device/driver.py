@@ -272,6 +272,8 @@ class Driver:
         """As :meth:`copy`, on a stream that :meth:`check` has seen, of copies none of which is empty.
 
         Args:
+            batch: addresses as the GPU sees them.
+            stream: a CUstream's value.
             busy: the engine has copies of this write to do: calls need not begin short.
 
         Raises:
@@ -284,7 +286,7 @@ class Driver:
             self._in_batches(self._batch, batch, stream, first)
 
     def copy_one(self, dst: int, src: int, nbytes: int, stream: int) -> None:
-        """Enqueue one copy between addresses as the GPU sees them.
+        """Enqueue one copy of ``nbytes`` bytes between addresses as the GPU sees them.
 
         Raises:
             DriverError: the driver refused.
@@ -314,6 +316,9 @@ class Driver:
 
     def new_stream(self, priority: int) -> int:
         """A CUstream of the context that is current, which lives as long as the process.
+
+        Args:
+            priority: as CUDA counts: 0 is the lowest, a negative one is higher.
 
         Raises:
             DriverError: there is no context, say.

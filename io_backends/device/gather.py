@@ -62,11 +62,13 @@ class Gather:
         """Enqueue on ``stream`` (a ``torch.cuda.Stream``), or on the current stream without it.
 
         Args:
-            staged: the pool, and the layout of the destination, which begins at address ``base``.
+            staged: the pool, and the layout of the destination.
+            base: address in staging at which that begins, in bytes.
             device_slots: int64 or int32 tensor [n] on the rows' device; not checked against the pool's size,
                 since that would wait for the device.
             chunk: which of them to copy; the first one goes to slot 0 there.
             ctas: thread blocks at most.
+            stream: what it is enqueued on.
 
         Raises:
             TypeError: ``device_slots`` holds something else.

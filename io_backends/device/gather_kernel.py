@@ -6,8 +6,8 @@ chunk to chunk (addresses, strides, counts) is not specialised, so a pool compil
 
 from __future__ import annotations
 
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
 RUNTIME_INTEGERS = (
     "base",

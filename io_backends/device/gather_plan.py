@@ -94,9 +94,14 @@ def block_units(units: int) -> int:
 
 
 def plan(staged: Staged, base: int, units: int = TILE_UNITS) -> tuple[Launch, ...]:
-    """The launches that copy rows of the pool's device side to ``staged`` at ``base``, in tiles of ``units``.
+    """The launches that copy rows of the pool's device side to ``staged``.
 
     One for K and V together where they differ only in their addresses, else one each.
+
+    Args:
+        staged: the pool, and the layout of the destination.
+        base: address in staging at which that begins, in bytes.
+        units: accesses of a tile.
     """
     return _plan(staged, base % _WIDEST, units)
 

@@ -41,6 +41,7 @@ class HostRange:
 
     @property
     def stop(self) -> int:
+        """Address behind its last byte."""
         return self.start + self.nbytes
 
 

@@ -37,6 +37,7 @@ class Chunk(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """How many there are."""
         return self.stop - self.start
 
 
@@ -147,8 +148,16 @@ def fine_lengths(total: int, ring: int, lead: int) -> list[int]:
 
 
 def write_chunks(geometry: PoolGeometry, units: int, ring_bytes: int, *, fine: bool = False) -> list[int]:
-    """:func:`chunk_lengths`, or :func:`fine_lengths`, of a write of ``units`` tokens (pages, in a paged
-    layout), at least 1.
+    """:func:`chunk_lengths`, or :func:`fine_lengths`, of a write to a pool.
+
+    Args:
+        geometry: the pool.
+        units: tokens in the write (pages, in a paged layout), at least 1.
+        ring_bytes: size of the staging ring.
+        fine: whether forwards wait for its gathers.
+
+    Returns:
+        Units of each chunk, in order.
 
     Raises:
         ValueError: not even two units fit the ring.

@@ -23,7 +23,13 @@ Addresses = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True)
 class CopyBatch:
-    """Copies with no order among them. Three uint64 arrays of one length; none is empty."""
+    """Copies with no order among them, each of at least one byte, as arrays uint64 [copies].
+
+    Attributes:
+        dst: address that each writes first.
+        src: address that each reads first.
+        nbytes: its length in bytes.
+    """
 
     dst: Addresses
     src: Addresses
@@ -41,11 +47,20 @@ class CopyBatch:
 
     @property
     def total_bytes(self) -> int:
+        """Bytes of all copies together."""
         return int(self.nbytes.sum()) if len(self) else 0
 
 
 def as_slots(indices: npt.ArrayLike, limit: int, what: str) -> Slots:
     """Indices as a contiguous int64 vector, checked to lie in ``[0, limit)``.
+
+    Args:
+        indices: integers, of any shape.
+        limit: the first index that is not there.
+        what: what they are of, for the message.
+
+    Returns:
+        int64 [n]; ``indices`` itself where it is that already.
 
     Raises:
         ValueError: an index is out of range: copying there would write over foreign memory.
@@ -70,7 +85,7 @@ def as_slots(indices: npt.ArrayLike, limit: int, what: str) -> Slots:
 
 
 def as_addresses(values: Slots) -> Addresses:
-    """Addresses, or byte counts, of any shape as the flat uint64 vector that a :class:`CopyBatch` holds."""
+    """Addresses or byte counts, int64 of any shape, as the uint64 [n] that a :class:`CopyBatch` holds."""
     return np.ascontiguousarray(values).reshape(-1).view(np.uint64)
 
 
@@ -136,7 +151,7 @@ def _runs(geometry: PoolGeometry, mergeable: bool, host: Slots, device: Slots) -
 
 
 def is_one_run(slots: Slots) -> bool:
-    """Whether each slot follows the one before it. At least one slot.
+    """Whether each slot, int64 [n] with n of 1 or more, follows the one before it.
 
     Looked for first, since one run is what a fresh pool hands out: each numpy function costs ten to fifty
     microseconds where its code has left the CPU's caches, and the link idles until a copy is asked for.
@@ -147,7 +162,7 @@ def is_one_run(slots: Slots) -> bool:
 
 
 def ascending(slots: Slots) -> Slots:
-    """The order in which to copy runs that begin at these host slots: by host address.
+    """The order, as indices int64 [n], in which to copy runs that begin at these host slots: by host address.
 
     An H100 took 4,096 tokens of Qwen3-8B (72 KiB for each of K and V) to slots scattered over 9 GiB of host
     memory at 47.9 GB/s in this order and at 42.9 in random order; copies of 128 KiB at 48.6 and 46.0
@@ -185,7 +200,7 @@ def _outer(geometry: PoolGeometry, index: int) -> tuple[Slots, Slots]:
 
 
 def slot_addresses(strides: HostStrides, slots: Slots, geometry: PoolGeometry) -> Slots:
-    """Address of the first piece of layer 0 of each slot."""
+    """Address of the first piece of layer 0 of each slot, int64 [n] of int64 [n]."""
     if not geometry.paged:  # a division an index is most of what this costs
         return strides.base + slots * strides.token
     page = geometry.page_size
@@ -193,7 +208,16 @@ def slot_addresses(strides: HostStrides, slots: Slots, geometry: PoolGeometry) -
 
 
 def run_starts(a: Slots, b: Slots | None, page_size: int | None) -> Slots:
-    """Where a new run begins: ``a`` or ``b`` does not advance by one, or ``a`` enters a new page."""
+    """Where a new run begins: ``a`` or ``b`` does not advance by one, or ``a`` enters a new page.
+
+    Args:
+        a: slots int64 [n].
+        b: likewise, or None: only ``a`` counts.
+        page_size: slots in a page of ``a``; None: pages do not count.
+
+    Returns:
+        Indices int64 [runs] of the first slot of each run.
+    """
     if len(a) == 0:
         return np.empty(0, dtype=np.int64)
     new = np.empty(len(a), dtype=np.bool_)
@@ -207,7 +231,12 @@ def run_starts(a: Slots, b: Slots | None, page_size: int | None) -> Slots:
 
 
 def run_lengths(starts: Slots, total: int) -> Slots:
-    """How long each run is, when the last one ends at ``total``."""
+    """How many slots each run has, int64 [runs], when the last one ends at ``total``.
+
+    Args:
+        starts: int64 [runs]; index of the first slot of each.
+        total: slots in all.
+    """
     lengths = np.empty_like(starts)
     if len(starts):
         np.subtract(starts[1:], starts[:-1], out=lengths[:-1])

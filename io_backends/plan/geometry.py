@@ -43,6 +43,8 @@ def host_strides(
         layout: one of :data:`LAYOUTS`; the axis orders are those of SGLang's
             ``MHATokenToKVPoolHost.init_kv_buffer`` and ``MLATokenToKVPoolHost.init_kv_buffer``.
         base: address of the component's first byte.
+        layers: layers in the buffer.
+        page_size: tokens a page.
         slots: token slots in the buffer (a multiple of ``page_size`` for paged layouts).
         row_bytes: bytes of one token's row in one layer.
         heads: KV heads; only ``page_head`` splits a row by them.
@@ -114,6 +116,10 @@ class PoolGeometry:
         components: ``(k, v)`` or ``(kv,)`` of rows; arrays of states; ``(page,)``.
         record_slots: slots that must be written together, in order: a page where the bytes of its slots are
             not each slot's own (keys, then scales), 1 elsewhere.
+
+    Raises:
+        ValueError: numbers that no pool can have together: an unknown layout, a size below 1, host slots that
+            are not whole pages, device arrays that are not one a layer, rows that overlap.
     """
 
     label: str
@@ -165,7 +171,8 @@ class PoolGeometry:
     @property
     def unit_slots(self) -> int:
         """Slots that are staged together, and whose rows are one block on the host: a page, or a token where
-        rows are evenly spaced."""
+        rows are evenly spaced.
+        """
         return self.page_size if self.paged else 1
 
     @property

@@ -63,6 +63,7 @@ class Ring:
 
         Raises:
             ValueError: the ring is smaller than that.
+            RuntimeError: memory comes round again whose drain was never enqueued (a mistake of the caller).
         """
         start, stop, last = self._place(nbytes)
         events: tuple[DrainEvent, ...] = ()

@@ -211,7 +211,7 @@ def copies_to_drain(geometry: PoolGeometry, host_slots: npt.ArrayLike) -> int:
 
 
 def count_runs(slots: Slots) -> int:
-    """Runs of consecutive slots."""
+    """How many runs of consecutive slots there are in int64 [n]; 0 for none."""
     return 1 + int(np.count_nonzero(slots[1:] - slots[:-1] != 1)) if len(slots) else 0
 
 
@@ -220,6 +220,7 @@ def drain_run(place: Staged, slot: int, base: int) -> CopyBatch:
 
     Args:
         place: how the chunk lies in staging.
+        slot: host slot of its first token.
         base: address in staging at which it begins.
     """
     strides, host, src, nbytes = _sides(place)

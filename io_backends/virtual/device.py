@@ -1,5 +1,6 @@
 """The seam on virtual streams: real bytes, moved when a stream gets there, and declared to the race
-checker."""
+checker.
+"""
 
 from __future__ import annotations
 

@@ -100,6 +100,7 @@ class Stream:
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
+        """(lowest, highest), as CUDA counts."""
         return 0, -5
 
     def launch(self, operation: Operation) -> None:
@@ -166,6 +167,7 @@ class Stream:
         gpu.order.enqueued(gpu, waiting)
 
     def wait_event(self, event: Event) -> None:
+        """Work enqueued from now on waits for the latest recording of ``event`` as of this call."""
         event.wait(self)
 
     def wait_stream(self, other: Any) -> None:
@@ -175,6 +177,7 @@ class Stream:
         self.wait_event(event)
 
     def record_event(self, event: Event | None = None) -> Event:
+        """Record ``event``, or a new one, here; returns it."""
         event = event or Event()
         event.record(self)
         return event
@@ -264,6 +267,7 @@ def _legacy_default(device: Gpu) -> Stream:
 
 
 def current_stream(device: object = None) -> Stream:
+    """The stream that is current; there is one device."""
     return gpu.current
 
 
@@ -302,21 +306,25 @@ def synchronize(device: object = None) -> None:
 
 def record_stream(what: Any, on: Stream) -> None:
     """``torch.Tensor.record_stream``: the memory is not given to others before the work that is on ``on``
-    when the tensor dies is done."""
+    when the tensor dies is done.
+    """
     gpu.memory.block(what).protected.add(on.number)
 
 
 def allocated(what: Any, on: Stream | None = None, name: str = "") -> None:
     """``what`` is memory of torch's caching allocator, taken on ``on`` (the current stream): when it dies,
-    its memory goes to work that follows on that stream, and to no other before."""
+    its memory goes to work that follows on that stream, and to no other before.
+    """
     gpu.memory.block(what, name).stream = (on or gpu.current).number
 
 
 def is_available() -> bool:
+    """Whether there is a device: this one, always."""
     return True
 
 
 def current_device() -> int:
+    """The only device's number."""
     return 0
 
 

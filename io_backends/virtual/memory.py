@@ -63,6 +63,7 @@ class Block:
         self._kept = np.frombuffer(ctypes.string_at(self.start, self.nbytes), dtype=np.uint8).copy()
 
     def poison(self) -> None:
+        """Overwrite what was kept: whoever still reads it shall see that it was gone."""
         if self._kept is not None:
             self._kept.fill(POISON)
 
@@ -107,6 +108,7 @@ class Memory:
         """The memory of a torch tensor or numpy array (or something borrowed), whole, whatever view it is.
 
         Args:
+            what: the tensor, array or borrowed one.
             name: for reports, if the memory has none yet.
 
         Raises:
@@ -155,6 +157,7 @@ class Memory:
             block.poison()
 
     def died(self, key: int) -> None:
+        """Called by the finalizer of a block's owner, by that one's ``id``."""
         block = self._blocks.pop(key)
         block.keep()
         # The collector may have come in the middle of anything: judged later.

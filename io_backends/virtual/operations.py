@@ -101,6 +101,7 @@ class Queued:
         self.asked = 0.0
 
     def done_by(self, clock: float) -> bool:
+        """Whether it was done at that time of the virtual clock, in its units."""
         return self.time is not None and self.time <= clock
 
     @property

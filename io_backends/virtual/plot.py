@@ -46,6 +46,7 @@ def plot(path: str | Path, runs: Mapping[str, Timeline], *, title: str = "One st
     Args:
         path: where to; its suffix (``.png``, ``.svg``, ``.pdf``) says what kind of picture.
         runs: by name.
+        title: above the picture.
 
     Raises:
         ImportError: matplotlib is not installed; the extra ``plot`` brings it.
@@ -81,7 +82,8 @@ def plot(path: str | Path, runs: Mapping[str, Timeline], *, title: str = "One st
 
 def _busy_tracks(timeline: Timeline) -> list[str]:
     """Rows that do something or make somebody wait; a stream that only waits for others' ends says nothing
-    new."""
+    new.
+    """
     working = {slice.track for slice in timeline.slices if slice.category != "wait"}
     return [track for track in timeline.tracks if track in working]
 

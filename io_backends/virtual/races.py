@@ -129,6 +129,7 @@ class Checker:
 
     @property
     def work(self) -> int:
+        """Accesses compared so far: the cost of checking, whatever the machine's speed."""
         return self._shadow.work
 
     @property
@@ -148,6 +149,7 @@ class Checker:
         return number
 
     def rename(self, stream: int, name: str) -> None:
+        """Call a stream, by its number, ``name`` in reports from now on."""
         self._names[stream] = name
 
     def launch(
@@ -192,7 +194,8 @@ class Checker:
         self, operation: str, issued: str, *, reads: ByteRanges = NOTHING, writes: ByteRanges = NOTHING
     ) -> None:
         """The host thread reads or writes memory, now. Everything it asks for later is ordered behind
-        that."""
+        that.
+        """
         self._check_bytes(Access(HOST_THREAD, 0, operation, issued), self._host, reads, writes)
 
     def free(
@@ -208,6 +211,8 @@ class Checker:
         """The last owner of memory lets go.
 
         Args:
+            what: the memory's name, for reports.
+            issued: where it was let go, for reports.
             users: the last operation of each stream that uses it.
             memory: where it is; whoever gets those bytes next does not race with the accesses so far.
             stream: the memory goes only to work that follows on this stream (torch's caching allocator);

@@ -219,6 +219,7 @@ def write_chrome_trace(path: str | Path, runs: Mapping[str, Timeline]) -> None:
     """Write Chrome trace JSON, which ui.perfetto.dev opens: a process a run, a thread a stream.
 
     Args:
+        path: where to.
         runs: timelines by name.
     """
     events = [event for process, run in enumerate(runs.items(), 1) for event in _events(process, *run)]

@@ -70,7 +70,9 @@ def policy_json_schema(backends: Backends) -> _Schema:
 
 
 def _when() -> _Schema:
-    conditions = {key: _any_of(_value(spec)) for key, spec in CONDITIONS.items()}
+    conditions = {
+        key: {"description": spec.meaning, **_any_of(_value(spec))} for key, spec in CONDITIONS.items()
+    }
     return _mapping(conditions, optional=list(conditions))
 
 

@@ -56,7 +56,7 @@ class _PolicyComposer(Composer):
 
 
 def parse(text: str, filename: str) -> Any:
-    """ruamel's tree for `text`, whose mappings and lists know where each entry stands.
+    """The tree of ruamel.yaml for `text`, whose mappings and lists know where each entry stands.
 
     Raises:
         PolicyError: it is not YAML, has a key twice, or uses what a policy may not; `filename` is in it.

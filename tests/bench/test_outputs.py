@@ -212,9 +212,9 @@ def test_help_fits_80_columns_with_every_option_whole_and_examples(path: list[st
 def test_every_example_is_read(command: str) -> None:
     """By the command's own parser: an option that is gone is found."""
 
-    for example in examples.EXAMPLES[command]:
-        assert len(example) <= 76
-        program, *arguments = shlex.split(example.format(name="bandwidth").partition(" > ")[0])
+    for line in examples.EXAMPLES[command]:
+        assert len(line) <= 76
+        program, *arguments = shlex.split(line.format(name="bandwidth").partition(" > ")[0])
         assert program == "hicache-io"
         path: list[str] = []
         found = typer.main.get_command(app)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
+from pools import make_pool
 
 from sglang_hicache.io_backends import (
     Backend,
@@ -22,12 +24,15 @@ from sglang_hicache.io_backends import (
     registry,
 )
 from sglang_hicache.io_backends.copy_engine import CopyEngineBackend
+from sglang_hicache.io_backends.interface import complete
+from sglang_hicache.io_backends.plan.geometry import PoolGeometry
 from sglang_hicache.io_backends.registry import (
     BACKENDS,
     ENTRY_POINT_GROUP,
     OWN_NAMES,
     make_backend,
     unregister_backend,
+    unsupported,
 )
 from sglang_hicache.policy.format import json_schema
 from sglang_hicache.policy.names import NameProblem
@@ -144,6 +149,52 @@ def test_a_spec_is_the_factorys_or_given_with_it(register: Callable[..., None]) 
     unregister_backend("mine")
     register(Bare)
     assert BACKENDS["mine"] == BackendSpec("mine"), "the one before is gone"
+
+
+def pool(layout: str, kv_kind: str) -> PoolGeometry:
+    return replace(
+        make_pool("page_first", layers=1, page_size=1, row_bytes=(16,)).geometry,
+        layout=layout,
+        kv_kind=kv_kind,
+    )
+
+
+@pytest.mark.parametrize("layouts", [None, frozenset({"page_first"})])
+@pytest.mark.parametrize("kinds", [None, frozenset({"mha"}), frozenset({"mla", "index"})])
+def test_a_pool_that_the_spec_rules_out_is_not_served_whatever_the_backend_says(
+    register: Callable[..., None], layouts: frozenset[str] | None, kinds: frozenset[str] | None
+) -> None:
+    """And what the spec says of a pool is what `explain` says of it: they cannot differ."""
+
+    class Eager(Bare):
+        def supports(self, geometry: Any) -> str | None:
+            self.calls.append("asked")
+            return None
+
+    spec = BackendSpec("mine", layouts=layouts, kv_kinds=kinds)
+    register(Eager, spec)
+    for layout in ("page_first", "page_head"):
+        for kind in ("mha", "mla", "index", "state"):
+            backend = Eager(None, {})
+            served = (layouts is None or layout in layouts) and (kinds is None or kind in kinds)
+            said = unsupported(complete(backend), pool(layout, kind))
+            assert (said is None) == served == (spec.cannot_serve(layout, kind) is None)
+            assert backend.calls == ["asked"] * served
+            if not served:
+                assert said == f"mine {spec.cannot_serve(layout, kind)}"
+
+
+def test_of_a_pool_that_the_spec_allows_the_backend_has_the_last_word(register: Callable[..., None]) -> None:
+    register(Bare, BackendSpec("mine", kv_kinds=frozenset({"mha"})))
+    assert unsupported(complete(Bare(None, {})), pool("page_first", "mha")) == "no"
+
+
+def test_what_is_not_known_of_a_server_rules_nothing_out() -> None:
+    spec = BackendSpec("mine", layouts=frozenset({"page_first"}), kv_kinds=frozenset({"mha"}))
+    assert spec.cannot_serve(None, None) is None
+    assert spec.cannot_serve("page_first", None) is None
+    assert spec.cannot_serve(None, "mla") == "cannot serve KV cache of kind mla (it can: mha)"
+    assert BackendSpec("mine").cannot_serve("page_head", "mla") is None
 
 
 def test_anothers_spec_says_nothing(register: Callable[..., None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from typer.testing import CliRunner, Result
 from sglang_hicache.bench.cli import app
 from sglang_hicache.io_backends.policy_files import default_policy
 from sglang_hicache.policy.decide import decide
-from sglang_hicache.policy.fact_table import FACT_NAMES
+from sglang_hicache.policy.fact_table import CONDITIONS, FACT_NAMES
 from sglang_hicache.policy.facts import Facts
 
 GIVEN = ["--attention-backend", "fa3", "--gpu-arch", "sm90"]
@@ -516,6 +517,15 @@ def test_version():
 
 def test_an_unknown_command_is_wrong_input():
     assert run("explian").exit_code == 2
+
+
+def test_help_says_what_each_fact_with_an_option_means():
+    def unbroken(text: str) -> str:
+        return re.sub(r"[\s│]", "", text)
+
+    shown = unbroken(run("explain", "--help").stdout)
+    asked = {spec.option: unbroken(spec.meaning) for spec in CONDITIONS.values() if spec.metavar}
+    assert {option for option, meaning in asked.items() if option in shown and meaning in shown} == {*asked}
 
 
 def test_help_imports_neither_torch_nor_sglang():

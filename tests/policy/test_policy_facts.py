@@ -12,6 +12,7 @@ import pytest
 from sglang_hicache.io_backends.device import gpu_facts
 from sglang_hicache.io_backends.sglang.handover import machine_facts
 from sglang_hicache.io_backends.sglang.handover.machine_facts import detect
+from sglang_hicache.policy.fact_spec import FactKind, FactSpec
 from sglang_hicache.policy.fact_table import FACT_NAMES
 from sglang_hicache.policy.facts import NOT_GIVEN, Fact, Facts
 from sglang_hicache.policy.names import NameProblem
@@ -32,6 +33,12 @@ def test_every_name_is_always_there():
     assert known["gpu_arch"] == Fact("sm90", "here")
     assert known["kv_kind"].value is None
     assert str(known["kv_kind"]) == "unknown"
+
+
+@pytest.mark.parametrize("meaning", ["", "a page size", "Tokens in a page", "tokens in a page."])
+def test_a_fact_without_a_sentence_that_says_what_it_is_cannot_be_made(meaning: str):
+    with pytest.raises(ValueError, match="meaning of fact page_size is no sentence"):
+        FactSpec("page_size", FactKind.NUMBER, meaning)
 
 
 def test_attention_backend_sets_both_where_they_are_not_set():
@@ -126,6 +133,8 @@ def test_torch_is_optional(monkeypatch: pytest.MonkeyPatch, error: Exception, so
         raise error
 
     monkeypatch.setattr(gpu_facts.importlib, "import_module", fails)
+    # A machine with a GPU: on any other torch is not even tried, unless something has imported it.
+    monkeypatch.setattr(gpu_facts, "_GPU_NODES", ("/",))
     assert detect()["gpu_arch"] == Fact(None, source)
 
 

@@ -83,7 +83,7 @@ def serve(address: str, gpu_arch: str) -> None:
 
     _end_with_parent()
     if gpu_arch:
-        from sglang_hicache.io_backends.sglang.diagnose.dry_run import stand_in_gpu
+        from sglang_hicache.io_backends.sglang.no_gpu.stand_in_gpu import stand_in_gpu
 
         stand_in_gpu(gpu_arch)
     for module in MODULES:

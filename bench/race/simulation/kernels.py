@@ -359,7 +359,8 @@ class PagedRows(NamedTuple):
     def at(self, slots: Indices) -> Indices:
         """Which of :attr:`rows` the slots are."""
         page, offset = np.divmod(slots, self.page_size)
-        return (page * self.layers + self.layer) * self.page_size + offset
+        rows: Indices = (page * self.layers + self.layer) * self.page_size + offset
+        return rows
 
 
 def _direct(copies: Sequence[Copy], page_size: int) -> None:

@@ -29,12 +29,12 @@ POISON = 0xA5
 class DeviceTensor(torch.Tensor):
     """Ordinary memory that says it is on the GPU: an index tensor."""
 
-    is_cuda = True  # type: ignore[assignment]
+    is_cuda = True
 
-    def record_stream(self, stream: Any) -> None:  # type: ignore[override]
+    def record_stream(self, stream: Any) -> None:
         gpu.record_stream(self, stream)
 
-    def cpu(self, *_: Any, **__: Any) -> torch.Tensor:  # type: ignore[override]
+    def cpu(self, *_: Any, **__: Any) -> torch.Tensor:
         """A copy that the host waits for, on the current stream."""
         gpu.current_stream().synchronize()
         return self.as_subclass(torch.Tensor)
@@ -44,7 +44,7 @@ class DeviceTensor(torch.Tensor):
         values, order = torch.sort(self.as_subclass(torch.Tensor))
         return on_device(values, "indices sorted", self), on_device(order, "their order", self)
 
-    def index_select(self, dim: int, index: Any) -> torch.Tensor:  # type: ignore[override]
+    def index_select(self, dim: int, index: Any) -> torch.Tensor:
         picked = self.as_subclass(torch.Tensor).index_select(dim, index.as_subclass(torch.Tensor))
         return on_device(picked, "indices picked", self, index)
 
@@ -52,7 +52,7 @@ class DeviceTensor(torch.Tensor):
 class HostTensor(torch.Tensor):
     """An index tensor on the host, whose copy to the device runs on the current stream."""
 
-    def to(self, *args: Any, **named: Any) -> torch.Tensor:  # type: ignore[override]
+    def to(self, *args: Any, **named: Any) -> torch.Tensor:
         return on_device(self.as_subclass(torch.Tensor), "host indices to the device")
 
 

@@ -81,7 +81,8 @@ class RowAllocator:
 
     def needed_to_grow(self, requests: list[Any]) -> int:
         """Rows that one more token of each takes from the pool."""
-        return self.page_size * sum(each.kv.kv_committed_len % self.page_size == 0 for each in requests)
+        growing = sum(each.kv.kv_committed_len % self.page_size == 0 for each in requests)
+        return int(self.page_size * growing)
 
     def _prefix(self, request: Any) -> torch.Tensor:
         """``_prefix_kv_indices``."""

@@ -199,14 +199,20 @@ def _backends(device: str, facts: Facts) -> Iterator[Finding]:
         except Exception as error:
             yield Finding(name, WARNING, f"cannot be loaded: {error!r}", "reinstall what provides it")
             continue
-        layouts = BACKENDS[name].layouts
-        where = f"layouts {', '.join(sorted(layouts))}" if layouts else "layouts as it says for each pool"
+        spec = BACKENDS[name]
+        where = f"layouts {_listed(spec.layouts)}"
+        if spec.kv_kinds is not None:
+            where += f"; KV cache of kind {_listed(spec.kv_kinds)}"
         if reason is not None:
             yield Finding(name, WARNING, f"not on a GPU here: {reason}")
         elif name not in OWN_NAMES:
             yield Finding(name, OK, f"a third party's; {where}")
         else:
             yield Finding(name, OK, where)
+
+
+def _listed(names: frozenset[str] | None) -> str:
+    return "as it says for each pool" if names is None else ", ".join(sorted(names))
 
 
 def _fa3_binary(facts: Facts) -> Finding:

@@ -46,7 +46,7 @@ def sizes(gpu_arch: str, given_gib: int | None) -> tuple[int, ...]:
 
 
 def merged(answers: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-    """One answer of those that a child process of `dry_run` gave, by GiB; facts that differ are unknown.
+    """One answer of those that `dry_run_child` gave, by GiB; facts that differ are unknown.
 
     A server that SGLang refuses at one size and not at another is refused, with the size.
     """

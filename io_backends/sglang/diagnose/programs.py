@@ -58,6 +58,7 @@ class Process:
         return {name: each for name, each in self.variables.items() if each is not None}
 
     def with_variables(self, more: Mapping[str, Value | None]) -> Process:
+        """The same with ``more`` variables, which win over those it has."""
         return replace(self, variables={**self.variables, **more})
 
 

@@ -88,7 +88,7 @@ def _open_forwards(decision: Decision, facts: Facts) -> Iterator[Evidence]:
     for route in decision.routes:
         spec = spec_of(BACKENDS, route.backend)
         path = path_of(spec, facts)
-        if spec.cannot_serve(facts.value("mem_layout")) is not None:
+        if spec.cannot_serve(facts.value("mem_layout"), facts.value("kv_kind")) is not None:
             path = upstream_path("kernel", facts)
         yield from unfenced(facts, path, [each for each in FORWARDS if each not in route.fence_forward])
 

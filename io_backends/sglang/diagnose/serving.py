@@ -20,7 +20,9 @@ def refusal(decision: Decision, facts: Facts, *, backend: str) -> str | None:
         return problem
     if backend == AUTO:
         return None
-    reason = spec_of(BACKENDS, decision.backend).cannot_serve(facts.value("mem_layout"))
+    reason = spec_of(BACKENDS, decision.backend).cannot_serve(
+        facts.value("mem_layout"), facts.value("kv_kind")
+    )
     return None if reason is None else f"--hicache-io-backend {backend} {reason}"
 
 
@@ -32,12 +34,14 @@ def other_pools(decision: Decision) -> dict[str, str]:
 
 
 def fallback(decision: Decision, facts: Facts, *, backend: str) -> str | None:
-    """Who copies instead where ``auto`` chose a backend that cannot serve the layout; None if all can."""
+    """Who copies instead where ``auto`` chose a backend that cannot serve the pool; None if all can."""
     if backend != AUTO:
         return None
     sentences = []
     for route in decision.routes:
-        reason = spec_of(BACKENDS, route.backend).cannot_serve(facts.value("mem_layout"))
+        reason = spec_of(BACKENDS, route.backend).cannot_serve(
+            facts.value("mem_layout"), facts.value("kv_kind")
+        )
         if reason is not None:
             waiting = " and ".join(route.fence_forward) or "no forward"
             sentences.append(

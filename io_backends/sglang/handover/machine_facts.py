@@ -68,7 +68,7 @@ _PACKAGES: Mapping[str, Callable[[], Fact]] = {
 
 
 def _device(arch: Fact) -> Fact:
-    """cuda or cpu, which follows from the architecture; without one, where a server would run is unknown."""
+    """The device, which follows from the architecture; without one, where a server would run is unknown."""
     if arch.value is None:
         return Fact(None, arch.source)
     return Fact("cpu" if arch.value == "cpu" else "cuda", "follows from gpu_arch")

@@ -73,6 +73,7 @@ def agree(
         scheduler: built, so that its model runners, pools and process groups exist.
         decision: what this rank was told to do.
         refusal: why this rank must refuse whatever the others say.
+        patience_s: seconds to wait for the others.
 
     Raises:
         RefusedError: a rank refuses, decisions or machines differ, or a rank does not answer.

@@ -41,6 +41,7 @@ def resolved_facts(server_args: Any, machine: Facts | None = None) -> Facts:
     """Facts of the server that these arguments describe, once SGLang has resolved them.
 
     Args:
+        server_args: SGLang's ``ServerArgs``, resolved.
         machine: facts about the machine; detected if not given.
     """
     config = versions.view(server_args)

@@ -84,7 +84,6 @@ def extend_parser(problem: str | None) -> Callable[..., None]:
     Args:
         problem: why this SGLang cannot be served, if so: then any of our names is refused with it, at once.
     """
-
     refuse = _Refuse(problem)
 
     def hook(_result: object, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ....policy.backend_spec import spec_of
 from ....policy.decide import Decision, decide
+from ....policy.facts import Facts
 from ....policy.format.errors import PolicyError
 from ....policy.log import logger_of
 from ....policy.sentences import lost_sentence
@@ -21,10 +22,10 @@ from ...policy_files import policy_in_force
 from ...registry import AUTO, BACKENDS
 from .. import unsafe, versions
 from ..errors import RefusedError, exit_with
-from ..handover.decision_handover import ATTRIBUTE, Carried
+from ..handover.decision_handover import ATTRIBUTE, Carried, is_ours
 from ..handover.server_facts import resolved_facts
 from ..scheduler import scheduler_hooks
-from .options import asked, is_ours, refuse_unservable
+from .options import asked, refuse_unservable
 
 logger = logger_of(__name__)
 
@@ -118,7 +119,7 @@ def _decide(server_args: Any, name: str) -> None:
     if lost := lost_here(policy, facts, backend=name):
         logger.warning("%s: %s", _SOURCE, lost_sentence(lost, policy))
     # SGLang may have changed the layout (storage backends do).
-    _refuse_layout(name, decision, str(facts.value("mem_layout")))
+    _refuse_unserved(name, decision, facts)
     problem = versions.check_points(versions.current().points, versions.installed())
     if problem is not None:
         raise RefusedError(problem)
@@ -158,11 +159,12 @@ def _refuse_what_is_not_covered(config: Any, name: str) -> None:
         )
 
 
-def _refuse_layout(name: str, decision: Decision, layout: str) -> None:
-    """A backend asked for by name must be able to serve the layout; ``auto`` may fall back, and says so."""
+def _refuse_unserved(name: str, decision: Decision, facts: Facts) -> None:
+    """A backend asked for by name must be able to serve the pool; ``auto`` may fall back, and says so."""
     if name == AUTO:
         return
-    reason = spec_of(BACKENDS, decision.backend).cannot_serve(layout)
+    spec = spec_of(BACKENDS, decision.backend)
+    reason = spec.cannot_serve(facts.value("mem_layout"), facts.value("kv_kind"))
     if reason is not None:
         raise RefusedError(
             f"--hicache-io-backend {name} {reason}; choose one of these, or --hicache-io-backend {AUTO}"

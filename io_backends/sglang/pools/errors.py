@@ -35,7 +35,7 @@ def check_rows(name: str, rows: Sequence[Any], host_bytes: int) -> int:
             f"{name}: a host row has {host_bytes} bytes, and the device row that it is for {device_bytes}: "
             "what is loaded back would not be what was written"
         )
-    strides = {int(tensor.stride(0)) * tensor.element_size() for tensor in rows}
+    strides: set[int] = {int(tensor.stride(0)) * tensor.element_size() for tensor in rows}
     if len(strides) != 1:
         raise UnsupportedPoolError(f"its device rows do not share one stride ({sorted(strides)} bytes)")
     for tensor in rows:

@@ -34,6 +34,7 @@ class HostPool:
         name: SGLang's (``kv``, ``swa``, ``mamba``, ``indexer``, ...).
         kind: its class in SGLang.
         layout: of its host memory, as backends are asked for it.
+        kv_kind: what it holds, likewise (`PoolGeometry.kv_kind`); None: no backend is given it.
         record: what one index moves: ``token``, ``page`` or ``state``.
         bytes: of one record in all layers.
         tokens: that a record stands for; None: a state stands for a whole prefix.
@@ -47,6 +48,7 @@ class HostPool:
     name: str
     kind: str
     layout: str
+    kv_kind: str | None
     record: str
     bytes: int
     tokens: int | None
@@ -102,10 +104,10 @@ def host_pools(entries: Sequence[tuple[str, Any]], window: int | None = None) ->
 def _pool(name: str, pool: Any, window: int | None) -> HostPool:
     page = int(getattr(pool, "page_size", 1))
     kind = type(pool).__name__
-    undescribed, layout = None, str(getattr(pool, "layout", "unknown"))
+    undescribed, kv_kind, layout = None, None, str(getattr(pool, "layout", "unknown"))
     try:
         geometry = describe_pool(pool)
-        layout = geometry.layout
+        layout, kv_kind = geometry.layout, geometry.kv_kind
     except ShortHostRowsError as error:
         raise ShortHostRowsError(f"pool {name}, {error}") from error
     except UnsupportedPoolError as error:
@@ -122,6 +124,7 @@ def _pool(name: str, pool: Any, window: int | None) -> HostPool:
         name=name,
         kind=kind,
         layout=layout,
+        kv_kind=kv_kind,
         record=record,
         bytes=nbytes,
         tokens=None if record == "state" else page if record == "page" else 1,
@@ -149,17 +152,16 @@ def _refuse_short_sidecars(entries: Sequence[tuple[str, Any]]) -> None:
 
 
 Reason = Callable[[HostPool, str], str | None]
-"""Why the backend of a name does not serve a pool; None if it does."""
+"""Why the backend of a name does not serve a pool, in a sentence with that name; None if it does."""
 
 
-def by_layout(pool: HostPool, backend: str) -> str | None:
+def by_spec(pool: HostPool, backend: str) -> str | None:
     """A :data:`Reason` from what is known of backends without making one."""
-    return spec_of(BACKENDS, backend).cannot_serve(pool.layout)
+    reason = spec_of(BACKENDS, backend).cannot_serve(pool.layout, pool.kv_kind)
+    return None if reason is None else f"{backend} {reason}"
 
 
-def assigned(
-    pools: Sequence[HostPool], decision: Decision, reason: Reason = by_layout
-) -> tuple[HostPool, ...]:
+def assigned(pools: Sequence[HostPool], decision: Decision, reason: Reason = by_spec) -> tuple[HostPool, ...]:
     """The same pools, each with who writes it by a decision."""
     names = tuple(dict.fromkeys(route.backend for route in decision.routes))
     return tuple(_assigned(pool, names, reason) for pool in pools)
@@ -170,8 +172,8 @@ def _assigned(pool: HostPool, names: Sequence[str], reason: Reason) -> HostPool:
         return replace(pool, writer=(SGLANG,), why=pool.undescribed)
     reasons = {name: reason(pool, name) for name in names}
     writers = tuple(name for name, why in reasons.items() if why is None)
-    missing = "; ".join(f"{name} {why}" for name, why in reasons.items() if why is not None)
-    return replace(pool, writer=writers or (SGLANG,), why=missing or None)
+    missing = dict.fromkeys(why for why in reasons.values() if why is not None)
+    return replace(pool, writer=writers or (SGLANG,), why="; ".join(missing) or None)
 
 
 def share_of(pools: Sequence[HostPool], backend: str | None = None) -> float:

@@ -27,6 +27,9 @@ def states(pool: Any) -> PoolGeometry:
 
     Host buffers are (slots, L, 1, state) in both layouts that SGLang allows it
     (``MambaPoolHost.init_kv_buffer``).
+
+    Raises:
+        UnsupportedPoolError: it is of a form that is not described here; the message says which.
     """
     if getattr(pool, "slot_state_device_tensors", None):
         raise UnsupportedPoolError("it holds side states that are not by layer")
@@ -62,6 +65,9 @@ def index_pages(pool: Any) -> PoolGeometry:
     """A ``DSAIndexerPoolHost``: keys of a page, then their scales, one record a page and layer.
 
     Host buffers are (L, P, page) or (P, L, 1, page) (``DSAIndexerPoolHost.init_kv_buffer``).
+
+    Raises:
+        UnsupportedPoolError: it is of a form that is not described here; the message says which.
     """
     if getattr(pool, "_is_dummy", False):
         raise UnsupportedPoolError("it holds no host buffer (allocator only)")
@@ -77,6 +83,9 @@ def packed_pages(pool: Any) -> PoolGeometry:
     """A ``QSAIndexerPoolHost``: the compressed keys of a page, one record a page and layer.
 
     Host buffers are L times (P, page), (P, L, page) or (P, L, 1, page) (``DeepSeekV4PagedHostPool``).
+
+    Raises:
+        UnsupportedPoolError: it is of a form that is not described here; the message says which.
     """
     if isinstance(pool.kv_buffer, list):
         raise UnsupportedPoolError("each of its layers has a host buffer of its own (layer_first)")

@@ -104,7 +104,8 @@ def in_host_order(host_indices: Any, device_indices: Any) -> tuple[Any, Any]:
     the GPU once its kernels are loaded (:func:`prepare_order`).
 
     Args:
-        host_indices, device_indices: int64 tensors [n] on one device, where SGLang's kernel wants them.
+        host_indices: int64 tensor [n] on the device where SGLang's kernel wants it.
+        device_indices: int64 tensor [n] on the same device.
     """
     import torch
 

@@ -10,6 +10,7 @@ from ....policy.log import logger_of
 from ...device.base import Device
 from ...interface import Backend, OptionsError
 from ...plan.geometry import PoolGeometry
+from ...registry import unsupported
 from ..errors import RefusedError
 from ..pools.errors import ShortHostRowsError, UnsupportedPoolError
 from ..pools.geometry import describe_pool, fingerprint, host_buffers
@@ -82,7 +83,7 @@ class PoolRegistry:
         unserved: dict[int, str] = {}
         prepared = False
         for backend in self._backends:
-            reason = backend.supports(geometry)
+            reason = unsupported(backend, geometry)
             if reason is None:
                 if not prepared:
                     self._device.prepare_copies(geometry, _registered(host_pool))

@@ -53,6 +53,9 @@ class WriteBack:
         device: the seam.
         routes: the decision's; the last one holds for every write.
         fences: between these writes and the scheduler's forwards.
+
+    Raises:
+        ValueError: one backend instance is in routes with different fences.
     """
 
     def __init__(self, device: Device, routes: Sequence[Route], fences: Fences) -> None:
@@ -277,7 +280,9 @@ class WriteBack:
         Args:
             part: what is written.
             upstream: SGLang's own copy of the pool.
-            device_pool, host, device: device pool, host and device indices, as SGLang gives them to it.
+            device_pool: as SGLang gives it to ``upstream``.
+            host: host indices, int64 [n], likewise.
+            device: device indices, int64 [n], likewise.
         """
         write, route = part.write, part.route
         engine = write.engine

@@ -39,6 +39,7 @@ class Counters:
         return sum(self.by_backend.values()) - self.fallback_writes
 
     def served_by(self, name: str) -> None:
+        """Count a pool of a write for the backend of that name, or for SGLang's own copy."""
         self.by_backend[name] = self.by_backend.get(name, 0) + 1
 
 

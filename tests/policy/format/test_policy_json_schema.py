@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 
 from sglang_hicache.io_backends.policy_files import load_policy_text, policy_json_schema
 from sglang_hicache.io_backends.registry import register_backend, unregister_backend
+from sglang_hicache.policy.fact_table import CONDITIONS
 
 # What the schema leaves to `policy validate`: broken YAML, values that exclude each other.
 BEYOND = {
@@ -88,6 +89,13 @@ def test_it_rejects_what_the_loader_rejects(name: str):
 def test_what_is_left_to_the_loader_is_so_on_purpose(name: str):
     """If the schema learns to reject one of these, it belongs in the test above."""
     assert CHECK.is_valid(parsed(BAD[name][0]))
+
+
+def test_it_says_what_each_fact_means():
+    conditions = policy_json_schema()["$defs"]["when"]["properties"]
+    assert {key: each["description"] for key, each in conditions.items()} == {
+        key: spec.meaning for key, spec in CONDITIONS.items()
+    }
 
 
 def test_it_names_registered_backends():

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from sglang_hicache.bench import tiny_model
 from sglang_hicache.bench.cli import app
-from sglang_hicache.io_backends.sglang.diagnose import command_line, dry_run
+from sglang_hicache.io_backends.sglang.diagnose import command_line, dry_run_child
 from sglang_hicache.io_backends.sglang.diagnose.command_line import CommandLineError
 from sglang_hicache.io_backends.sglang.diagnose.dry_run import server_facts_of
 
@@ -135,7 +135,7 @@ def test_models_by_every_option_that_can_name_one(libcuda: None, tmp_path: Path)
         f"--config {config} --tokenizer-path=b/b --speculative-draft-model c/c --uno-lora-path d/d "
         "--lora-paths e/e name=f/f"
     )
-    assert dry_run._models(shlex.split(options)) == [
+    assert dry_run_child._models(shlex.split(options)) == [
         ("--model-path", "a/a"),
         ("--tokenizer-path", "b/b"),
         ("--speculative-draft-model-path", "c/c"),

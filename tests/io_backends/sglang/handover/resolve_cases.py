@@ -11,8 +11,8 @@ import sys
 from typing import Any
 
 from sglang_hicache.io_backends.sglang import versions
-from sglang_hicache.io_backends.sglang.diagnose import dry_run
 from sglang_hicache.io_backends.sglang.launcher import resolution
+from sglang_hicache.io_backends.sglang.no_gpu.stand_in_gpu import stand_in_gpu
 
 
 def older_releases_import() -> None:
@@ -36,7 +36,7 @@ def decision(argv: list[str]) -> Any:
 
 
 def main() -> None:
-    dry_run.stand_in_gpu(sys.argv[1])
+    stand_in_gpu(sys.argv[1])
     older_releases_import()
     # An older scheduler cannot be imported beside these kernels; its hook points are compared as source.
     resolution.versions.check_points = lambda points, version: None

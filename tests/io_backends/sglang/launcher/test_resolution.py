@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from sglang_hicache.io_backends import registry
+from sglang_hicache.io_backends.policy_files import default_policy
+from sglang_hicache.io_backends.registry import BACKENDS
 from sglang_hicache.io_backends.sglang.errors import RefusedError
 from sglang_hicache.io_backends.sglang.launcher import resolution
 from sglang_hicache.io_backends.sglang.scheduler import scheduler_hooks
+from sglang_hicache.policy.decide import decide
+from sglang_hicache.policy.facts import Facts
 
 
 def config(**given: Any) -> SimpleNamespace:
@@ -48,6 +54,23 @@ def test_what_the_fences_do_not_know_is_refused(option: str) -> None:
     resolution._refuse_what_is_not_covered(config(**{option: False}), "hybrid")
     with pytest.raises(RefusedError, match=f"--{option.replace('_', '-')} .*--hicache-io-backend kernel"):
         resolution._refuse_what_is_not_covered(config(**{option: True}), "hybrid")
+
+
+def test_a_backend_by_name_must_serve_the_kind_of_kv_cache_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    only_mha = replace(BACKENDS["copy_engine"], kv_kinds=frozenset({"mha"}))
+    monkeypatch.setitem(registry._specs, "copy_engine", only_mha)
+
+    def refuse(name: str, kind: str) -> None:
+        facts = Facts.given(mem_layout="page_first", kv_kind=kind)
+        decision = decide(default_policy(), facts, backend="copy_engine")
+        resolution._refuse_unserved(name, decision, facts)
+
+    refuse("copy_engine", "mha")
+    refuse("auto", "mla")
+    with pytest.raises(
+        RefusedError, match=r"copy_engine cannot serve KV cache of kind mla \(it can: mha\); choose"
+    ):
+        refuse("copy_engine", "mla")
 
 
 @pytest.mark.parametrize(

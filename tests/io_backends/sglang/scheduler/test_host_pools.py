@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -17,7 +18,9 @@ from typer.testing import CliRunner
 from sglang_hicache.bench.cli import app
 from sglang_hicache.bench.explain.pool_rows import of_its_share, pool_rows
 from sglang_hicache.bench.lab import coverage
+from sglang_hicache.io_backends import registry
 from sglang_hicache.io_backends.policy_files import default_policy
+from sglang_hicache.io_backends.registry import BACKENDS
 from sglang_hicache.io_backends.sglang.errors import RefusedError
 from sglang_hicache.io_backends.sglang.pools.errors import ShortHostRowsError
 from sglang_hicache.io_backends.sglang.pools.host_pools import (
@@ -42,6 +45,7 @@ def pool(name: str = "kv", **changed: Any) -> HostPool:
     fields: dict[str, Any] = {
         "kind": "MHATokenToKVPoolHost",
         "layout": "page_first",
+        "kv_kind": "mha",
         "record": "token",
         "bytes": 1024,
         "tokens": 1,
@@ -59,7 +63,20 @@ class TestWriters:
     def test_a_layout_that_the_backend_cannot_serve_is_sglangs(self) -> None:
         (row,) = assigned([pool(layout="page_head")], decision("copy_engine"))
         assert row.writer == ("SGLang",)
-        assert "page_head" in str(row.why)
+        assert str(row.why).startswith("copy_engine cannot serve --hicache-mem-layout page_head (it can: ")
+
+    def test_a_kind_that_the_backend_cannot_serve_is_sglangs_pool_by_pool(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        only_mha = replace(BACKENDS["copy_engine"], kv_kinds=frozenset({"mha"}))
+        monkeypatch.setitem(registry._specs, "copy_engine", only_mha)
+        rows = assigned([pool(), pool("indexer", kv_kind="index")], decision("copy_engine"))
+        assert [row.writer for row in rows] == [("copy_engine",), ("SGLang",)]
+        assert rows[1].why == "copy_engine cannot serve KV cache of kind index (it can: mha)"
+
+    def test_a_backends_own_sentence_stands_as_it_is(self) -> None:
+        (row,) = assigned([pool()], decision("hybrid"), lambda pool, name: f"{name} finds it too large")
+        assert row.why == "hybrid finds it too large"
 
     def test_else_the_backend_of_the_decision_writes_it(self) -> None:
         (row,) = assigned([pool()], decision("copy_engine"))
