@@ -112,4 +112,5 @@ def _wsl(root: Path) -> Iterator[Finding]:
 
 
 def gib(nbytes: float) -> str:
+    """As people read it."""
     return f"{nbytes / 2**30:,.1f} GiB"

@@ -116,7 +116,8 @@ def fitting(asked: Sizing, need: Need, room: Room) -> int:
     """The largest ``--hicache-size`` with which all ranks have room, and SGLang its reserve.
 
     Args:
-        asked, need: with another size.
+        asked: with another size.
+        need: by that.
         room: for all ranks.
     """
     each = max(0, room.within - RESERVE) // asked.here
