@@ -135,6 +135,8 @@ class Release:
             lists them.
         pool_copy: the method of host pools that ``submit_device_to_host`` calls.
         one_radix_cache: ``UnifiedRadixCache`` serves all models; ``hicache-io race`` simulates no other.
+        host_memory_shared: a host pool is compared with its rank's part of what is free, not with all of it.
+        host_memory_in_cgroups: limits of cgroups count for what is free.
     """
 
     version: str
@@ -142,6 +144,8 @@ class Release:
     own_drafts: str | tuple[str, ...] = _S + "arg_groups.choices:DRAFT_ATTENTION_BACKEND_CHOICES"
     pool_copy: str = "backup_from_device_all_layer_physical"
     one_radix_cache: bool = True
+    host_memory_shared: bool = True
+    host_memory_in_cgroups: bool = True
 
     @property
     def launcher_points(self) -> tuple[HookPoint, ...]:
@@ -188,14 +192,17 @@ RELEASES = (
         own_drafts=("flashinfer", "fa3", "fa4", "triton", "ascend", "trtllm_mha"),
         pool_copy=_LOGICAL_COPY,
         one_radix_cache=False,
+        host_memory_shared=False,
+        host_memory_in_cgroups=False,
     ),
     Release(
         "0.5.19",
         own_drafts=_S + "server_args:DRAFT_ATTENTION_BACKEND_CHOICES",
         pool_copy=_LOGICAL_COPY,
         one_radix_cache=False,
+        host_memory_in_cgroups=False,
     ),
-    Release("0.5.20", pool_copy=_LOGICAL_COPY, one_radix_cache=False),
+    Release("0.5.20", pool_copy=_LOGICAL_COPY, one_radix_cache=False, host_memory_in_cgroups=False),
     Release("0.5.21", one_radix_cache=False),
     Release("0.5.22"),
     Release("0.5.23"),

@@ -1,14 +1,13 @@
 """What ``hicache-io doctor`` looks at: each check gives findings, and changes nothing.
 
-``installation`` is about SGLang and this plug-in, ``machine`` about GPU, driver and host memory, ``in_force``
-about the policy. `server_checks` is about one server that would be started.
+``installation`` is about SGLang and this plug-in, ``machine`` about GPU and driver, ``in_force`` about the
+policy. `memory_checks` is about host memory, `server_checks` about one server that would be started.
 """
 
 from __future__ import annotations
 
 import ast
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -37,7 +36,6 @@ OK, WARNING, BAD = "ok", "warning", "bad"
 
 _PLUGIN = "hicache_io"
 _GROUP = "sglang.srt.plugins"
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 _CHECK_POINTS = f"""
 import {versions.__name__} as v
@@ -169,7 +167,7 @@ def _attributes(path: Path) -> set[str]:
 
 
 def machine(facts: Facts) -> Iterator[Finding]:
-    """GPU, driver, batch copy, which backends work, FA3's binary, and limits on pinned memory."""
+    """GPU, driver, batch copy, which backends work, and FA3's binary."""
     arch = facts["gpu_arch"]
     if arch.value is None:
         yield Finding("GPU", WARNING, arch.source, "only SGLang's CPU engine serves here")
@@ -190,7 +188,6 @@ def machine(facts: Facts) -> Iterator[Finding]:
         yield Finding("batch copy", WARNING if batch.value is None else OK, f"{known}: {batch.source}")
     yield from _backends("cpu" if facts.value("device") == "cpu" else "cuda", facts)
     yield _fa3_binary(facts)
-    yield from _pinned_memory()
 
 
 def _backends(device: str, facts: Facts) -> Iterator[Finding]:
@@ -235,36 +232,6 @@ def _fa3_binary(facts: Facts) -> Finding:
             f"sglang-kernel {GDC_SINCE} or later; nobody has shown that it cures them",
         )
     return Finding("FA3 binary", OK, f"SGLang's own, sgl-kernel {facts['sgl_kernel']}")
-
-
-def _pinned_memory() -> Iterator[Finding]:
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if soft == resource.RLIM_INFINITY:
-        yield Finding("locked memory", OK, "no limit (ulimit -l)")
-    else:
-        yield Finding(
-            "locked memory",
-            WARNING,
-            f"ulimit -l is {soft // 1024:,} KiB: pinning a host pool may fail (#21880)",
-            "ulimit -l unlimited; in a container docker run --ulimit memlock=-1:-1",
-        )
-    limit = _cgroup_limit()
-    if limit is None:
-        yield Finding("container memory", OK, "no limit seen (cgroup)")
-    else:
-        yield Finding(
-            "container memory",
-            OK,
-            f"{limit / 2**30:,.1f} GiB (cgroup): the host pool (--hicache-size, -ratio) counts",
-        )
-
-
-def _cgroup_limit() -> int | None:
-    try:
-        text = _CGROUP_LIMIT.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
 
 
 def in_force(path: str | None, asked: Server | None = None) -> tuple[list[Finding], Policy | None]:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import chain
 from typing import Annotated, NoReturn
 
 import typer
@@ -23,7 +24,7 @@ from ....policy.names import NameProblem
 from ....policy.terminal import console, working
 from ....policy.text import answer, say
 from ..handover.machine_facts import detect
-from . import checks, server_checks
+from . import checks, memory_checks, server_checks, server_memory
 from .checks import BAD, OK, WARNING, Finding
 from .dry_run import RESOLVING, Server, resolved, understood
 from .gpu_memory import GpuMemory
@@ -112,19 +113,16 @@ def examine(asked: Future[Server] | None, policy_file: str | None) -> Sections:
         NameProblem: what was asked about cannot be resolved.
     """
     yield "SGLang and this plug-in", checks.installation()
-    yield "This machine", _machine()
+    with working("looking for a GPU"):
+        here = detect()
+    yield "This machine", chain(checks.machine(here), memory_checks.machine())
     with working(RESOLVING):
         server = None if asked is None else asked.result()
     found, policy = checks.in_force(policy_file, server)
     yield "Policy", iter(found)
     if server is not None and policy is not None:
-        yield "The server", server_checks.server(server, policy)
-
-
-def _machine() -> Iterator[Finding]:
-    with working("looking for a GPU"):
-        facts = detect()
-    yield from checks.machine(facts)
+        memory = server_memory.memory(server, here.value("gpu_arch"))
+        yield "The server", chain(server_checks.server(server, policy), memory)
 
 
 def _told(sections: Sections, out: Console | None) -> dict[str, list[Finding]]:

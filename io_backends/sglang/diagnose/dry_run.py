@@ -30,6 +30,7 @@ from ...policy_files import load_policy, policy_in_force
 from ...registry import BACKENDS
 from ..pools.host_pools import HostPool
 from .command_line import CommandLine, CommandLineError, read
+from .pool_sizes import Sizing
 from .programs import VARIABLES_OF_SGLANG
 
 _CHILD = "sglang_hicache.io_backends.sglang.diagnose.dry_run_child"
@@ -68,6 +69,9 @@ class Server:
         not_read: what another program than SGLang was given besides SGLang's options, in a sentence.
         pools: its host pools, which nobody is to write yet; see :mod:`..pools.prediction`.
         pools_unknown: why there are none, or None.
+        sizing: how large its host pools are to be.
+        memory_saver: ``--enable-memory-saver``: device pools can be unmapped while it runs.
+        gpu_gib: memory of its GPU, where that was told.
     """
 
     facts: Facts
@@ -81,6 +85,9 @@ class Server:
     not_read: str | None = None
     pools: tuple[HostPool, ...] = ()
     pools_unknown: str | None = None
+    sizing: Sizing | None = None
+    memory_saver: bool = False
+    gpu_gib: int | None = None
 
     def policy_in_force(self) -> Policy:
         """What this server decides by. Raises PolicyError."""
@@ -144,6 +151,9 @@ def resolved(
         not_read=answer["not_read"],
         pools=tuple(HostPool.from_dict(each) for each in answer.get("pools", ())),
         pools_unknown=answer.get("pools_unknown"),
+        sizing=Sizing(**answer["sizing"]),
+        memory_saver=answer["memory_saver"],
+        gpu_gib=gpu_gib,
     )
 
 

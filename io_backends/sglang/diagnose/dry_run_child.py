@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +27,7 @@ from ..no_gpu.stand_in_gpu import stand_in_gpu
 from . import gpu_memory
 from .command_line import CommandLineError
 from .dry_run import OF_POLICIES, ONLY_CONFIG
+from .pool_sizes import sizing
 
 _MODELS = ("model_path", "tokenizer_path", "speculative_draft_model_path", "uno_lora_path", "lora_paths")
 """Arguments of SGLang that name a folder or a model of the hub (0.5.18 to 0.5.23)."""
@@ -171,6 +173,8 @@ def _resolved(argv: Sequence[str], gpu_arch: str | None) -> tuple[dict[str, Any]
         "variables": {name: os.environ[name] for name in OF_POLICIES if name in os.environ},
         "hicache": resolution.hicache_in_use(config),
         "decode": _decode_writes(config, facts),
+        "sizing": asdict(sizing(config)),
+        "memory_saver": bool(config.enable_memory_saver),
     }
     return answer, server_args
 

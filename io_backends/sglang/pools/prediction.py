@@ -100,6 +100,8 @@ def _publish(server_args: Any) -> None:
     changes: dict[str, Any] = {"max_running_requests": REQUESTS, "max_mamba_cache_size": STATES}
     # The small pools follow the ratio, and need none of the memory that is asked for.
     changes |= {"hicache_size": 0, "hicache_ratio": 2.0}
+    # Its library must be preloaded, and says nothing of how large a pool is.
+    changes["enable_memory_saver"] = False
     runtime_context.get_context().override("sglang-hicache-io", **changes)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -128,19 +127,6 @@ class TestMachine:
         found = of(checks.machine(self.facts(**facts)), "FA3 binary")
         assert found.status == status
         assert words in found.text
-
-    @pytest.mark.parametrize(("limit", "status"), [(resource.RLIM_INFINITY, OK), (65536, WARNING)])
-    def test_locked_memory(self, monkeypatch: pytest.MonkeyPatch, limit: int, status: str) -> None:
-        monkeypatch.setattr(checks.resource, "getrlimit", lambda which: (limit, limit))
-        assert of(checks.machine(self.facts()), "locked memory").status == status
-
-    @pytest.mark.parametrize(("text", "words"), [("max\n", "no limit"), (f"{2**33}\n", "8.0 GiB")])
-    def test_container_memory(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, words: str
-    ) -> None:
-        monkeypatch.setattr(checks, "_CGROUP_LIMIT", tmp_path / "memory.max")
-        (tmp_path / "memory.max").write_text(text)
-        assert words in of(checks.machine(self.facts()), "container memory").text
 
 
 class TestPolicy:

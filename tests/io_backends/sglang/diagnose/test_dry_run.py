@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sglang_hicache.bench.cli import app
 from sglang_hicache.io_backends.sglang.diagnose import command_line, dry_run_child
 from sglang_hicache.io_backends.sglang.diagnose.command_line import CommandLineError
 from sglang_hicache.io_backends.sglang.diagnose.dry_run import server_facts_of
+from sglang_hicache.io_backends.sglang.diagnose.pool_sizes import Sizing
 
 # What follows `sglang serve`.
 WORDS = st.lists(
@@ -182,3 +184,24 @@ def test_what_a_decode_server_writes_past_sglangs_fence(
     for found, words in ((asked.retraction, retraction), (asked.offload, offload)):
         assert (found is None) == (words is None)
         assert words is None or (found is not None and words in found)
+
+
+@pytest.mark.usefixtures("quick_dry_runs")
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--hicache-size 50 --tp 8", Sizing(size_gb=50, ratio=2.0, ranks=8)),
+        ("--hicache-ratio 3 --tp 2 --dp 4", Sizing(ratio=3.0, ranks=2, replicas=4)),
+        ("--tp 8 --dp 8 --enable-dp-attention", Sizing(ratio=2.0, fraction=0.8, ranks=8)),
+        ("--tp 4 --pp 2 --nnodes 2", Sizing(ratio=2.0, fraction=0.8, ranks=8, stages=2, nodes=2)),
+    ],
+)
+def test_how_large_the_host_pools_are_to_be(model: Path, options: str, expected: Sizing) -> None:
+    """And with the memory saver, whose library is not loaded here, the pools are known."""
+    line = f"sglang serve --model-path {model} --skip-tokenizer-init --enable-hierarchical-cache {options}"
+    asked = server_facts_of(f"{line} --enable-memory-saver", {"gpu_arch": "sm90"}, gpu_gib=80)
+    assert asked.sizing is not None
+    assert replace(asked.sizing, gpu_fraction=None) == expected
+    assert asked.sizing.gpu_fraction is not None
+    assert (asked.memory_saver, asked.gpu_gib) == (True, 80)
+    assert asked.pools_unknown is None
