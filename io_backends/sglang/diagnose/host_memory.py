@@ -154,11 +154,11 @@ def _memory_cgroups(root: Path) -> Iterator[tuple[PurePosixPath, PurePosixPath, 
         if kind not in member or (kind == "cgroup" and "memory" not in options.split(",")):
             continue
         top, mount = (PurePosixPath(_unescaped(field)) for field in before.split()[3:5])
-        path = member[kind]
+        own = member[kind]
         # In a namespace of its own a process may see itself below its own root and the mount by the host's.
-        inner = path.relative_to(top if path.is_relative_to(top) else "/")
+        inner = own.relative_to(top if own.is_relative_to(top) else "/")
         if ".." in inner.parts:
-            raise ValueError(f"the cgroup {path} is outside of what is mounted")
+            raise ValueError(f"the cgroup {own} is outside of what is mounted")
         if (root / (mount / inner).relative_to("/")).is_dir():
             found = True
             yield mount, inner, _FILES[kind]

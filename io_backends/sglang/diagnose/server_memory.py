@@ -50,7 +50,7 @@ def _host_pools(asked: Server, sizing: Sizing, found: HostMemory | None) -> Find
     if need is not None:
         return _sized(asked, sizing, need, found)
     if sizing.fraction is not None:
-        return _fitted(sizing, found)
+        return _fitted(sizing, sizing.fraction, found)
     return _by_ratio(asked, sizing, found)
 
 
@@ -91,14 +91,14 @@ def _fits(sizing: Sizing, need: Need, room: Room) -> str:
     return f"--hicache-size {size} fits at most" if size else "no --hicache-size fits"
 
 
-def _fitted(sizing: Sizing, found: HostMemory | None) -> Finding:
+def _fitted(sizing: Sizing, fraction: float, found: HostMemory | None) -> Finding:
     text = (
-        f"SGLang lowers the ratio ({sizing.ratio or 'its own'}) until they fit in {sizing.fraction:.0%} of "
+        f"SGLang lowers the ratio ({sizing.ratio or 'its own'}) until they fit in {fraction:.0%} of "
         "what is free, less 10 GiB"
     )
     if found is None:
         return Finding("host pools", OK, f"{text}; not compared: {_ELSEWHERE}", _ROOM)
-    ever, now = (int((room.within - RESERVE) * sizing.fraction) for room in (found.ever(), found.now()))
+    ever, now = (int((room.within - RESERVE) * fraction) for room in (found.ever(), found.now()))
     if found.unread:
         return Finding(
             "host pools", BAD, f"{text}: it does not start where limits of cgroups cannot be read", _EXPLICIT
