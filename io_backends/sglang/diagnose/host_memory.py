@@ -36,7 +36,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class HostMemory:
+class MachineMemory:
     """A machine's, in bytes.
 
     Attributes:
@@ -73,7 +73,7 @@ def _room(machine: int, limits: Sequence[tuple[int, str]]) -> Room:
     return Room(machine, *min([(machine, ""), *limits]))
 
 
-def memory(root: Path) -> HostMemory | None:
+def memory(root: Path) -> MachineMemory | None:
     """As the files below `root` say; None where they say nothing (no Linux)."""
     try:
         text = (root / "proc/meminfo").read_text(encoding="ascii")
@@ -89,7 +89,9 @@ def memory(root: Path) -> HostMemory | None:
             limits.append(limit)
     except (OSError, ValueError, KeyError) as error:
         unread = str(error)
-    return HostMemory(total, available, huge, fields.get("HugePages_Free", 0) * size, tuple(limits), unread)
+    return MachineMemory(
+        total, available, huge, fields.get("HugePages_Free", 0) * size, tuple(limits), unread
+    )
 
 
 _UNLIMITED = 2**62
