@@ -36,7 +36,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class HostMemory:
+class MachineMemory:
     """A machine's, in bytes.
 
     Attributes:
@@ -73,7 +73,7 @@ def _room(machine: int, limits: Sequence[tuple[int, str]]) -> Room:
     return Room(machine, *min([(machine, ""), *limits]))
 
 
-def memory(root: Path) -> HostMemory | None:
+def memory(root: Path) -> MachineMemory | None:
     """As the files below `root` say; None where they say nothing (no Linux)."""
     try:
         text = (root / "proc/meminfo").read_text(encoding="ascii")
@@ -89,7 +89,9 @@ def memory(root: Path) -> HostMemory | None:
             limits.append(limit)
     except (OSError, ValueError, KeyError) as error:
         unread = str(error)
-    return HostMemory(total, available, huge, fields.get("HugePages_Free", 0) * size, tuple(limits), unread)
+    return MachineMemory(
+        total, available, huge, fields.get("HugePages_Free", 0) * size, tuple(limits), unread
+    )
 
 
 _UNLIMITED = 2**62
@@ -154,11 +156,11 @@ def _memory_cgroups(root: Path) -> Iterator[tuple[PurePosixPath, PurePosixPath, 
         if kind not in member or (kind == "cgroup" and "memory" not in options.split(",")):
             continue
         top, mount = (PurePosixPath(_unescaped(field)) for field in before.split()[3:5])
-        path = member[kind]
+        own = member[kind]
         # In a namespace of its own a process may see itself below its own root and the mount by the host's.
-        inner = path.relative_to(top if path.is_relative_to(top) else "/")
+        inner = own.relative_to(top if own.is_relative_to(top) else "/")
         if ".." in inner.parts:
-            raise ValueError(f"the cgroup {path} is outside of what is mounted")
+            raise ValueError(f"the cgroup {own} is outside of what is mounted")
         if (root / (mount / inner).relative_to("/")).is_dir():
             found = True
             yield mount, inner, _FILES[kind]

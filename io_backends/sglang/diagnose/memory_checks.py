@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import host_memory
 from .checks import OK, WARNING, Finding
-from .host_memory import HostMemory
+from .host_memory import MachineMemory
 
 ROOT = Path("/")
 """Where ``proc`` and the cgroups are."""
@@ -64,7 +64,7 @@ def _capabilities(root: Path) -> int:
     return int(found[1], 16) if found else 0
 
 
-def _container(found: HostMemory) -> Finding:
+def _container(found: MachineMemory) -> Finding:
     limit = found.tightest
     if found.unread:
         return Finding(
@@ -83,7 +83,7 @@ def _container(found: HostMemory) -> Finding:
     )
 
 
-def _huge_pages(found: HostMemory) -> Finding:
+def _huge_pages(found: MachineMemory) -> Finding:
     unused = f"{gib(found.huge_free)} of them unused"
     return Finding(
         "huge pages",

@@ -14,7 +14,7 @@ from ....policy.gpu_names import memory_gib
 from . import host_memory, pool_sizes
 from .checks import BAD, OK, WARNING, Finding
 from .dry_run import Server
-from .host_memory import HostMemory, Room
+from .host_memory import MachineMemory, Room
 from .memory_checks import HUGE_PAGES, ROOT, gib
 from .pool_sizes import RESERVE, Need, Sizing
 
@@ -45,16 +45,16 @@ def _in_container(asked: Server) -> bool:
     return asked.command is not None and not asked.command.inherits
 
 
-def _host_pools(asked: Server, sizing: Sizing, found: HostMemory | None) -> Finding:
+def _host_pools(asked: Server, sizing: Sizing, found: MachineMemory | None) -> Finding:
     need = pool_sizes.by_size(sizing, asked.pools)
     if need is not None:
         return _sized(asked, sizing, need, found)
     if sizing.fraction is not None:
-        return _fitted(sizing, found)
+        return _fitted(sizing, sizing.fraction, found)
     return _by_ratio(asked, sizing, found)
 
 
-def _sized(asked: Server, sizing: Sizing, need: Need, found: HostMemory | None) -> Finding:
+def _sized(asked: Server, sizing: Sizing, need: Need, found: MachineMemory | None) -> Finding:
     total = need.bytes * sizing.here
     text = f"{gib(total)} a machine: {_ranks(sizing)} x {gib(need.bytes)} (--hicache-size is for each rank)"
     if found is None:
@@ -91,14 +91,14 @@ def _fits(sizing: Sizing, need: Need, room: Room) -> str:
     return f"--hicache-size {size} fits at most" if size else "no --hicache-size fits"
 
 
-def _fitted(sizing: Sizing, found: HostMemory | None) -> Finding:
+def _fitted(sizing: Sizing, fraction: float, found: MachineMemory | None) -> Finding:
     text = (
-        f"SGLang lowers the ratio ({sizing.ratio or 'its own'}) until they fit in {sizing.fraction:.0%} of "
+        f"SGLang lowers the ratio ({sizing.ratio or 'its own'}) until they fit in {fraction:.0%} of "
         "what is free, less 10 GiB"
     )
     if found is None:
         return Finding("host pools", OK, f"{text}; not compared: {_ELSEWHERE}", _ROOM)
-    ever, now = (int((room.within - RESERVE) * sizing.fraction) for room in (found.ever(), found.now()))
+    ever, now = (int((room.within - RESERVE) * fraction) for room in (found.ever(), found.now()))
     if found.unread:
         return Finding(
             "host pools", BAD, f"{text}: it does not start where limits of cgroups cannot be read", _EXPLICIT
@@ -122,7 +122,7 @@ def _fitted(sizing: Sizing, found: HostMemory | None) -> Finding:
     return Finding("host pools", OK, f"{text}: here at most {gib(now)} for {_ranks(sizing)}")
 
 
-def _by_ratio(asked: Server, sizing: Sizing, found: HostMemory | None) -> Finding:
+def _by_ratio(asked: Server, sizing: Sizing, found: MachineMemory | None) -> Finding:
     gpu = _gpu_bytes(asked)
     most = pool_sizes.by_ratio(sizing, asked.pools, gpu)
     if sizing.ratio is None:

@@ -193,7 +193,7 @@ def test_what_a_decode_server_writes_past_sglangs_fence(
         ("--hicache-size 50 --tp 8", Sizing(size_gb=50, ratio=2.0, ranks=8)),
         ("--hicache-ratio 3 --tp 2 --dp 4", Sizing(ratio=3.0, ranks=2, replicas=4)),
         ("--tp 8 --dp 8 --enable-dp-attention", Sizing(ratio=2.0, fraction=0.8, ranks=8)),
-        ("--tp 4 --pp 2 --nnodes 2", Sizing(ratio=2.0, fraction=0.8, ranks=8, stages=2, nodes=2)),
+        ("--tp 4 --pp-size 2 --nnodes 2", Sizing(ratio=2.0, fraction=0.8, ranks=8, stages=2, nodes=2)),
     ],
 )
 def test_how_large_the_host_pools_are_to_be(model: Path, options: str, expected: Sizing) -> None:

@@ -14,7 +14,7 @@ from machine_files import V1_UNLIMITED, Machine
 from repository import VERSIONS
 
 from sglang_hicache.io_backends.sglang.diagnose import host_memory
-from sglang_hicache.io_backends.sglang.diagnose.host_memory import HostMemory
+from sglang_hicache.io_backends.sglang.diagnose.host_memory import MachineMemory
 from sglang_hicache.io_backends.sglang.versions import SUPPORTED
 
 GIB = 2**30
@@ -34,7 +34,7 @@ SGLANGS = _sglangs()
 """SGLang's module that reads cgroups, without the rest of SGLang."""
 
 
-def read(machine: Machine) -> HostMemory:
+def read(machine: Machine) -> MachineMemory:
     found = host_memory.memory(machine.root)
     assert found is not None
     return found

@@ -17,7 +17,7 @@ from sglang_hicache.io_backends.sglang.diagnose.pool_sizes import Sizing
 from sglang_hicache.io_backends.sglang.pools.host_pools import HostPool
 from sglang_hicache.policy.facts import Facts
 
-KV = HostPool("kv", "MHATokenToKVPoolHost", "page_first", "token", 1000, 1, None, None)
+KV = HostPool("kv", "MHATokenToKVPoolHost", "page_first", "mha", "token", 1000, 1, None, None)
 
 
 def of(found: Any, about: str) -> Finding:
@@ -230,7 +230,7 @@ class TestHostPools:
             ({"ratio": 2.0, "gpu_fraction": 0.5}, {"gpu_gib": 80}, WARNING, "at most 80.0 GiB a machine"),
             (
                 {"ratio": 2.0, "gpu_fraction": 0.5},
-                {"facts": {"gpu_name": "NVIDIA L4"}},
+                {"gpu_name": "NVIDIA L4"},
                 OK,
                 "at most 24.0 GiB",
             ),

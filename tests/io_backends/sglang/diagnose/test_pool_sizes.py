@@ -20,7 +20,7 @@ GB, GIB = 10**9, 2**30
 
 
 def pool(name: str, kind: str, nbytes: int, tokens: int | None = 1) -> HostPool:
-    return HostPool(name, kind, "page_first", "token", nbytes, tokens, None, None)
+    return HostPool(name, kind, "page_first", None, "token", nbytes, tokens, None, None)
 
 
 KV = pool("kv", "MLATokenToKVPoolHost", 1000)
