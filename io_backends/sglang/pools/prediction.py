@@ -158,6 +158,7 @@ def _configurator(
             KVCacheConfigurator,
             device="cpu",
             gpu_id=0,
+            ps=parallel,
             attn_dp_size=parallel.attn_dp_size,
             pp_size=parallel.pp_size,
             pp_group=None,
@@ -278,7 +279,7 @@ class _NoController:
         self.layer_done_counter = None
         self.mem_pool_host = mem_pool_host
         self.page_size = page_size
-        self.transfer_layer_id_max = others.get("transfer_layer_id_max") or mem_pool_host.layer_num
+        self.transfer_layer_id_max = others.get("transfer_layer_id_max")
 
     @staticmethod
     def supports_page_envelope_host(storage_backend: str | None) -> bool:
