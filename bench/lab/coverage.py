@@ -3,8 +3,8 @@
     python -m sglang_hicache.bench.lab.coverage SERVERS OUT
 
 SERVERS is a JSON list of objects with ``model`` (a folder beside it, with the ``config.json`` of the model)
-and ``options`` of its server, which may name another such folder; OUT gets the host pools of each, as SGLang's
-own code builds them small on the CPU, for a GPU of :data:`ARCH`. `make tables` makes the table of
+and ``options`` of its server, which may name another such folder; OUT gets the host pools of each, as
+SGLang's own code builds them small on the CPU, for a GPU of :data:`ARCH`. `make tables` makes the table of
 docs/coverage.md from it, and a test holds OUT to what this command writes. Needs no GPU; the numbers are of
 bytes, not of speed.
 """

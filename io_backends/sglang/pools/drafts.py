@@ -2,8 +2,8 @@
 
 SGLang's own plan (``BaseSpecWorker.init_hicache_draft_plan``) says how a draft is held. The layers of a
 multi-token-prediction head (NEXTN) lie behind the target's in the target's own host pools: packed. Another
-model (EAGLE, EAGLE3, STANDALONE) has host pools of its own beside them, written with the target's indices: a
-sidecar. A lookup (NGRAM), an adapter (UNO) or a head that reads the target's rows (FROZEN_KV_MTP) has no rows.
+model (EAGLE, EAGLE3, STANDALONE) has host pools of its own beside them, written with the target's indices:
+a sidecar. A lookup (NGRAM), an adapter (UNO) or a head that reads the target's rows (FROZEN_KV_MTP) has none.
 """
 
 from __future__ import annotations

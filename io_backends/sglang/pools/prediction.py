@@ -124,7 +124,12 @@ def _algorithm() -> Any:
 
 
 def _configurator(
-    server_args: Any, algorithm: Any, config: Any, nth: int | None = None, target: Any = None, sizes: Any = None
+    server_args: Any,
+    algorithm: Any,
+    config: Any,
+    nth: int | None = None,
+    target: Any = None,
+    sizes: Any = None,
 ) -> Any:
     """Of the model that ``config`` is of; with the pools and sizes of a target, of its draft."""
     from sglang.srt import runtime_context

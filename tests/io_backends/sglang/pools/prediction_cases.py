@@ -1,7 +1,8 @@
 """Host pools of command lines, predicted by one SGLang release, and the memory that its own pools hold.
 
-Run by test_prediction.py as ``python prediction_cases.py GPU_ARCH``, that release first on PYTHONPATH: reads a JSON list
-of argument lists, prints ``POOLS`` and the release with an answer for each.
+Run by test_prediction.py as ``python prediction_cases.py GPU_ARCH``, that release and the folder of
+resolve_cases.py first on PYTHONPATH: reads a JSON list of argument lists, prints ``POOLS`` and the release with
+an answer for each.
 """
 
 from __future__ import annotations
@@ -11,20 +12,12 @@ import sys
 import traceback
 from typing import Any
 
+from resolve_cases import older_releases_import
+
 from sglang_hicache.io_backends.sglang import versions
 from sglang_hicache.io_backends.sglang.diagnose import dry_run_child
 from sglang_hicache.io_backends.sglang.no_gpu.stand_in_gpu import stand_in_gpu
 from sglang_hicache.io_backends.sglang.pools import prediction
-
-
-def older_releases_import() -> None:
-    """Releases before 0.5.20 register model types that the installed transformers has by now."""
-    from transformers.models.auto import configuration_auto as auto
-
-    register = auto._LazyConfigMapping.register
-    auto._LazyConfigMapping.register = lambda self, key, value, exist_ok=False: register(
-        self, key, value, exist_ok=True
-    )
 
 
 def held(pool: Any) -> float:

@@ -1,18 +1,22 @@
-"""The host pools of a command line, against the memory that each release's own pools hold, and real servers."""
+"""The host pools of a command line, against what the pools of each release hold, and against real servers."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import CHILDREN, Machine, inject
 from repository import ROOT, VERSIONS
 
+from sglang_hicache.bench import server_options, serving
 from sglang_hicache.bench.lab import coverage
+from sglang_hicache.io_backends.sglang.diagnose import dry_run
 from sglang_hicache.io_backends.sglang.no_gpu import fake_libcuda
 from sglang_hicache.io_backends.sglang.versions import SUPPORTED
 
@@ -32,7 +36,7 @@ def answers(release: str, arch: str, lines: list[list[str]], folder: Path) -> li
         env={
             **os.environ,
             **fake_libcuda.environment(folder / "libcuda"),
-            "PYTHONPATH": str(VERSIONS / release),
+            "PYTHONPATH": f"{VERSIONS / release}:{CASES.parents[1] / 'handover'}",
             "CUDA_VISIBLE_DEVICES": "",
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
@@ -79,13 +83,14 @@ class TestOtherKinds:
 
     @pytest.fixture(scope="class")
     def found(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+        draft = MODELS / "Qwen3-0.6B"
         cases = {
-            "mxfp8": "--kv-cache-dtype mxfp8 --page-size 64",
+            "mxfp8": "--kv-cache-dtype mxfp8 --page-size 128",
             "fp8": "--kv-cache-dtype fp8_e4m3",
             "ngram": "--speculative-algorithm NGRAM --speculative-num-draft-tokens 4",
-            "dflash": f"--speculative-algorithm DFLASH --speculative-draft-model-path {MODELS / 'Qwen3-0.6B'}",
+            "dflash": f"--speculative-algorithm DFLASH --speculative-draft-model-path {draft}",
             "pipeline": f"--pp-size 2 --speculative-algorithm STANDALONE {SPECULATIVE} "
-            f"--speculative-draft-model-path {MODELS / 'Qwen3-0.6B'}",
+            f"--speculative-draft-model-path {draft}",
         }
         lines = [
             coverage.arguments(MODELS, {"model": "Qwen3-8B", "options": words}) for words in cases.values()
@@ -117,5 +122,51 @@ class TestOtherKinds:
         assert found["dflash"]["pools"] is None
         assert "DFLASH decides which layers its draft keeps when it is loaded" in found["dflash"]["unknown"]
 
-    def test_the_rest(self, found: dict[str, dict[str, Any]]) -> None:
-        print(found["pipeline"])
+    def test_the_first_stage_of_a_pipeline_has_half_of_the_target_and_no_draft(
+        self, found: dict[str, dict[str, Any]]
+    ) -> None:
+        (pool,) = found["pipeline"]["pools"]
+        assert pool["bytes"] == EXPECTED[0]["pools"][0]["bytes"] / 2
+
+
+WITHOUT_ATTENTION = """
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+# Without a GPU a draft has no attention backend and no kernel that moves its tokens; its pools are there.
+MHATokenToKVPool._init_kv_copy_and_warmup = lambda self: setattr(self, "_kv_copy_config", None)
+EagleDraftWorker.init_attention_backend = lambda self: None
+EagleDraftWorker.init_cuda_graphs = lambda self: None
+"""
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("algorithm", ["EAGLE3", "STANDALONE"])
+def test_a_real_server_has_the_pools_that_were_predicted(
+    algorithm: str, machine: Machine, tmp_path: Path
+) -> None:
+    """It is asked for its pools, and for no token: nothing could draft one here."""
+    machine = machine.with_python_of_its_own()
+    config = json.loads((machine.model / "config.json").read_text(encoding="utf-8"))
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    if algorithm == "EAGLE3":
+        config |= {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1}
+        config["draft_vocab_size"] = config["vocab_size"]
+    else:
+        config |= {"num_hidden_layers": 2}
+    (draft / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    hicache = server_options.HiCache("auto")
+    words = server_options.base_args(machine.model, cpu_engine=True, hicache=hicache)
+    words += ["--speculative-algorithm", algorithm, *SPECULATIVE.split(), "--skip-server-warmup"]
+    words += ["--speculative-draft-model-path", str(draft), "--speculative-draft-load-format", "dummy"]
+    env = {**machine.env(), **inject(CHILDREN, "sglang.srt.speculative.eagle_worker_v2", WITHOUT_ATTENTION)}
+    env["SGLANG_DISABLED_MODEL_ARCHS"] = ""
+    with serving.ServerProcess(words, log=tmp_path / "log", env=env, launch=machine.launcher) as server:
+        real = serving.server_info(server.url)["internal_states"][0]["hicache_io"]["pools"]
+    line = shlex.join(["SGLANG_USE_CPU_ENGINE=1", "sglang", "serve", *words])
+    predicted = dry_run.server_facts_of(line)
+    assert predicted.pools_unknown is None
+    rows = [pool.to_dict() for pool in predicted.pools]
+    assert list(map(what_it_is, rows)) == list(map(what_it_is, real))
+    assert [row["share"] for row in rows] == [row["share"] for row in real]
+    assert [row["name"] for row in real] == ["kv", "draft"]
