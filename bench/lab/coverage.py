@@ -3,9 +3,10 @@
     python -m sglang_hicache.bench.lab.coverage SERVERS OUT
 
 SERVERS is a JSON list of objects with ``model`` (a folder beside it, with the ``config.json`` of the model)
-and ``options`` of its server; OUT gets the host pools of each, as SGLang's own code builds them small on the
-CPU, for a GPU of :data:`ARCH`. `make tables` makes the table of docs/coverage.md from it, and a test holds
-OUT to what this command writes. Needs no GPU; the numbers are of bytes, not of speed.
+and ``options`` of its server, which may name another such folder; OUT gets the host pools of each, as
+SGLang's own code builds them small on the CPU, for a GPU of :data:`ARCH`. `make tables` makes the table of
+docs/coverage.md from it, and a test holds OUT to what this command writes. Needs no GPU; the numbers are of
+bytes, not of speed.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _here(listed: Path, out: Path) -> None:
     stand_in_gpu(ARCH)
     found = []
     for each in json.loads(listed.read_text(encoding="utf-8")):
-        answer = dry_run_child.resolve(_argv(listed.parent, each), ARCH)
+        answer = dry_run_child.resolve(arguments(listed.parent, each), ARCH)
         decision = decide(default_policy(), Facts.from_dict(answer["facts"]), backend="auto")
         pools = assigned([HostPool.from_dict(pool) for pool in answer.get("pools", ())], decision)
         found.append(
@@ -87,18 +88,20 @@ def _here(listed: Path, out: Path) -> None:
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def _argv(folder: Path, server: Mapping[str, str]) -> list[str]:
+def arguments(folder: Path, server: Mapping[str, str]) -> list[str]:
+    """SGLang's arguments of one entry of SERVERS, which lies in ``folder``."""
     model = str(folder / server["model"])
     hicache = ["--enable-hierarchical-cache", "--hicache-io-backend", "auto"]
-    return ["--model-path", model, "--skip-tokenizer-init", *hicache, *server["options"].split()]
+    options = [str(folder / word) if (folder / word).is_dir() else word for word in server["options"].split()]
+    return ["--model-path", model, "--skip-tokenizer-init", *hicache, *options]
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(words: Sequence[str]) -> None:
     """See the module."""
-    if arguments[0] == "--here":
-        _here(*map(Path, arguments[1:3]))
+    if words[0] == "--here":
+        _here(*map(Path, words[1:3]))
         return
-    listed, out = map(Path, arguments)
+    listed, out = map(Path, words)
     out.write_text(json.dumps(servers(listed), indent=1) + "\n", encoding="utf-8")
 
 

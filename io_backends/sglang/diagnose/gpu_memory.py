@@ -10,16 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
-# GiB of each architecture's GPUs, by NVIDIA's data sheets; of several in one of the classes by which SGLang
-# sizes batches (memory_hook.py of 0.5.23: below 20, 35, 60, 90, 160 GiB), one. The first is asked first.
+# GiB of each architecture's GPUs, by NVIDIA's data sheets. The bound by which SGLang decides a fact of ours
+# is 60 GiB (qwen3_vl.py and memory_hook.py of 0.5.23), so that one size on each side of it stands for others:
+# of sm90, 80 for H100, H800 and GPUs with 64; 141 for H200, H20 and GH200; 40 for MIG slices of any of them
+# (10 to 47). Slices of sm100 and sm103 have 23 to 45 and 34 to 67. The first is asked first.
 _SIZES: Mapping[str, tuple[int, ...]] = {
     "sm75": (16, 24, 48),
     "sm80": (80, 40, 24),
     "sm86": (24, 16, 48),
     "sm89": (48, 24, 16),
-    "sm90": (80, 141),
-    "sm100": (180,),
-    "sm103": (268,),
+    "sm90": (80, 141, 40),
+    "sm100": (180, 45),
+    "sm103": (268, 34),
     "sm120": (96, 32, 16),
     "sm121": (119,),
 }

@@ -13,6 +13,7 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+from . import drafts
 from .host_pools import HostPool, host_pools
 
 REQUESTS = 2
@@ -31,7 +32,7 @@ class UnknownPoolsError(Exception):
 def predicted(server_args: Any) -> tuple[HostPool, ...]:
     """The host pools of a server with these arguments, resolved; of its first pipeline stage and first rank.
 
-    Layers of a draft model are not among them.
+    The layers of a draft are among them: see :mod:`.drafts`.
 
     Raises:
         UnknownPoolsError: SGLang refuses, or cannot do it here.
@@ -47,32 +48,38 @@ def predicted(server_args: Any) -> tuple[HostPool, ...]:
 
 def _built(server_args: Any) -> tuple[list[tuple[str, Any]], int | None]:
     from sglang.srt import runtime_context
+    from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.mem_cache.hybrid_cache import hybrid_pool_assembler as assembler
     from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
     _publish(server_args)
-    configurator = _configurator(server_args)
+    algorithm = _algorithm()
+    configurator = _configurator(server_args, algorithm, ModelConfig.from_server_args(server_args))
     page = runtime_context.get_schedule().page_size
-    pools = _device_pools(configurator, page)
+    _without_warm_up()
+    config, pools = _device_pools(configurator, page)
     allocator, device_pool = pools.token_to_kv_pool_allocator, pools.token_to_kv_pool
     components = {ComponentType.FULL}
     if configurator.is_hybrid_swa and getattr(device_pool, "needs_paged_swa_allocator", True):
         components.add(ComponentType.SWA)
     if configurator.mambaish_config is not None:
         components.add(ComponentType.MAMBA)
+    of_draft = []
+    for draft, nth in drafts.configs(server_args, algorithm, configurator.model_config):
+        runner = _configurator(server_args, algorithm, draft, nth, pools, config)
+        of_draft.append((draft, _of_sizes(runner, config, pools)))
+    plan = drafts.planned(algorithm, configurator, pools, of_draft)
     nothing: dict[str, Any] = dict.fromkeys(
         ("tp_cache_group", "attn_cp_cache_group", "attn_tp_cache_group", "pp_cache_group")
-    )
-    drafts: dict[str, Any] = dict.fromkeys(
-        ("mtp_draft_device_pools", "mtp_draft_mamba_pools", "sidecar_draft_device_pools"), ()
     )
     page = allocator.page_size if runtime_context.get_parallel().dcp_enabled else page
     params = SimpleNamespace(
         page_size=page,
         token_to_kv_pool_allocator=allocator,
         req_to_token_pool=pools.req_to_token_pool,
+        pp_size=runtime_context.get_parallel().pp_size,
         **nothing,
-        **drafts,
+        **plan,
     )
     _without_transfers(assembler)
     result = assembler._select_strategy(device_pool, components).build(
@@ -81,6 +88,12 @@ def _built(server_args: Any) -> tuple[list[tuple[str, Any]], int | None]:
         params=params,
         server_args=server_args,
         load_cache_event=None,
+    )
+    drafts.add_sidecars(
+        assembler.build_hicache_draft_sidecars,
+        server_args,
+        result.cache_controller,
+        plan["sidecar_draft_device_pools"],
     )
     entries = [(_name(entry.name), entry.host_pool) for entry in result.host_pool_group.entries]
     return entries, configurator.sliding_window_size
@@ -105,17 +118,31 @@ def _publish(server_args: Any) -> None:
     runtime_context.get_context().override("sglang-hicache-io", **changes)
 
 
-def _configurator(server_args: Any) -> Any:
+def _algorithm() -> Any:
     from sglang.srt import runtime_context
-    from sglang.srt.configs.model_config import AttentionArch, ModelConfig
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+    return SpeculativeAlgorithm.from_string(runtime_context.get_spec().speculative_algorithm)
+
+
+def _configurator(
+    server_args: Any,
+    algorithm: Any,
+    config: Any,
+    nth: int | None = None,
+    target: Any = None,
+    sizes: Any = None,
+) -> Any:
+    """Of the model that ``config`` is of; with the pools and sizes of a target, of its draft."""
+    from sglang.srt import runtime_context
+    from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.distributed.utils import get_pp_indices
     from sglang.srt.mem_cache import kv_cache_dtype
     from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
     from sglang.srt.model_executor.model_runner_components import layer_setup, spec_aux_hidden_state
-    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    config = ModelConfig.from_server_args(server_args)
-    parallel = runtime_context.get_parallel()
+    parallel, spec = runtime_context.get_parallel(), runtime_context.get_spec()
+    of_draft = target is not None
     model = SimpleNamespace()
     if parallel.pp_size > 1:
         start, end = get_pp_indices(config.num_hidden_layers, 0, parallel.pp_size)
@@ -127,10 +154,10 @@ def _configurator(server_args: Any) -> Any:
             server_args_kv_cache_dtype=asked,
             model=None,
             model_dtype=config.dtype,
-            is_draft_worker=False,
-            is_dflash=False,
-            speculative_draft_attention_backend=None,
-            speculative_draft_kv_cache_dtype=None,
+            is_draft_worker=of_draft,
+            is_dflash=algorithm.is_dflash_family(),
+            speculative_draft_attention_backend=spec.speculative_draft_attention_backend,
+            speculative_draft_kv_cache_dtype=spec.speculative_draft_kv_cache_dtype,
         )
     )
     return KVCacheConfigurator(
@@ -138,6 +165,7 @@ def _configurator(server_args: Any) -> Any:
             KVCacheConfigurator,
             device="cpu",
             gpu_id=0,
+            ps=parallel,
             attn_dp_size=parallel.attn_dp_size,
             pp_size=parallel.pp_size,
             pp_group=None,
@@ -149,20 +177,28 @@ def _configurator(server_args: Any) -> Any:
             model_dtype=config.dtype,
             page_size=runtime_context.get_schedule().page_size,
             sliding_window_size=getattr(config, "sliding_window_size", None),
-            spec_algorithm=SpeculativeAlgorithm.NONE,
-            is_draft_worker=False,
+            spec_algorithm=algorithm,
+            is_draft_worker=of_draft,
+            draft_model_idx=nth,
             post_capture_kv_active=False,
             spec_aux_config=spec_aux_hidden_state.SpecAuxHiddenStateConfig(),
             is_hybrid_swa=config.is_hybrid_swa,
             is_hybrid_swa_compress=config.is_hybrid_swa_compress,
             use_mla_backend=config.attention_arch == AttentionArch.MLA,
             layer_info=layer_setup.resolve_layer_indices(
-                model=model, model_config=config, is_draft_worker=False
+                **_taken(
+                    layer_setup.resolve_layer_indices,
+                    model=model,
+                    model_config=config,
+                    is_draft_worker=of_draft,
+                    draft_model_idx=nth,
+                    spec_algorithm=algorithm,
+                )
             ),
             forward_stream=None,
-            req_to_token_pool=None,
-            token_to_kv_pool_allocator=None,
-            memory_pool_config=None,
+            req_to_token_pool=getattr(target, "req_to_token_pool", None),
+            token_to_kv_pool_allocator=getattr(target, "token_to_kv_pool_allocator", None),
+            memory_pool_config=sizes,
         )
     )
 
@@ -173,7 +209,8 @@ def _taken(function: Any, **values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in known}
 
 
-def _device_pools(configurator: Any, page: int) -> Any:
+def _device_pools(configurator: Any, page: int) -> tuple[Any, Any]:
+    """Sizes, and pools of them."""
     from sglang.srt.model_executor.pool_configurator import create_memory_pool_configurator
 
     sizing = create_memory_pool_configurator(configurator)
@@ -187,13 +224,29 @@ def _device_pools(configurator: Any, page: int) -> Any:
         except ValueError as error:
             refused = error
             continue
-        return configurator._init_pools(
-            sizes=configurator._derive_pool_sizes(config=config),
-            req_to_token_pool=None,
-            token_to_kv_pool_allocator=None,
-        )
+        return config, _of_sizes(configurator, config)
     assert refused is not None
     raise refused
+
+
+def _of_sizes(configurator: Any, config: Any, target: Any = None) -> Any:
+    """The device pools; a draft shares the slots of its target's."""
+    return configurator._init_pools(
+        sizes=configurator._derive_pool_sizes(config=config),
+        req_to_token_pool=getattr(target, "req_to_token_pool", None),
+        token_to_kv_pool_allocator=getattr(target, "token_to_kv_pool_allocator", None),
+    )
+
+
+def _without_warm_up() -> None:
+    """No kernel that moves a draft's tokens is launched to be ready."""
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    setattr(MHATokenToKVPool, "_init_kv_copy_and_warmup", _not_ready)  # noqa: B010 (not ours)
+
+
+def _not_ready(pool: Any) -> None:
+    pool._kv_copy_config = None
 
 
 def _without_transfers(assembler: Any) -> None:
@@ -229,8 +282,11 @@ def _allocate(
 class _NoController:
     """In place of the controller that a strategy makes for the pools it built."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, _: Any, mem_pool_host: Any, page_size: int, *__: Any, **others: Any) -> None:
         self.layer_done_counter = None
+        self.mem_pool_host = mem_pool_host
+        self.page_size = page_size
+        self.transfer_layer_id_max = others.get("transfer_layer_id_max")
 
     @staticmethod
     def supports_page_envelope_host(storage_backend: str | None) -> bool:

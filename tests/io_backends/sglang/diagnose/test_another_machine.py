@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from repository import ROOT
 
 from sglang_hicache.bench import tiny_model
 from sglang_hicache.io_backends.sglang.diagnose import dry_run, gpu_memory
+from sglang_hicache.policy.facts import Fact
 
 pytestmark = pytest.mark.usefixtures("quick_dry_runs")
 
@@ -45,7 +47,26 @@ def test_a_fact_that_hangs_on_the_memory_of_the_gpu(model: Path, monkeypatch: py
     assert {name: fact.value for name, fact in known.items()} == {
         name: fact.value for name, fact in unknown.items()
     }
-    assert len(gpu_memory.sizes("sm90", None)) == 2
+    assert len(gpu_memory.sizes("sm90", None)) == 3
+
+
+def test_qwen3_vl_decodes_by_the_memory_of_the_gpu() -> None:
+    """SGLang moves it off fa3 on an H100, and not on a MIG slice of one."""
+    model = ROOT / "tests" / "support" / "models" / "Qwen3-VL-8B"
+    line = f"sglang serve {model} --skip-tokenizer-init --enable-hierarchical-cache"
+
+    def decode(gib: int | None) -> Fact:
+        facts = dry_run.server_facts_of(line, {"gpu_arch": "sm90"}, gpu_gib=gib).facts
+        assert facts.value("prefill_attention_backend") == "fa3"
+        return facts["decode_attention_backend"]
+
+    assert (decode(80).value, decode(40).value) == ("flashinfer", "fa3")
+    unknown = decode(None)
+    assert unknown.value is None
+    assert unknown.source == (
+        "the GPU's memory decides it: flashinfer with 80 GiB, flashinfer with 141 GiB, fa3 with 40 GiB; "
+        "give --gpu-memory"
+    )
 
 
 def test_another_program_that_takes_sglangs_options(model: Path) -> None:

@@ -317,7 +317,7 @@ def test_what_the_gpus_memory_decides_is_unknown_where_that_is_not_known() -> No
 
 
 def test_every_size_is_asked_about_where_none_is_given() -> None:
-    assert gpu_memory.sizes("sm90", None) == (80, 141)
+    assert gpu_memory.sizes("sm90", None) == (80, 141, 40)
     assert gpu_memory.sizes("sm90", 94) == (94,)
     assert len(gpu_memory.sizes("sm999", None)) > 3
 
