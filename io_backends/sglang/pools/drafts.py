@@ -27,6 +27,7 @@ def configs(server_args: Any, algorithm: Any, target: Any) -> list[tuple[Any, in
     As ``TpModelWorker`` makes them. Empty where no layer of a draft is in the first pipeline stage.
 
     Args:
+        server_args: SGLang's, resolved.
         algorithm: SGLang's ``SpeculativeAlgorithm``.
         target: ``ModelConfig`` of the model that verifies.
 
@@ -61,6 +62,7 @@ def planned(algorithm: Any, target: Any, pools: Any, drafts: Sequence[tuple[Any,
     """The parameters of a radix cache that say which device pools of a draft it is to hold, and how.
 
     Args:
+        algorithm: SGLang's ``SpeculativeAlgorithm``.
         target: SGLang's ``KVCacheConfigurator`` of the model that verifies.
         pools: its device pools.
         drafts: of each runner, its ``ModelConfig`` and its device pools.
@@ -101,6 +103,9 @@ def add_sidecars(
 
     Args:
         build: SGLang's ``build_hicache_draft_sidecars``.
+        server_args: SGLang's, resolved.
+        controller: whose group of host pools it is.
+        device_pools: of the draft; there may be none.
     """
     if not device_pools:
         return
