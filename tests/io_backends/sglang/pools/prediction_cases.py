@@ -1,8 +1,8 @@
 """Host pools of command lines, predicted by one SGLang release, and the memory that its own pools hold.
 
 Run by test_prediction.py as ``python prediction_cases.py GPU_ARCH``, that release and the folder of
-resolve_cases.py first on PYTHONPATH: reads a JSON list of argument lists, prints ``POOLS`` and the release with
-an answer for each.
+resolve_cases.py first on PYTHONPATH: reads a JSON list of argument lists, prints ``POOLS`` and the release
+with an answer for each.
 """
 
 from __future__ import annotations
