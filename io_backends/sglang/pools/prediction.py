@@ -152,7 +152,7 @@ def _configurator(
         **_taken(
             kv_cache_dtype.configure_kv_cache_dtype,
             server_args_kv_cache_dtype=asked,
-            model=None,
+            model=SimpleNamespace(quant_config=_quantization(config)),
             model_dtype=config.dtype,
             is_draft_worker=of_draft,
             is_dflash=algorithm.is_dflash_family(),
@@ -201,6 +201,14 @@ def _configurator(
             memory_pool_config=sizes,
         )
     )
+
+
+def _quantization(config: Any) -> Any:
+    """What a checkpoint says of its weights and rows, as its model would keep it."""
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.model_loader.weight_utils import get_quant_config
+
+    return None if config.quantization is None else get_quant_config(config, LoadConfig(), {})
 
 
 def _taken(function: Any, **values: Any) -> dict[str, Any]:

@@ -77,6 +77,15 @@ def test_each_release_predicts_what_its_pools_hold_or_says_why_not(
 
 SPECULATIVE = "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
 
+FP8_CHECKPOINT = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
+FP8_WEIGHTS = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+
+
+def quantized(how: dict[str, str]) -> str:
+    """Options with which a model's config.json says so."""
+    text = json.dumps({"quantization_config": how}, separators=(",", ":"))
+    return f"--json-model-override-args {text}"
+
 
 class TestOtherKinds:
     """Of the installed release."""
@@ -87,6 +96,8 @@ class TestOtherKinds:
         cases = {
             "mxfp8": "--kv-cache-dtype mxfp8 --page-size 128",
             "fp8": "--kv-cache-dtype fp8_e4m3",
+            "fp8 checkpoint": quantized(FP8_CHECKPOINT),
+            "fp8 weights": quantized(FP8_WEIGHTS),
             "ngram": "--speculative-algorithm NGRAM --speculative-num-draft-tokens 4",
             "dflash": f"--speculative-algorithm DFLASH --speculative-draft-model-path {draft}",
             "pipeline": f"--pp-size 2 --speculative-algorithm STANDALONE {SPECULATIVE} "
@@ -111,6 +122,12 @@ class TestOtherKinds:
     def test_fp8_is_half_of_bf16(self, found: dict[str, dict[str, Any]]) -> None:
         (pool,) = found["fp8"]["pools"]
         assert pool["bytes"] == found["fp8"]["held"]["kv"] == EXPECTED[0]["pools"][0]["bytes"] / 2
+
+    def test_a_checkpoint_may_ask_for_fp8_rows(self, found: dict[str, dict[str, Any]]) -> None:
+        (pool,) = found["fp8 checkpoint"]["pools"]
+        assert pool["bytes"] == EXPECTED[0]["pools"][0]["bytes"] / 2
+        (pool,) = found["fp8 weights"]["pools"]
+        assert pool["bytes"] == EXPECTED[0]["pools"][0]["bytes"]
 
     def test_a_lookup_has_no_layers(self, found: dict[str, dict[str, Any]]) -> None:
         assert [pool["name"] for pool in found["ngram"]["pools"]] == ["kv"]
