@@ -217,9 +217,28 @@ def _row_bytes(server_args: Any, config: Any) -> Fact:
     ):
         return Fact(None, "SGLang decides it with the pool")
     model = versions.arguments().model_config(server_args)
+    if config.kv_cache_dtype == "auto" and _may_quantize_rows(model):
+        return Fact(None, "the checkpoint asks for a KV cache of another dtype, or may do so")
     ranks = config.tp_size // _attention_dp(config) // (getattr(config, "attn_cp_size", 1) or 1)
     itemsize = 2 if config.kv_cache_dtype != "auto" else model.dtype.itemsize
     return Fact(model.get_num_kv_heads(ranks) * model.head_dim * itemsize, "SGLang's model configuration")
+
+
+def _may_quantize_rows(model: Any) -> bool:
+    """Whether ``auto`` may be FP8 by a checkpoint's own word (``configure_kv_cache_dtype`` of 0.5.23).
+
+    Args:
+        model: SGLang's ``ModelConfig``.
+    """
+    if model.quantization is None:
+        return False
+    places = (model.hf_config, getattr(model.hf_config, "text_config", None))
+    names = ("quantization_config", "compression_config")
+    said = (getattr(place, name, None) for place in places for name in names)
+    found = next((each for each in said if isinstance(each, Mapping)), None)
+    if found is None or model.quantization == "modelopt_mixed":  # a file beside config.json says it
+        return "modelopt" in model.quantization
+    return bool(found.get("kv_cache_quant_algo") or found.get("kv_cache_scheme"))
 
 
 def _attention_dp(config: Any) -> int:

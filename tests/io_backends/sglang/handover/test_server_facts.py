@@ -36,6 +36,13 @@ EAGLE = [
     *("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3"),
     *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4"),
 ]
+
+
+def quantized(**how: str) -> list[str]:
+    """Options with which a model's config.json says so."""
+    return ["--json-model-override-args", json.dumps({"quantization_config": how})]
+
+
 ARGUMENTS = {
     "default": [],
     "split": ["--prefill-attention-backend", "fa3", "--decode-attention-backend", "flashinfer"],
@@ -48,6 +55,8 @@ ARGUMENTS = {
         *("--speculative-draft-attention-backend", "triton"),
     ],
     "write back": ["--hicache-write-policy", "write_back", "--page-size", "32", "--tp-size", "2"],
+    "fp8 weights": quantized(quant_method="fp8", activation_scheme="dynamic"),
+    "fp8 rows": quantized(quant_method="modelopt", quant_algo="FP8", kv_cache_quant_algo="FP8"),
 }
 
 
@@ -138,6 +147,13 @@ class TestEveryRelease:
         found = resolved["write back"]
         # 2 KV heads over 2 ranks, 32 wide, bfloat16.
         assert values(found, "write_policy", "page_size", "tp", "row_bytes") == ["write_back", 32, 2, 64]
+
+    def test_a_row_is_no_bfloat16_because_the_weights_are_none(
+        self, resolved: dict[str, dict[str, Any]]
+    ) -> None:
+        """2 KV heads, 32 wide; `auto` takes the dtype of the rows from the checkpoint where that has one."""
+        assert values(resolved["fp8 weights"], "row_bytes") == [128]
+        assert values(resolved["fp8 rows"], "row_bytes") == [None]
 
 
 @pytest.mark.parametrize("version", SUPPORTED)
