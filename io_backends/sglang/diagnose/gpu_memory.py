@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-# GiB of each architecture's GPUs, by NVIDIA's data sheets. The bound by which SGLang decides a fact of ours
-# is 60 GiB (qwen3_vl.py and memory_hook.py of 0.5.23), so that one size on each side of it stands for others:
-# of sm90, 80 for H100, H800 and GPUs with 64; 141 for H200, H20 and GH200; 40 for MIG slices of any of them
-# (10 to 47). Slices of sm100 and sm103 have 23 to 45 and 34 to 67. The first is asked first.
+# GiB of each architecture's GPUs; those of MIG slices are not checked against NVIDIA's guide. The bound by
+# which SGLang decides a fact of ours is 60 GiB (qwen3_vl.py and memory_hook.py of 0.5.23), so that one size
+# on each side of it stands for others: of sm90, 80 for H100, H800 and GPUs with 64; 141 for H200, H20 and
+# GH200; 40 for MIG slices of any of them (10 to 47). Slices of sm100 and sm103 have 23 to 45 and 34 to 67.
+# The first is asked first.
 _SIZES: Mapping[str, tuple[int, ...]] = {
     "sm75": (16, 24, 48),
     "sm80": (80, 40, 24),
