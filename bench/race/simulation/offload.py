@@ -14,10 +14,10 @@ def offload_manager(cache: Any) -> Any:
     """
     import torch.distributed as dist
     from sglang.srt.disaggregation.decode_kvcache_offload_manager import DecodeKVCacheOffloadManager
-    from torch.distributed.distributed_c10d import HashStore  # type: ignore[attr-defined] # no __all__ names it
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     manager = DecodeKVCacheOffloadManager(cache.requests, cache.allocator, dist.group.WORLD, cache.tree)
     controller = manager.cache_controller
     controller.ack_backup_queue = Queue()
