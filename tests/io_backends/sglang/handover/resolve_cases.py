@@ -1,7 +1,7 @@
 """Command lines resolved by one SGLang release, as for a server on a stand-in GPU.
 
 Run by test_server_facts.py as ``python resolve_cases.py GPU_ARCH``, that release first on PYTHONPATH: reads
-a JSON list of argument lists, prints ``DECISIONS`` and the list of decisions, null where none was made.
+a JSON list of argument lists, prints ``ANSWERS`` and the list of decisions, null where none was made.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
 
     load_plugins()
     decisions = [decision(argv) for argv in json.loads(sys.stdin.read())]
-    print("DECISIONS", json.dumps([versions.installed(), decisions]), flush=True)
+    print("ANSWERS", json.dumps([versions.installed(), decisions]), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import releases
 from launching import CHILDREN, Machine, inject
 from repository import VERSIONS
 from test_hook_points import assigned_attributes
@@ -20,7 +18,6 @@ from sglang_hicache.bench import tiny_model
 from sglang_hicache.io_backends.sglang import versions
 from sglang_hicache.io_backends.sglang.handover import server_facts
 from sglang_hicache.io_backends.sglang.handover.server_facts import differences, running_facts
-from sglang_hicache.io_backends.sglang.no_gpu import fake_libcuda
 from sglang_hicache.io_backends.sglang.versions import SUPPORTED
 from sglang_hicache.policy.facts import Fact, Facts
 
@@ -74,23 +71,7 @@ def resolved(
         [*base, "--hicache-io-backend", "auto", *(places.get(word, word) for word in words)]
         for words in ARGUMENTS.values()
     ]
-    done = subprocess.run(
-        [sys.executable, str(HERE / "resolve_cases.py"), "sm90"],
-        input=json.dumps(lines),
-        env={
-            **os.environ,
-            **fake_libcuda.environment(folder / "libcuda"),
-            "PYTHONPATH": str(WHEELS / request.param),
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    said = [line for line in done.stdout.splitlines() if line.startswith("DECISIONS")]
-    assert said, done.stderr[-3000:]
-    version, decisions = json.loads(said[0].removeprefix("DECISIONS"))
-    assert version == request.param
+    decisions = releases.answers(HERE / "resolve_cases.py", request.param, "sm90", lines, folder)
     return dict(zip(ARGUMENTS, decisions, strict=True))
 
 

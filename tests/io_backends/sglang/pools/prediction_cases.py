@@ -1,7 +1,7 @@
 """Host pools of command lines, predicted by one SGLang release, and the memory that its own pools hold.
 
 Run by test_prediction.py as ``python prediction_cases.py GPU_ARCH``, that release and the folder of
-resolve_cases.py first on PYTHONPATH: reads a JSON list of argument lists, prints ``POOLS`` and the release
+resolve_cases.py first on PYTHONPATH: reads a JSON list of argument lists, prints ``ANSWERS`` and the release
 with an answer for each.
 """
 
@@ -66,7 +66,7 @@ def main() -> None:
     # An older scheduler cannot be imported beside these kernels; its hook points are compared as source.
     setattr(versions, "check_points", lambda points, version: None)  # noqa: B010
     answers = [answer(argv) for argv in json.loads(sys.stdin.read())]
-    print("POOLS", json.dumps([versions.installed(), answers]), flush=True)
+    print("ANSWERS", json.dumps([versions.installed(), answers]), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import releases
 from launching import CHILDREN, Machine, inject
-from repository import ROOT, VERSIONS
+from repository import ROOT
 
 from sglang_hicache.bench import server_options, serving
 from sglang_hicache.bench.lab import coverage
 from sglang_hicache.io_backends.sglang.diagnose import dry_run
-from sglang_hicache.io_backends.sglang.no_gpu import fake_libcuda
 from sglang_hicache.io_backends.sglang.versions import SUPPORTED
 
 CASES = Path(__file__).with_name("prediction_cases.py")
@@ -30,27 +27,7 @@ NEEDS_GROUPS = ("0.5.18", "0.5.19")
 
 
 def answers(release: str, arch: str, lines: list[list[str]], folder: Path) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, str(CASES), arch],
-        input=json.dumps(lines),
-        env={
-            **os.environ,
-            **fake_libcuda.environment(folder / "libcuda"),
-            "PYTHONPATH": f"{VERSIONS / release}:{CASES.parents[1] / 'handover'}",
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_OFFLINE": "1",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    said = [line for line in done.stdout.splitlines() if line.startswith("POOLS")]
-    assert said, done.stderr[-3000:]
-    ran, found = json.loads(said[0].removeprefix("POOLS"))
-    assert ran == release
-    assert isinstance(found, list)
-    return found
+    return releases.answers(CASES, release, arch, lines, folder, CASES.parents[1] / "handover")
 
 
 def what_it_is(pool: dict[str, Any]) -> tuple[Any, ...]:
