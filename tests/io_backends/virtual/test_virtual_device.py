@@ -172,6 +172,15 @@ def test_forwards_that_do_not_wait_for_the_gather_overlap_it() -> None:
         assert [race.kind for race in world.gpu.races()] == ["sm_overlap"]
 
 
+@pytest.mark.parametrize("backend", ["hybrid", "copy_engine"])
+def test_a_submission_makes_the_host_wait_for_no_forward(backend: str) -> None:
+    world = World(0, backend, small_pool())
+    world.forward.held = True
+    world.launch_forward(SLOTS)
+    world.submit(np.arange(16), SLOTS)
+    assert all((rows[SLOTS] == 0x77).all() for part in world.pool.device for rows in part)
+
+
 def test_host_values_wait_for_the_indices_and_for_no_forward() -> None:
     gpu = cuda.reset(0)
     device = VirtualDevice()
