@@ -118,6 +118,12 @@ PLANS: dict[str, list[PlannedCell]] = {
         )
         for page in (1, 64)
     ],
+    # Who should write layer_first: whatever the policy could choose there.
+    "layer-first": _by_page(
+        "kvheavy-layer_first",
+        (64, 1),
+        PlannedCell("", ("kernel", "auto", "hybrid", "fenced_kernel", "null"), layout="layer_first"),
+    ),
     "attention": [
         PlannedCell(
             f"kvheavy-{name}-page{page}",

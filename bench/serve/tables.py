@@ -117,6 +117,10 @@ _OUTPUTS: dict[str, CellText] = {
     "tokens from host": lambda each: _count(each.host_tokens),
 }
 _OUTPUTS_NOTE = "Answers of the same prompts; a damaged write-back and one that copies nothing must differ."
+_SERVERS_NOTE = (
+    "fences: forwards that waited; entries: copies of a write; thread: ms of the scheduler's thread for a "
+    "write, SGLang's part of the submission included. Counted by this project's backends alone."
+)
 
 
 def _table(
@@ -153,13 +157,19 @@ def _servers(cell: CellResult) -> Table:
         counters = plugin.get("counters", {})
         chosen = plugin.get("backend") or server.get("hicache_io_backend") or "-"
         fences = str(counters.get("forward_fences", "-"))
+        writes = counters.get("writes")
+        entries = _short(counters["copies"] / writes) if writes else "-"
+        own = counters.get("submit_seconds", 0.0) + counters.get("gap_seconds", 0.0)
+        thread = f"{own / writes * 1e3:.2f}" if writes and own else "-"
         if not server.get("enable_hierarchical_cache") and server:
             chosen = "-"
         started = "-" if arm.start_s is None else f"{arm.start_s:.0f}"
         layout = str(server.get("hicache_mem_layout") or "-") if chosen != "-" else "-"
-        lines.append((name, started, str(chosen), layout, str(server.get("pool_tokens", "-")), fences))
-    columns = ("arm", "start s", "D2H by", "layout", "pool", "fences")
-    return Table(f"{about(cell)}: servers", columns, tuple(lines), ("fences: forwards that waited.",))
+        lines.append(
+            (name, started, str(chosen), layout, str(server.get("pool_tokens", "-")), fences, entries, thread)
+        )
+    columns = ("arm", "start s", "D2H by", "layout", "pool", "fences", "entries", "thread")
+    return Table(f"{about(cell)}: servers", columns, tuple(lines), (_SERVERS_NOTE,))
 
 
 def as_text(table: Table, watermark: str | None) -> str:

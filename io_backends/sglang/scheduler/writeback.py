@@ -81,6 +81,13 @@ class WriteBack:
 
     def submit(self, original: Callable[..., Any], engine: Any, transfers: Sequence[Any]) -> Any:
         """Hook around ``submit_device_to_host``: returns SGLang's own ``TransferCompletion``."""
+        began = time.perf_counter()
+        try:
+            return self._submit(original, engine, transfers)
+        finally:
+            self.counters.submit_seconds += time.perf_counter() - began
+
+    def _submit(self, original: Callable[..., Any], engine: Any, transfers: Sequence[Any]) -> Any:
         device = self._device
         chosen = [self._choose(transfer, engine.io_backend) for transfer in transfers]
         # After that: moving indices is work on the current stream.
@@ -173,6 +180,10 @@ class WriteBack:
         """
         if not self._deferred:
             return
+        with self._gap():
+            self._advance(launching)
+
+    def _advance(self, launching: bool) -> None:
         ready: tuple[Event, ...] = ()
         blocked: list[Backend] = []
         for write in self._deferred:
@@ -193,10 +204,18 @@ class WriteBack:
 
     def _flush(self, write: Write) -> None:
         """Enqueue the rest of this one at once: somebody waits for it. Forwards wait for its SM work too."""
-        ready = self.fences.ready()
-        with self._given_up_on_error(write):
+        with self._gap(), self._given_up_on_error(write):
+            ready = self.fences.ready()
             for backend, part in write.pending:
                 self.fences.sm_work(backend, self._forwards, part.advance(ready, wait=True))
+
+    @contextmanager
+    def _gap(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.counters.gap_seconds += time.perf_counter() - began
 
     @contextmanager
     def _given_up_on_error(self, write: Write) -> Iterator[None]:
