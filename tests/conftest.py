@@ -10,7 +10,7 @@ from pathlib import Path
 
 import preloaded
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from launching import Machine
 from own_process import SHARD
 
@@ -18,8 +18,10 @@ from sglang_hicache.io_backends.sglang.diagnose import dry_run
 from sglang_hicache.io_backends.sglang.no_gpu import fake_libcuda
 
 # What the tests say of a commit is the same each time; `make properties` looks for what they have not seen.
-settings.register_profile("same", deadline=None, derandomize=True)
-settings.register_profile("search", deadline=None, print_blob=True)
+# How long a draw takes says nothing of the code: the first one reads every source file outside site-packages.
+_NO_CLOCK = [HealthCheck.too_slow]
+settings.register_profile("same", deadline=None, suppress_health_check=_NO_CLOCK, derandomize=True)
+settings.register_profile("search", deadline=None, suppress_health_check=_NO_CLOCK, print_blob=True)
 settings.load_profile("same")
 
 SGLANG = Path(__file__).parent / "io_backends" / "sglang"

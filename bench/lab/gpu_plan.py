@@ -66,7 +66,14 @@ def make_room(wanted: int, say: run.Say) -> None:
 
 
 def run_plan(
-    name: str, steps: Sequence[PlannedCell], out: Path, work: Path, budget_s: float, *, cpu: bool
+    name: str,
+    steps: Sequence[PlannedCell],
+    out: Path,
+    work: Path,
+    budget_s: float,
+    *,
+    cpu: bool,
+    turns_lock: Path | None = None,
 ) -> bool:
     """Run the steps as far as the time allows; returns whether all is well.
 
@@ -77,6 +84,7 @@ def run_plan(
         work: for models and logs.
         budget_s: for all of it.
         cpu: on SGLang's CPU engine.
+        turns_lock: see `run.ServeOptions`.
     """
     budget = run.Budget(budget_s)
     out.mkdir(parents=True, exist_ok=True)
@@ -101,7 +109,13 @@ def run_plan(
                 result.save(found, out, name)
 
             given = run.ServeOptions(
-                step.arms, step.workloads, step.rounds, step.at_once, logs, enough_s=step.enough_s
+                step.arms,
+                step.workloads,
+                step.rounds,
+                step.at_once,
+                logs,
+                enough_s=step.enough_s,
+                turns_lock=turns_lock,
             )
             save(run.run_cell(cell, given, budget, say, save))
         except Exception:  # the steps after it still run
@@ -149,6 +163,12 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--cell", nargs="+", metavar="NAME", help="only these cells")
     parser.add_argument("--arm", nargs="+", metavar="NAME", help="only these arms")
     parser.add_argument("--rounds", type=int)
+    parser.add_argument(
+        "--turns-lock",
+        type=Path,
+        metavar="FILE",
+        help="the same for plans on other GPUs of this machine: of all, one server is loaded at a time",
+    )
     parser.add_argument("--rehearse", action="store_true", help="on SGLang's CPU engine, small")
     args = parser.parse_args(given)
     if args.list or args.plan is None:
@@ -172,7 +192,9 @@ def main(given: Sequence[str] | None = None) -> int:
     if args.rehearse:
         steps = [step.rehearsal() for step in steps]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped on the way out
-    ok = run_plan(args.plan, steps, args.out, args.work, args.budget, cpu=args.rehearse)
+    ok = run_plan(
+        *(args.plan, steps, args.out, args.work, args.budget), cpu=args.rehearse, turns_lock=args.turns_lock
+    )
     return 0 if ok else 1
 
 

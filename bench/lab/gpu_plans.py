@@ -142,7 +142,7 @@ PLANS: dict[str, list[PlannedCell]] = {
     "qwen": _by_page(
         "qwen3-8b",
         (1, 64),
-        PlannedCell("", ("none", "kernel", "auto", "null"), at_once=2, model="qwen3-8b", workloads=("chat",)),
+        PlannedCell("", ("kernel", "auto", "none", "null"), at_once=2, model="qwen3-8b", workloads=("chat",)),
     ),
     "mla": [
         *_by_page("mlaheavy", (1, 64), PlannedCell("", LIMIT, model=models.MLA)),

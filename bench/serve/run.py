@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import threading
 import time
 import urllib.error
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -47,6 +48,8 @@ class ServeOptions:
         start_timeout_s: of one server.
         turn_timeout_s: of one turn.
         enough_s: of all turns of an arm at a workload; after them it gets no further one.
+        turns_lock: a file that is locked while a server is loaded, so that of several cells on one machine,
+            each on a GPU of its own, one is loaded at a time; None: this is the only one.
     """
 
     arms: Sequence[str]
@@ -56,6 +59,7 @@ class ServeOptions:
     logs: Path = Path("logs")
     start_timeout_s: float = 400
     turn_timeout_s: float = 300
+    turns_lock: Path | None = None
     enough_s: float = float("inf")
 
 
@@ -219,7 +223,9 @@ def _load_group(
 ) -> None:
     by_arm = {each.arm: each for each in up}
     say(f"{cell.name}: warming up")
-    for each, problem in zip(up, asyncio.run(_warm_up(cell, up, given, budget)), strict=True):
+    with _alone(given.turns_lock):
+        problems = asyncio.run(_warm_up(cell, up, given, budget))
+    for each, problem in zip(up, problems, strict=True):
         if problem is not None:
             result.arms[each.arm].problem = f"warming up: {problem}"
             say(f"{cell.name}: {each.arm}: {result.arms[each.arm].problem}")
@@ -250,7 +256,9 @@ def _load_group(
                 try:
                     limit = max(1.0, min(given.turn_timeout_s, left))
                     asking = _asking(cell, name, number, server, made, limit)
-                    turn, answers = _turn(name, arm, number, server, asking, references.get((name, number)))
+                    known = references.get((name, number))
+                    with _alone(given.turns_lock):
+                        turn, answers = _turn(name, arm, number, server, asking, known)
                 except (OSError, HTTPException, serving.ServerError) as error:
                     result.skipped.append(f"{name}, {arm}, round {number}: {error}")
                     say(f"{cell.name}: {result.skipped[-1]}")
@@ -262,6 +270,16 @@ def _load_group(
                 result.turns.append(turn)
                 say(f"{cell.name}: {_line(turn)}")
                 save(result)
+
+
+@contextmanager
+def _alone(lock: Path | None) -> Iterator[None]:
+    if lock is None:
+        yield
+        return
+    with lock.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 async def _warm_up(cell: Cell, up: Sequence[_Up], given: ServeOptions, budget: Budget) -> list[str | None]:

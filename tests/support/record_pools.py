@@ -107,8 +107,9 @@ def _states(layout: str, strided: bool, on: str) -> RecordPool:
     from sglang.srt.mem_cache.pool_host.mamba import MambaPoolHost
 
     slots = 24
+    # Whole 16 bytes each: SGLang's kernel for page_first refuses others.
     temporal = torch.zeros(LAYERS, slots, 2 * (1 + strided), 8, 6, dtype=torch.float32, device=on)[:, :, :2]
-    conv = [torch.zeros(LAYERS, slots, width, 3, dtype=torch.bfloat16, device=on) for width in (10, 16)]
+    conv = [torch.zeros(LAYERS, slots, width, 3, dtype=torch.bfloat16, device=on) for width in (8, 16)]
     info = MambaStateBufferInfo(conv=tuple(conv), temporal=temporal)
     host = MambaPoolHost(info, 2.0, 0, device_capacity=slots, layout=layout, pin_memory=on != "cpu")
     rows = [
