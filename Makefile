@@ -88,9 +88,10 @@ $(VENV)/.package: pyproject.toml $(VENV)/.sglang-$(SGLANG)
 	@$(STEP) "installing this package" $(PINNED) -q -e .
 	@touch $@
 
-$(VENV)/.test: pyproject.toml $(VENV)/.package
-	@$(STEP) "installing what the tests need" $(PINNED) -q -e '.[test]'
-	@touch $@
+# The package and what its tests need at once: another run of pip would resolve all of it again.
+$(VENV)/.test: pyproject.toml $(VENV)/.sglang-$(SGLANG)
+	@$(STEP) "installing this package and what its tests need" $(PINNED) -q -e '.[test]'
+	@touch $(VENV)/.package $@
 
 clean:
 	rm -rf build dist .demo .whl .pytest_cache .mypy_cache .ruff_cache .hypothesis
