@@ -25,7 +25,7 @@ settings.register_profile("search", deadline=None, suppress_health_check=_NO_CLO
 settings.load_profile("same")
 
 SGLANG = Path(__file__).parent / "io_backends" / "sglang"
-FIXTURES = {"libcuda", "cpu_sglang", "machine", "fresh_machine", "quick_dry_runs"}
+FIXTURES = {"libcuda", "cpu_sglang", "machine", "fresh_machine", "plain_python", "quick_dry_runs"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,6 +64,15 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     fresh = Machine(tmp_path_factory.mktemp("machine"))
     with preloaded.started(fresh.cache, fresh.env()) as python:
         yield replace(fresh, python=python)
+
+
+@pytest.fixture(scope="session")
+def plain_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
+    """A Python that has SGLang imported already, on a machine without a GPU, for no device in particular."""
+    folder = tmp_path_factory.mktemp("plain")
+    environment = {**fake_libcuda.environment(folder / "libcuda"), "CUDA_VISIBLE_DEVICES": ""}
+    with preloaded.started(folder, {**environment, "OMP_NUM_THREADS": "1"}) as python:
+        yield python
 
 
 @pytest.fixture(scope="session")

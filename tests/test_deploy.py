@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ def test_a_container_serves_with_the_policy_and_metrics(text: str) -> None:
     assert wanted <= set(found.words)
 
 
-@pytest.mark.sglang
+@pytest.mark.usefixtures("quick_dry_runs")
 @pytest.mark.parametrize("text", [compose, kubernetes], ids=["compose", "kubernetes"])
 def test_the_server_of_a_file_would_start(text: Any, tmp_path: Path) -> None:
     """By SGLang's own resolution of its options."""
@@ -69,9 +68,9 @@ def test_the_server_of_a_file_would_start(text: Any, tmp_path: Path) -> None:
     model |= {"vocab_size": 512, "max_position_embeddings": 4096, "torch_dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(model))
     given = text(str(tmp_path)).replace(POLICY, str(DEPLOY / "policy.yaml"))
-    explain = [Path(sys.executable).with_name("hicache-io"), "explain", "--gpu-arch", "sm90", "--json"]
-    done = subprocess.run([*explain, "--server-args", given], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    explain = ["explain", "--gpu-arch", "sm90", "--json", "--server-args", given]
+    done = CliRunner().invoke(app, explain)
+    assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["backend"] == "hybrid"
     assert found["fence_forward"] == ["extend", "decode"]

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -22,11 +22,19 @@ SHARD = "CASES_SHARD"
 """Variable that leaves a process one of several shares of a module's cases: ``0/3`` is the first of three."""
 
 
-def run_cases(subtests: pytest.Subtests, module: Path, environment: Mapping[str, str]) -> None:
-    """Run the cases of ``module``, which is not collected by itself, and report each as a subtest."""
+def run_cases(
+    subtests: pytest.Subtests,
+    module: Path,
+    environment: Mapping[str, str],
+    python: Sequence[str] = (sys.executable,),
+) -> None:
+    """Run the cases of ``module``, which is not collected by itself, and report each as a subtest.
+
+    ``python`` is the command that runs Python, with or without SGLang imported already.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
         done = subprocess.run(
             [*command, str(module)],
             env={**os.environ, **environment},

@@ -20,28 +20,29 @@ from sglang_hicache.bench import damaged
 pytestmark = pytest.mark.sglang
 
 HERE = Path(__file__).parent
+Python = tuple[str, ...]
 
 
 # Minutes of one core each; more where others run beside it.
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("share", ["0/4", "1/4", "2/4", "3/4"])
-def test_fences_and_races(subtests: pytest.Subtests, share: str) -> None:
-    run_cases(subtests, HERE / "race_cases.py", {SHARD: share})
+def test_fences_and_races(subtests: pytest.Subtests, share: str, plain_python: Python) -> None:
+    run_cases(subtests, HERE / "race_cases.py", {SHARD: share}, plain_python)
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("share", ["0/3", "1/3", "2/3"])
-def test_every_mode(subtests: pytest.Subtests, share: str) -> None:
-    run_cases(subtests, HERE / "race_mode_cases.py", {SHARD: share})
+def test_every_mode(subtests: pytest.Subtests, share: str, plain_python: Python) -> None:
+    run_cases(subtests, HERE / "race_mode_cases.py", {SHARD: share}, plain_python)
 
 
 @pytest.mark.timeout(1800)
-def test_any_program(subtests: pytest.Subtests) -> None:
-    run_cases(subtests, HERE / "race_programs.py", {})
+def test_any_program(subtests: pytest.Subtests, plain_python: Python) -> None:
+    run_cases(subtests, HERE / "race_programs.py", {}, plain_python)
 
 
-def race(*options: str, status: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from sglang_hicache.bench.cli import main; main()", "race", *options]
+def race(*options: str, status: int, python: Python = (sys.executable,)) -> subprocess.CompletedProcess[str]:
+    command = [*python, "-c", "from sglang_hicache.bench.cli import main; main()", "race", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
     assert done.returncode == status, done.stderr[-4_000:]
     return done
@@ -89,14 +90,26 @@ def test_a_good_run_says_so_and_draws(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_modes_are_run_together() -> None:
-    done = race("--seeds", "2", "--json", "--mode", "retraction", "--mode", "no-overlap", status=0)
+def test_modes_are_run_together(plain_python: Python) -> None:
+    done = race(
+        "--seeds",
+        "2",
+        "--json",
+        "--mode",
+        "retraction",
+        "--mode",
+        "no-overlap",
+        status=0,
+        python=plain_python,
+    )
     found = json.loads(done.stdout)
     assert found["modes"] == ["retraction", "no-overlap"]
     assert found["seeds"] == 2
     assert found["races"] == []
     assert "modes retraction, no-overlap" in " ".join(done.stderr.split())
-    bad = race("--seeds", "2", "--json", "--mode", "no-overlap", "--backend", "kernel", status=1)
+    bad = race(
+        "--seeds", "2", "--json", "--mode", "no-overlap", "--backend", "kernel", status=1, python=plain_python
+    )
     found = json.loads(bad.stdout)
     assert {each["mode"] for each in found["races"]} == {"no-overlap"}
     assert found["replay"].split()[2:] == [
@@ -124,12 +137,12 @@ class Nothing:
 
 
 def test_a_backend_that_served_nothing_is_not_called_good(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_python: Python
 ) -> None:
     (tmp_path / "their_backend.py").write_text(NOTHING)
     installed = damaged.third_party(tmp_path, "nothing", "their_backend:Nothing")
     monkeypatch.setenv("PYTHONPATH", installed["PYTHONPATH"])
-    said = race("--seeds", "2", "--backend", "nothing", status=2).stderr
+    said = race("--seeds", "2", "--backend", "nothing", status=2, python=plain_python).stderr
     assert "nothing served none of" in " ".join(said.split())
 
 
@@ -153,7 +166,7 @@ def test_a_release_that_is_not_simulated() -> None:
         (["--seed", "1", "--program", "dance"], "is not an action"),
     ],
 )
-def test_wrong_input_is_one_sentence(options: list[str], why: str) -> None:
-    done = race(*options, status=2)
+def test_wrong_input_is_one_sentence(options: list[str], why: str, plain_python: Python) -> None:
+    done = race(*options, status=2, python=plain_python)
     assert why in done.stderr
     assert done.stdout == ""

@@ -130,8 +130,8 @@ def test_damage_is_told_from_rounding(machine: Machine, tmp_path: Path) -> None:
 
 
 @pytest.mark.sglang
-def test_what_an_experiment_leaves_out(subtests: pytest.Subtests) -> None:
-    run_cases(subtests, HERE.parent / "race" / "unsafe_cases.py", {})
+def test_what_an_experiment_leaves_out(subtests: pytest.Subtests, plain_python: tuple[str, ...]) -> None:
+    run_cases(subtests, HERE.parent / "race" / "unsafe_cases.py", {}, plain_python)
 
 
 # Every way to ask for it, in one process: most of its time is SGLang's import.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import pytest
 from launching import Machine
@@ -70,7 +69,7 @@ def probe(machine: Machine, plugins: str) -> dict[str, object]:
 
     args = server_options.base_args(machine.model, cpu_engine=True)
     done = subprocess.run(
-        [sys.executable, "-c", code, *args, "--enable-hierarchical-cache", "--port", "1"],
+        [*machine.python, "-c", code, *args, "--enable-hierarchical-cache", "--port", "1"],
         env={**os.environ, **machine.env(), "SGLANG_PLUGINS": plugins},
         capture_output=True,
         text=True,

@@ -38,12 +38,14 @@ def worst(found: Any) -> str:
     return checks.worst({"one": list(found)})
 
 
-class TestInstallation:
-    @pytest.fixture(autouse=True)
-    def no_child(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The hook points are compared in `test_the_command`."""
-        monkeypatch.setattr(checks, "_hook_points", lambda version: Finding("hook points", OK, version))
+@pytest.fixture
+def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hook points are compared in `test_the_command`."""
+    monkeypatch.setattr(checks, "_hook_points", lambda version: Finding("hook points", OK, version))
 
+
+@pytest.mark.usefixtures("no_child")
+class TestInstallation:
     def test_this_one_is_good(self) -> None:
         assert worst(checks.installation()) == OK
 
@@ -298,7 +300,7 @@ default: {use: {backend: fenced_kernel, fence_forward: []}, because: a test that
 """
 
 
-@pytest.mark.usefixtures("quick_dry_runs")
+@pytest.mark.usefixtures("quick_dry_runs", "no_child")
 @pytest.mark.parametrize(
     "form",
     [
