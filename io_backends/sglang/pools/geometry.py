@@ -35,6 +35,14 @@ WITHOUT_BYTES = frozenset({"LogicalHostPool", "DeepSeekV4StateHostPool"})
 """Host pools that hold slots and nothing that is copied."""
 
 
+TRANSLATED = "unified memory translates its indices while the copy is submitted"
+
+
+def translated(device_pool: Any) -> bool:
+    """Whether SGLang translates this pool's indices on its transfer stream (unified memory): not ours."""
+    return getattr(device_pool, "host_transfer_translate", None) is not None
+
+
 def describe_pool(host_pool: Any) -> PoolGeometry:
     """Geometry of an SGLang host pool and the device buffers it mirrors.
 

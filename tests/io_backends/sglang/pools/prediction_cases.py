@@ -18,6 +18,7 @@ from sglang_hicache.io_backends.sglang import versions
 from sglang_hicache.io_backends.sglang.diagnose import dry_run_child
 from sglang_hicache.io_backends.sglang.no_gpu.stand_in_gpu import stand_in_gpu
 from sglang_hicache.io_backends.sglang.pools import prediction
+from sglang_hicache.io_backends.sglang.pools.geometry import WITHOUT_BYTES
 
 
 def held(pool: Any) -> float:
@@ -41,7 +42,7 @@ def held(pool: Any) -> float:
 
 
 def answer(argv: list[str]) -> dict[str, Any]:
-    built: list[tuple[str, Any]] = []
+    built: list[tuple[str, Any, Any]] = []
     build = prediction._built
 
     def noted(server_args: Any) -> Any:
@@ -56,7 +57,7 @@ def answer(argv: list[str]) -> dict[str, Any]:
         return {"refused": f"{type(error).__name__}: {error}", "where": traceback.format_exc()[-1500:]}
     finally:
         prediction._built = build
-    memory = {name: held(pool) for name, pool in built}
+    memory = {name: held(pool) for name, pool, _ in built if type(pool).__name__ not in WITHOUT_BYTES}
     return {"pools": found.get("pools"), "unknown": found.get("pools_unknown"), "held": memory}
 
 
