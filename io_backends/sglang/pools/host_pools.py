@@ -15,7 +15,7 @@ from ....policy.decide import Decision
 from ...registry import BACKENDS
 from . import records
 from .errors import ShortHostRowsError, UnsupportedPoolError
-from .geometry import TRANSLATED, WITHOUT_BYTES, describe_pool, translated
+from .geometry import TRANSLATED, WITHOUT_BYTES, describe_pool, refuse_lost_scales, translated
 
 PROMPT_TOKENS = 8192
 """Tokens of the prompt that shares are of, written once and as one node of the radix tree: every token's rows
@@ -108,6 +108,7 @@ def host_pools(entries: Sequence[tuple[str, Any, Any]], window: int | None = Non
 def _pool(name: str, pool: Any, device_pool: Any, window: int | None) -> HostPool:
     page = int(getattr(pool, "page_size", 1))
     kind = type(pool).__name__
+    refuse_lost_scales(name, pool, device_pool)
     undescribed, kv_kind, layout = None, None, str(getattr(pool, "layout", "unknown"))
     try:
         geometry = describe_pool(pool)

@@ -35,10 +35,12 @@ def held(pool: Any) -> float:
                 count(each)
 
     for name, value in vars(pool).items():
-        if "buffer" in name and "device" not in name and "staging" not in name:
+        ours = "buffer" in name or "scale_host" in name
+        if ours and "device" not in name and "staging" not in name:
             count(value)
     # An index pool has a page more than its size says.
-    return sum(storages.values()) / int(getattr(pool, "indexer_page_num", pool.size))
+    pages = pool.size // pool.page_size if hasattr(pool, "item_bytes") else pool.size
+    return sum(storages.values()) / int(getattr(pool, "indexer_page_num", pages))
 
 
 def answer(argv: list[str]) -> dict[str, Any]:
