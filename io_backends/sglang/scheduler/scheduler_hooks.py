@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -210,7 +210,7 @@ def _prepare(controller: Any, active: Active) -> None:
         active.writeback.expect(draft)
     for pool in pools:
         active.writeback.expect(pool)
-    active.pools += _listed(controller, pools, active)
+    active.pools += _listed(controller, active)
     for row in active.pools:
         logger.info("hicache-io: host pool %s", row.in_words())
     for pool in pools:
@@ -228,7 +228,7 @@ def _prepare(controller: Any, active: Active) -> None:
             )
 
 
-def _listed(controller: Any, pools: Sequence[Any], active: Active) -> tuple[HostPool, ...]:
+def _listed(controller: Any, active: Active) -> tuple[HostPool, ...]:
     """The pools of a controller as they are, with who writes each."""
     group = controller.mem_pool_host
     listed = [
