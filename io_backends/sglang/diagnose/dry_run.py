@@ -137,7 +137,7 @@ def resolved(
 ) -> Server:
     """`server_facts_of` a command line that is `understood`: takes seconds. Raises as that."""
     known: dict[str, Any] = {name: value for name, value in (given or {}).items() if value is not None}
-    answer = _ask(command, known.get("gpu_arch"), gpu_gib)
+    answer = _ask(command, known.get("gpu_arch"), gpu_gib, known.get("cuda"))
     facts = {**Facts.from_dict(answer["facts"])}
     facts.update({name: fact for name, fact in Facts.given(**known).items() if fact.value is not None})
     return Server(
@@ -179,14 +179,16 @@ def _values(argv: Sequence[str], *options: str) -> Iterator[tuple[str, str]]:
             yield name, value
 
 
-def _ask(command: CommandLine, gpu_arch: FactValue, gpu_gib: int | None = None) -> dict[str, Any]:
+def _ask(
+    command: CommandLine, gpu_arch: FactValue, gpu_gib: int | None = None, cuda: FactValue = None
+) -> dict[str, Any]:
     """The child's answer. Raises CommandLineError."""
     from ..no_gpu import fake_libcuda
 
     with tempfile.TemporaryDirectory(prefix="hicache-io-") as scratch:
         answer = Path(scratch, "answer.json")
         request = {"argv": command.argv, "gpu_arch": gpu_arch, "gpu_gib": gpu_gib, "answer": str(answer)}
-        request["program"] = command.program
+        request |= {"program": command.program, "cuda": cuda}
         try:
             environment = {
                 **_variables(command, fake_libcuda.environment(Path(scratch, "libcuda"))),

@@ -50,7 +50,8 @@ def _child() -> None:
         answer, server_args = _answer(argv, gpu_arch)
     else:
         sizes = gpu_memory.sizes(gpu_arch, request["gpu_gib"])
-        answer, server_args = _at_every_size(argv, gpu_arch, sizes)
+        cudas = (request["cuda"],) if request.get("cuda") else gpu_memory.CUDAS
+        answer, server_args = _of_every_machine(argv, gpu_arch, sizes, cudas)
     answer["not_read"] = not_read
     Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
     if answer.get("hicache"):
@@ -81,30 +82,56 @@ def _options_of_sglang(argv: Sequence[str], program: str) -> tuple[list[str], st
     )
 
 
-def _at_every_size(argv: Sequence[str], gpu_arch: str, sizes: Sequence[int]) -> tuple[dict[str, Any], Any]:
-    """`_answer` for a GPU that is not here, whatever its memory is; each size in a process that has SGLang
-    imported.
+def _of_every_machine(
+    argv: Sequence[str], gpu_arch: str, sizes: Sequence[int], cudas: Sequence[str]
+) -> tuple[dict[str, Any], Any]:
+    """`_answer` for a GPU that is not here, whatever its memory and torch's CUDA are; each in a process that
+    has SGLang imported.
     """
-    stand_in_gpu(gpu_arch, sizes[0])
+    stand_in_gpu(gpu_arch, sizes[0], cudas[0])
     importlib.import_module("sglang.srt.server_args")
-    _trust_devices_of_another_machine()
-    answers: dict[int, dict[str, Any]] = {}
-    for size in sizes[1:]:
-        with tempfile.NamedTemporaryFile() as file:
-            if (child := os.fork()) == 0:
-                stand_in_gpu(gpu_arch, size)
-                Path(file.name).write_text(json.dumps(_answer(argv, gpu_arch)[0]), encoding="utf-8")
-                os._exit(0)
-            os.waitpid(child, 0)
-            answers[size] = json.loads(Path(file.name).read_text(encoding="utf-8") or "{}")
+    _ask_nothing_of_this_machine()
+    by_size = {size: _forked(argv, gpu_arch, size, cudas[0]) for size in sizes[1:]}
+    by_cuda = {cuda: _forked(argv, gpu_arch, sizes[0], cuda) for cuda in cudas[1:]}
     here, server_args = _answer(argv, gpu_arch)
-    others = {size: each for size, each in answers.items() if each}
-    return gpu_memory.merged({sizes[0]: here, **others}), server_args
+    found = gpu_memory.merged({sizes[0]: here, **{size: each for size, each in by_size.items() if each}})
+    others = {cuda: each for cuda, each in by_cuda.items() if each}
+    if "error" in here or "error" not in found:
+        differing = gpu_memory.merged({cudas[0]: here, **others}, gpu_memory.CUDA)
+        if "error" in differing:
+            return differing, server_args
+        unknown = {name: fact for name, fact in differing["facts"].items() if fact != here["facts"][name]}
+        found = {**found, "facts": {**found["facts"], **unknown}}
+    return found, server_args
 
 
-def _trust_devices_of_another_machine() -> None:
-    """Take names of InfiniBand devices as they are: SGLang looks for them in this machine's /sys."""
+def _forked(argv: Sequence[str], gpu_arch: str, size: int, cuda: str) -> dict[str, Any]:
+    """The answer of another machine; empty where its process ended without one."""
+    with tempfile.NamedTemporaryFile() as file:
+        if (child := os.fork()) == 0:
+            stand_in_gpu(gpu_arch, size, cuda)
+            Path(file.name).write_text(json.dumps(_answer(argv, gpu_arch)[0]), encoding="utf-8")
+            os._exit(0)
+        os.waitpid(child, 0)
+        found: dict[str, Any] = json.loads(Path(file.name).read_text(encoding="utf-8") or "{}")
+    return found
+
+
+def _ask_nothing_of_this_machine() -> None:
+    """Memory is as torch.cuda tells, not nvidia-smi, which shows GPUs that the process does not see; names of
+    InfiniBand devices are taken as they are: SGLang looks for them in this machine's /sys.
+    """
+    import torch
     from sglang.srt import server_args
+    from sglang.srt.utils import common
+
+    def told() -> int:
+        return int(torch.cuda.mem_get_info()[1]) // 2**20
+
+    setattr(common, "get_nvgpu_memory_capacity", told)  # noqa: B010 (not ours)
+    if find_spec("sglang.srt.utils.cuda_vmm_utils") is not None:
+        fabric = importlib.import_module("sglang.srt.utils.cuda_vmm_utils")
+        setattr(fabric, "is_gpu_fabric_ready", lambda *_: False)  # noqa: B010 (not ours)
 
     if find_spec("sglang.srt.arg_groups.validation_hook") is not None:
         validation = importlib.import_module("sglang.srt.arg_groups.validation_hook")

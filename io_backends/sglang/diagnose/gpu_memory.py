@@ -6,7 +6,7 @@ Where its size is not known, SGLang is asked at every size that such a GPU has, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -48,22 +48,39 @@ def sizes(gpu_arch: str, given_gib: int | None) -> tuple[int, ...]:
     return (given_gib,) if given_gib is not None else _SIZES.get(gpu_arch, _ALL)
 
 
-def merged(answers: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-    """One answer of those that `dry_run_child` gave, by GiB; facts that differ are unknown.
+class Unknown(NamedTuple):
+    """What is not known of the other machine: its name, one value of it in words, and how to say it."""
 
-    A server that SGLang refuses at one size and not at another is refused, with the size.
+    name: str
+    value: str
+    how: str
+
+
+MEMORY = Unknown("the GPU's memory", "{} GiB of GPU memory", HOW)
+CUDA = Unknown("the CUDA that torch was built for", "CUDA {}", "give --fact cuda=VERSION")
+
+CUDAS = ("13.0", "12.9")
+"""One on each side of the bound by which SGLang refuses a server (13, ``attention_hook.py``); a torch that
+SGLang 0.5.18 to 0.5.23 pins is built for 12.8 and more, which is above the others."""
+
+
+def merged(answers: Mapping[Any, dict[str, Any]], of: Unknown = MEMORY) -> dict[str, Any]:
+    """One answer of those that `dry_run_child` gave, by values of what is unknown; facts that differ are too.
+
+    A server that SGLang refuses with one value and not with another is refused, with the value.
     """
     first = next(iter(answers.values()))
     refused = {size: answer["error"] for size, answer in answers.items() if "error" in answer}
     if len(refused) == len(answers):
         return first
     if refused:
-        size, error = next(iter(refused.items()))
-        return {"error": f"with {size} GiB of GPU memory: {error} ({HOW})"}
+        value, error = next(iter(refused.items()))
+        return {"error": f"with {of.value.format(value)}: {error} ({of.how})"}
     facts = dict(first["facts"])
     for name in facts:
         values = {size: answer["facts"][name]["value"] for size, answer in answers.items()}
         if len(set(values.values())) > 1:
-            said = ", ".join(f"{value} with {size} GiB" for size, value in values.items())
-            facts[name] = {"value": None, "source": f"the GPU's memory decides it: {said}; {HOW}"}
+            brief = of.value.removesuffix(" of GPU memory")
+            said = ", ".join(f"{value} with {brief.format(which)}" for which, value in values.items())
+            facts[name] = {"value": None, "source": f"{of.name} decides it: {said}; {of.how}"}
     return {**first, "facts": facts}

@@ -78,6 +78,14 @@ def sizing(config: Any) -> Sizing:
     )
 
 
+_OF_A_DRAFT = frozenset({"draft", "draft_indexer"})
+"""Pools with as many tokens as the first has (``PoolName.DRAFT``, ``DRAFT_INDEXER``)."""
+
+_SHARING_THE_SIZE = frozenset({"DeepSeekV4PagedHostPool", "MiniMaxM3Nvfp4MainKVPoolHost"})
+"""First pools whose size is that of all (``_deepseek_v4_num_host_pages``,
+``build_minimax_sparse_hicache_stack``)."""
+
+
 class Need(NamedTuple):
     """Bytes of one rank's host pools; `largest`: of the largest, at least, as SGLang compares each alone."""
 
@@ -90,18 +98,24 @@ def by_size(asked: Sizing, pools: Sequence[HostPool]) -> Need | None:
 
     Pools of states and of a sliding window get a part of that size (``_split_hicache_size`` in
     ``hybrid_pool_assembler.py``); one that follows the first pool's indices comes on top, with as many tokens
-    as that has (``pool_host/dsa.py``). Layers of a draft model, which come on top too, are not counted.
+    as that has (``pool_host/dsa.py``), and so do a draft's own pools (``build_full_draft_pools``). The parts
+    of DeepSeek-V4 and the NVFP4 pools of MiniMax-M3 share the size, drafts included. Where pools have parts,
+    those that follow are not counted: how many tokens the first has is known with the device pools.
     """
     if asked.size_gb <= 0:
         return None
     size = int(asked.size_gb * _GB)
+    if pools and pools[0].kind in _SHARING_THE_SIZE:
+        return Need(size, 0)
     apart = sum(_has_a_part(pool) for pool in pools[1:])
     if not pools or apart:
         return Need(size, size // (apart + 1) if pools else 0)
     first = pools[0]
     tokens = size * (first.tokens or 0) // first.bytes
     more = sum(
-        tokens * pool.bytes // (pool.tokens or 1) for pool in pools[1:] if pool.kind in records.FOLLOWING
+        tokens * pool.bytes // (pool.tokens or 1)
+        for pool in pools[1:]
+        if pool.kind in records.FOLLOWING or pool.name in _OF_A_DRAFT
     )
     return Need(size + more, size)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...plan.geometry import LAYOUTS, Component, PoolGeometry, host_strides
 from . import records
-from .errors import UnsupportedPoolError, check_rows
+from .errors import ShortHostRowsError, UnsupportedPoolError, check_rows
 
 _NO_GPU_YET = "is served once its bytes were compared with SGLang's own copy on a GPU"
 UNPROVEN: Mapping[str, tuple[str, str]] = {
@@ -33,6 +33,30 @@ OTHER_KINDS: Mapping[str, tuple[str, str]] = {
 
 WITHOUT_BYTES = frozenset({"LogicalHostPool", "DeepSeekV4StateHostPool"})
 """Host pools that hold slots and nothing that is copied."""
+
+
+TRANSLATED = "unified memory translates its indices while the copy is submitted"
+
+
+def translated(device_pool: Any) -> bool:
+    """Whether SGLang translates this pool's indices on its transfer stream (unified memory): not ours."""
+    return getattr(device_pool, "host_transfer_translate", None) is not None
+
+
+def refuse_lost_scales(name: str, host_pool: Any, device_pool: Any) -> None:
+    """Refuse rows whose scales lie beside them (MXFP8, FP4) and are not held on the host.
+
+    SGLang before 0.5.21 has such a host pool for MXFP8, before 0.5.23 for ``fp4_mx_block16``.
+
+    Raises:
+        ShortHostRowsError: what is loaded back would be read with the scales of others.
+    """
+    scaled = getattr(device_pool, "k_scale_buffer", None)
+    if scaled and type(host_pool).__name__ in _ROWS:
+        raise ShortHostRowsError(
+            f"pool {name}: its device rows have scales beside them, and {type(host_pool).__name__} of this "
+            "SGLang holds none: what is loaded back would be read with scales of other rows"
+        )
 
 
 def describe_pool(host_pool: Any) -> PoolGeometry:

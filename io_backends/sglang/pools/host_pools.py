@@ -15,7 +15,7 @@ from ....policy.decide import Decision
 from ...registry import BACKENDS
 from . import records
 from .errors import ShortHostRowsError, UnsupportedPoolError
-from .geometry import WITHOUT_BYTES, describe_pool
+from .geometry import TRANSLATED, WITHOUT_BYTES, describe_pool, refuse_lost_scales, translated
 
 PROMPT_TOKENS = 8192
 """Tokens of the prompt that shares are of, written once and as one node of the radix tree: every token's rows
@@ -85,28 +85,35 @@ class HostPool:
         return cls(**{**data, "writer": tuple(data["writer"])})
 
 
-def host_pools(entries: Sequence[tuple[str, Any]], window: int | None = None) -> tuple[HostPool, ...]:
+def host_pools(entries: Sequence[tuple[str, Any, Any]], window: int | None = None) -> tuple[HostPool, ...]:
     """The pools of a group, first the one of keys and values, with their shares; nobody writes them yet.
 
     Args:
-        entries: SGLang's name and host pool of each.
+        entries: SGLang's name, host pool and device pool of each.
         window: tokens of the model's sliding window.
 
     Raises:
         ShortHostRowsError: a pool cannot hold what it is for.
     """
-    pools = [_pool(name, pool, window) for name, pool in entries if type(pool).__name__ not in WITHOUT_BYTES]
+    pools = [
+        _pool(name, pool, device, window)
+        for name, pool, device in entries
+        if type(pool).__name__ not in WITHOUT_BYTES
+    ]
     _refuse_short_sidecars(entries)
     total = sum(pool.written() for pool in pools) or 1
     return tuple(replace(pool, share=pool.written() / total) for pool in pools)
 
 
-def _pool(name: str, pool: Any, window: int | None) -> HostPool:
+def _pool(name: str, pool: Any, device_pool: Any, window: int | None) -> HostPool:
     page = int(getattr(pool, "page_size", 1))
     kind = type(pool).__name__
+    refuse_lost_scales(name, pool, device_pool)
     undescribed, kv_kind, layout = None, None, str(getattr(pool, "layout", "unknown"))
     try:
         geometry = describe_pool(pool)
+        if translated(device_pool):
+            raise UnsupportedPoolError(TRANSLATED)
         layout, kv_kind = geometry.layout, geometry.kv_kind
     except ShortHostRowsError as error:
         raise ShortHostRowsError(f"pool {name}, {error}") from error
@@ -133,7 +140,7 @@ def _pool(name: str, pool: Any, window: int | None) -> HostPool:
     )
 
 
-def _refuse_short_sidecars(entries: Sequence[tuple[str, Any]]) -> None:
+def _refuse_short_sidecars(entries: Sequence[tuple[str, Any, Any]]) -> None:
     """A pool that follows the first one's indices holds as many records, where ranks share that one's rows.
 
     With decode context parallelism an index stands for one rank's row in the first pool alone
@@ -141,9 +148,9 @@ def _refuse_short_sidecars(entries: Sequence[tuple[str, Any]]) -> None:
     """
     if not entries or getattr(entries[0][1], "dcp_size", 1) == 1:
         return
-    anchor_name, anchor = entries[0]
+    anchor_name, anchor, _ = entries[0]
     indices = int(anchor.logical_size)
-    for name, pool in entries[1:]:
+    for name, pool, _ in entries[1:]:
         if type(pool).__name__ in records.FOLLOWING and int(pool.size) < indices:
             raise ShortHostRowsError(
                 f"pool {name} holds {int(pool.size):,} tokens and follows the indices of pool {anchor_name}, "

@@ -46,7 +46,7 @@ def predicted(server_args: Any) -> tuple[HostPool, ...]:
     return host_pools(entries, window)
 
 
-def _built(server_args: Any) -> tuple[list[tuple[str, Any]], int | None]:
+def _built(server_args: Any) -> tuple[list[tuple[str, Any, Any]], int | None]:
     from sglang.srt import runtime_context
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.mem_cache.hybrid_cache import hybrid_pool_assembler as assembler
@@ -83,7 +83,7 @@ def _built(server_args: Any) -> tuple[list[tuple[str, Any]], int | None]:
     )
     _without_transfers(assembler)
     result = assembler._select_strategy(device_pool, components).build(
-        cache=SimpleNamespace(page_size=page),
+        cache=SimpleNamespace(page_size=page, components=components),
         kvcache=device_pool,
         params=params,
         server_args=server_args,
@@ -95,7 +95,9 @@ def _built(server_args: Any) -> tuple[list[tuple[str, Any]], int | None]:
         result.cache_controller,
         plan["sidecar_draft_device_pools"],
     )
-    entries = [(_name(entry.name), entry.host_pool) for entry in result.host_pool_group.entries]
+    entries = [
+        (_name(entry.name), entry.host_pool, entry.device_pool) for entry in result.host_pool_group.entries
+    ]
     return entries, configurator.sliding_window_size
 
 
@@ -261,11 +263,16 @@ def _without_transfers(assembler: Any) -> None:
     """Nothing is pinned, nothing is compiled, and nobody waits for writes."""
     from sglang.srt.mem_cache.pool_host import common
 
-    common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate
+    # By the type of a device, and for some pools by the device itself.
+    common.ALLOC_MEMORY_FUNCS.clear()
+    common.ALLOC_MEMORY_FUNCS.default_factory = lambda: _allocate
     for name, module in list(sys.modules.items()):
         if name.startswith(_ASKING):
             for function in [each for each in vars(module) if _asks_for_a_kernel(each)]:
-                setattr(module, function, _no_kernel)
+                if "write_back" in function:
+                    _let_it_compile(vars(module)[function])
+                else:
+                    setattr(module, function, _no_kernel)
     assembler.HybridCacheController = _NoController
 
 
@@ -279,6 +286,20 @@ def _asks_for_a_kernel(name: str) -> bool:
 
 def _no_kernel(*_: Any, **__: Any) -> bool:
     return False
+
+
+def _let_it_compile(asking: Any) -> None:
+    """Whether there is a kernel is then SGLang's rule of sizes alone, as on a GPU whose compiler works.
+
+    For write-back, without whose kernel some pools are refused.
+    """
+    where = sys.modules[asking.__module__]
+    for name in [each for each in vars(where) if each.startswith("_jit_") and each.endswith("_module")]:
+        setattr(where, name, _compiled)
+
+
+def _compiled(*_: Any, **__: Any) -> None:
+    """In place of what compiles a kernel and returns it."""
 
 
 def _allocate(

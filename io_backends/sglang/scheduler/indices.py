@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ..pools.geometry import translated as translated
+
 Move = Callable[..., tuple[Any, Any]]
 """``move(host, device, may_stage=)``: indices as SGLang's own copy of a pool wants them."""
 
@@ -98,8 +100,3 @@ class PlainIndices:
 def draft_pool_of(controller: Any) -> Any:
     """The draft's host pool where it is apart and gets the target's indices (SGLang 0.5.18); else None."""
     return getattr(controller, "mem_pool_host_draft", None)
-
-
-def translated(device_pool: Any) -> bool:
-    """Whether SGLang translates this pool's indices on its transfer stream (unified memory): not ours."""
-    return getattr(device_pool, "host_transfer_translate", None) is not None

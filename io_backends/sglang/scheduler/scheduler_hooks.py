@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -210,7 +210,7 @@ def _prepare(controller: Any, active: Active) -> None:
         active.writeback.expect(draft)
     for pool in pools:
         active.writeback.expect(pool)
-    active.pools += _listed(group, pools, active)
+    active.pools += _listed(controller, active)
     for row in active.pools:
         logger.info("hicache-io: host pool %s", row.in_words())
     for pool in pools:
@@ -228,16 +228,22 @@ def _prepare(controller: Any, active: Active) -> None:
             )
 
 
-def _listed(group: Any, pools: Sequence[Any], active: Active) -> tuple[HostPool, ...]:
+def _listed(controller: Any, active: Active) -> tuple[HostPool, ...]:
     """The pools of a controller as they are, with who writes each."""
-    entries = getattr(group, "entries", ())
-    names = [str(getattr(entry.name, "value", entry.name)) for entry in entries] or [label_of(group)]
-    by_name = dict(zip(names, pools, strict=False))
+    group = controller.mem_pool_host
+    listed = [
+        (str(getattr(entry.name, "value", entry.name)), entry.host_pool, entry.device_pool)
+        for entry in getattr(group, "entries", ())
+    ] or [(label_of(group), group, getattr(controller, "mem_pool_device", None))]
+    draft = draft_pool_of(controller)
+    if draft is not None:
+        listed.append(("draft", draft, getattr(controller, "mem_pool_device_draft", None)))
+    by_name = {name: pool for name, pool, _ in listed}
     runner = getattr(getattr(active.scheduler, "tp_worker", None), "model_runner", None)
     window = getattr(runner, "sliding_window_size", None)
     known = active.writeback.pools
     try:
-        found = host_pools(list(by_name.items()), window)
+        found = host_pools(listed, window)
         return assigned(found, active.decision, lambda row, name: known[by_name[row.name]].reason_of(name))
     except ShortHostRowsError as error:
         raise RefusedError(str(error)) from error

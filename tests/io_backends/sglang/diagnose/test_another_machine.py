@@ -10,9 +10,12 @@ from repository import ROOT
 
 from sglang_hicache.bench import tiny_model
 from sglang_hicache.io_backends.sglang.diagnose import dry_run, gpu_memory
+from sglang_hicache.io_backends.sglang.diagnose.command_line import CommandLineError
 from sglang_hicache.policy.facts import Fact
 
 pytestmark = pytest.mark.usefixtures("quick_dry_runs")
+
+MODELS = ROOT / "tests" / "support" / "models"
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def test_a_fact_that_hangs_on_the_memory_of_the_gpu(model: Path, monkeypatch: py
     line = f"sglang serve {model} --skip-tokenizer-init --enable-hierarchical-cache"
     known = dry_run.server_facts_of(line, {"gpu_arch": "sm90"}, gpu_gib=141).facts
     unknown = dry_run.server_facts_of(line, {"gpu_arch": "sm90"}).facts
-    assert asked == [("sm90", 141), ("sm90", None)]
+    assert asked == [("sm90", 141, None), ("sm90", None, None)]
     assert {name: fact.value for name, fact in known.items()} == {
         name: fact.value for name, fact in unknown.items()
     }
@@ -80,3 +83,17 @@ def test_another_program_that_takes_sglangs_options(model: Path) -> None:
         "dynamo.sglang takes SGLang's options among its own; its own options are not read (--endpoint "
         "dyn://a.b.c --migration-limit 3), and what it sets itself is not known"
     )
+
+
+def test_cuda_is_that_of_the_other_machine_or_unknown() -> None:
+    """SGLang refuses this prefill below CUDA 13, and would take this machine's torch for it."""
+    model = MODELS / "Qwen3-Next-80B-A3B"
+    line = (
+        f"sglang serve {model} --skip-tokenizer-init --enable-hierarchical-cache --tp 4 "
+        "--linear-attn-prefill-backend flashinfer"
+    )
+    with pytest.raises(CommandLineError, match=r"with CUDA 12\.9: .*CUDA 13\+.*give --fact cuda=VERSION"):
+        dry_run.server_facts_of(line, {"gpu_arch": "sm100"})
+    with pytest.raises(CommandLineError, match=r"requires CUDA 13\+, got CUDA 12\.8"):
+        dry_run.server_facts_of(line, {"gpu_arch": "sm100", "cuda": "12.8"})
+    assert dry_run.server_facts_of(line, {"gpu_arch": "sm100", "cuda": "13.0"}).facts.value("cuda") == "13.0"

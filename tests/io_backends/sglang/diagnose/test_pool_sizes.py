@@ -26,6 +26,8 @@ def pool(name: str, kind: str, nbytes: int, tokens: int | None = 1) -> HostPool:
 KV = pool("kv", "MLATokenToKVPoolHost", 1000)
 INDEXER = pool("indexer", "DSAIndexerPoolHost", 64 * 250, 64)
 STATES = pool("mamba", "MambaPoolHost", 10**6, None)
+DRAFT = pool("draft", "MHATokenToKVPoolHost", 400)
+PAGED = pool("swa", "DeepSeekV4PagedHostPool", 64 * 400, 64)
 WINDOW = pool("swa", "MHATokenToKVPoolHost", 400)
 
 
@@ -35,6 +37,8 @@ WINDOW = pool("swa", "MHATokenToKVPoolHost", 400)
         ([], Need(50 * GB, 0)),  # which pools there are is unknown
         ([KV], Need(50 * GB, 50 * GB)),
         ([KV, INDEXER], Need(62_500_000_000, 50 * GB)),
+        ([KV, DRAFT], Need(70 * GB, 50 * GB)),
+        ([PAGED, PAGED], Need(50 * GB, 0)),
         ([KV, WINDOW], Need(50 * GB, 25 * GB)),
         ([KV, WINDOW, STATES], Need(50 * GB, 50 * GB // 3)),
     ],

@@ -329,3 +329,11 @@ def test_a_program_that_takes_sglangs_options_is_read_and_named() -> None:
     assert command_line.read("sglang serve m").program == ""
     words = launch_line.of_server(found.argv, {}, backend="auto", policy=None, program=found.program)
     assert words[:3] == ["python", "-m", "dynamo.sglang"]
+
+
+def test_what_cuda_decides_is_unknown_and_never_this_machines() -> None:
+    found = gpu_memory.merged({"13.0": answered("fa3"), "12.9": answered("triton")}, gpu_memory.CUDA)
+    (fact,) = [each for each in found["facts"].values() if each["value"] is None]
+    assert fact["source"].startswith("the CUDA that torch was built for decides it: fa3 with CUDA 13.0")
+    refused = gpu_memory.merged({"13.0": answered("fa3"), "12.9": {"error": "x"}}, gpu_memory.CUDA)
+    assert refused == {"error": "with CUDA 12.9: x (give --fact cuda=VERSION)"}

@@ -18,6 +18,7 @@ from sglang_hicache.io_backends.sglang import versions
 from sglang_hicache.io_backends.sglang.diagnose import dry_run_child
 from sglang_hicache.io_backends.sglang.no_gpu.stand_in_gpu import stand_in_gpu
 from sglang_hicache.io_backends.sglang.pools import prediction
+from sglang_hicache.io_backends.sglang.pools.geometry import WITHOUT_BYTES
 
 
 def held(pool: Any) -> float:
@@ -34,14 +35,16 @@ def held(pool: Any) -> float:
                 count(each)
 
     for name, value in vars(pool).items():
-        if "buffer" in name and "device" not in name and "staging" not in name:
+        ours = "buffer" in name or "scale_host" in name
+        if ours and "device" not in name and "staging" not in name:
             count(value)
     # An index pool has a page more than its size says.
-    return sum(storages.values()) / int(getattr(pool, "indexer_page_num", pool.size))
+    pages = pool.size // pool.page_size if hasattr(pool, "item_bytes") else pool.size
+    return sum(storages.values()) / int(getattr(pool, "indexer_page_num", pages))
 
 
 def answer(argv: list[str]) -> dict[str, Any]:
-    built: list[tuple[str, Any]] = []
+    built: list[tuple[str, Any, Any]] = []
     build = prediction._built
 
     def noted(server_args: Any) -> Any:
@@ -56,7 +59,7 @@ def answer(argv: list[str]) -> dict[str, Any]:
         return {"refused": f"{type(error).__name__}: {error}", "where": traceback.format_exc()[-1500:]}
     finally:
         prediction._built = build
-    memory = {name: held(pool) for name, pool in built}
+    memory = {name: held(pool) for name, pool, _ in built if type(pool).__name__ not in WITHOUT_BYTES}
     return {"pools": found.get("pools"), "unknown": found.get("pools_unknown"), "held": memory}
 
 

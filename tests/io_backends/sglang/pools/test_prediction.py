@@ -15,6 +15,7 @@ from repository import ROOT
 from sglang_hicache.bench import server_options, serving
 from sglang_hicache.bench.lab import coverage
 from sglang_hicache.io_backends.sglang.diagnose import dry_run
+from sglang_hicache.io_backends.sglang.pools import geometry
 from sglang_hicache.io_backends.sglang.versions import SUPPORTED
 
 CASES = Path(__file__).with_name("prediction_cases.py")
@@ -47,9 +48,70 @@ def test_each_release_predicts_what_its_pools_hold_or_says_why_not(
                 assert "group" in answer["unknown"]
                 continue
             assert answer["unknown"] is None
-            assert {pool["name"]: pool["bytes"] for pool in answer["pools"]} == answer["held"]
+            assert bytes_of(answer) == answer["held"]
             # What a pool of a model holds does not differ between these releases.
             assert list(map(what_it_is, answer["pools"])) == list(map(what_it_is, saved["pools"]))
+
+
+def bytes_of(answer: dict[str, Any]) -> dict[str, float]:
+    return {pool["name"]: pool["bytes"] for pool in answer["pools"]}
+
+
+MXFP8 = "--kv-cache-dtype mxfp8 --page-size 128"
+
+
+@pytest.mark.parametrize("release", SUPPORTED[2:])
+def test_scales_are_held_on_the_host_or_no_server_starts(release: str, tmp_path: Path) -> None:
+    options = [MXFP8, "--kv-cache-dtype fp4_mx_block16"]
+    lines = [coverage.arguments(MODELS, {"model": "Qwen3-8B", "options": each}) for each in options]
+    mxfp8, fp4 = answers(release, "sm100", lines, tmp_path)
+    lost = "no server may start with them: pool kv: its device rows have scales beside them"
+    if release == "0.5.20":
+        assert mxfp8["pools"] is None
+        assert lost in mxfp8["unknown"]
+    else:
+        (pool,) = mxfp8["pools"]
+        assert pool["kind"] == "MHATokenToKVPoolMXFP8Host"
+        # A scale for each 32 elements of the fp8 rows, which are half of bf16.
+        assert pool["bytes"] == mxfp8["held"]["kv"] == EXPECTED[0]["pools"][0]["bytes"] / 2 * 33 / 32
+        assert "scales" in pool["undescribed"]
+    assert fp4["pools"] is None
+    refused = "MHA host transfers do not support KV scale layout" if release == "0.5.23" else lost
+    assert refused in fp4["unknown"]
+
+
+@pytest.mark.parametrize("release", SUPPORTED[2:])
+def test_kinds_of_pools_that_only_some_releases_have(
+    release: str, tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    unified = "--tp 4 --enable-unified-memory --page-size 64 --attention-backend triton"
+    servers = {
+        "sparse": ("MiniMax-M3", "--tp 4", ["MHATokenToKVPoolHost", "MHATokenToKOnlyPoolHost"]),
+        "nvfp4": (
+            "MiniMax-M3-NVFP4",
+            "--tp 4",
+            ["MiniMaxM3Nvfp4MainKVPoolHost", "MiniMaxM3Nvfp4IndexKPoolHost"],
+        ),
+        "qsa": ("Qwen4-Exp", "--tp 2", ["MHATokenToKVPoolHost", "MambaPoolHost", "QSAIndexerPoolHost"]),
+        "windows": ("gpt-oss-120b", unified, ["UnifiedPageEnvelopeHostPool"] * 2),
+        "states": (
+            "Qwen3-Next-80B-A3B",
+            "--tp 4 --enable-unified-memory",
+            ["MHATokenToKVPoolHost", "MambaPoolHost"],
+        ),
+    }
+    lines = [coverage.arguments(MODELS, {"model": m, "options": words}) for m, words, _ in servers.values()]
+    found = answers(release, "sm100", lines, tmp_path)
+    for (name, (_, _, kinds)), answer in zip(servers.items(), found, strict=True):
+        with subtests.test(name):
+            if release != "0.5.23":  # they refuse it, hold it otherwise, or say that they do not build it
+                assert "refused" in answer or answer["unknown"] or bytes_of(answer) == answer["held"]
+                continue
+            assert answer["unknown"] is None
+            assert [pool["kind"] for pool in answer["pools"]] == kinds
+            assert bytes_of(answer) == answer["held"]
+            if name == "states":
+                assert answer["pools"][0]["undescribed"] == geometry.TRANSLATED
 
 
 SPECULATIVE = "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
@@ -71,7 +133,6 @@ class TestOtherKinds:
     def found(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
         draft = MODELS / "Qwen3-0.6B"
         cases = {
-            "mxfp8": "--kv-cache-dtype mxfp8 --page-size 128",
             "fp8": "--kv-cache-dtype fp8_e4m3",
             "fp8 checkpoint": quantized(FP8_CHECKPOINT),
             "fp8 weights": quantized(FP8_WEIGHTS),
@@ -91,10 +152,6 @@ class TestOtherKinds:
                 strict=True,
             )
         )
-
-    def test_mxfp8_is_unknown_where_its_kernel_is_not_built(self, found: dict[str, dict[str, Any]]) -> None:
-        assert found["mxfp8"]["pools"] is None
-        assert "MXFP8 KV host pool needs the staged JIT" in found["mxfp8"]["unknown"]
 
     def test_fp8_is_half_of_bf16(self, found: dict[str, dict[str, Any]]) -> None:
         (pool,) = found["fp8"]["pools"]

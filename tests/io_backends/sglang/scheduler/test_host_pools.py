@@ -131,7 +131,7 @@ class TestRealPools:
     @pytest.mark.parametrize("kind", KINDS)
     def test_bytes_are_those_that_a_record_moves(self, kind: str) -> None:
         built = build(kind, "page_first")
-        (row,) = host_pools([("x", built.host)])
+        (row,) = host_pools([("x", built.host, None)])
         nbytes = sum(int(rows[0].numel()) * rows.element_size() for _, rows in built.rows)
         assert row.bytes == nbytes
         assert row.tokens == {"states": None, "keys_only": 1}.get(kind, built.per_record)
@@ -150,9 +150,9 @@ class TestRealPools:
             size_per_token=4,
         )
         with pytest.raises(ShortHostRowsError, match=r"pool indexer holds 1,280 tokens .* up to 10,240"):
-            host_pools([("kv", anchor), ("indexer", built.host)])
+            host_pools([("kv", anchor, None), ("indexer", built.host, None)])
         anchor.dcp_size, anchor.logical_size = 1, built.host.size
-        found = host_pools([("kv", anchor), ("indexer", built.host)])
+        found = host_pools([("kv", anchor, None), ("indexer", built.host, None)])
         assert [row.name for row in found] == ["kv", "indexer"]
 
 
@@ -167,7 +167,7 @@ class TestAServersList:
 
             monkeypatch.setattr(scheduler_hooks, "host_pools", fail)
             active: Any = SimpleNamespace(scheduler=None, writeback=SimpleNamespace(pools={}))
-            return scheduler_hooks._listed(SimpleNamespace(), [object()], active)
+            return scheduler_hooks._listed(SimpleNamespace(mem_pool_host=object()), active)
 
         return list_with
 
@@ -217,7 +217,21 @@ def test_bytes_are_those_of_the_models_own_numbers(servers: list[dict[str, Any]]
                 draft_row = 2 * 2 * of_draft["num_key_value_heads"] * of_draft["head_dim"]
                 assert pools["draft"].bytes == of_draft["num_hidden_layers"] * draft_row, server
                 seen.add("sidecar")
-        if config["model_type"].startswith("deepseek"):
+        if config["model_type"] == "deepseek_v4":
+            # fp8 without rope, a scale for 64 of them in 8 bytes, bf16 of rope; pages padded to 576 bytes.
+            row = config["qk_nope_head_dim"] + 8 + 2 * config["qk_rope_head_dim"]
+            ratios = config["compress_ratios"][:layers]
+
+            def padded(tokens: int, row: int = row) -> int:
+                return -(-tokens * row // 576) * 576
+
+            assert {name: pool.bytes for name, pool in pools.items()} == {
+                "swa": layers * padded(256),
+                "deepseek_v4_c4": ratios.count(4) * padded(64),
+                "deepseek_v4_c4_indexer": ratios.count(4) * 64 * (config["index_head_dim"] + 4),
+                "deepseek_v4_c128": ratios.count(128) * padded(2),
+            }
+        elif config["model_type"].startswith("deepseek"):
             latent = config["kv_lora_rank"] + config["qk_rope_head_dim"]
             # DeepSeek-V3.2 keeps a byte an element of the latent, a scale for 128 of them, and bf16 of rope.
             packed = config["kv_lora_rank"] * 132 // 128 + 2 * config["qk_rope_head_dim"]
@@ -246,8 +260,8 @@ def test_where_indices_are_translated_every_byte_is_sglangs(servers: list[dict[s
     (server,) = [each for each in servers if "--dcp-size" in each["options"]]
     assert share_of(list(by_name(server).values())) == 0
     others = [each for each in servers if each is not server]
-    # Indexers and states wait for a GPU.
-    waiting = {"DeepSeek-V3.2": 0.90, "Qwen3-Next-80B-A3B": 0.84}
+    # Indexers and states wait for a GPU; the sub-pools of DeepSeek-V4 are SGLang's.
+    waiting = {"DeepSeek-V3.2": 0.90, "Qwen3-Next-80B-A3B": 0.84, "DeepSeek-V4-Flash": 0.0}
     for each in others:
         share = share_of(list(by_name(each).values()))
         # Of a head of its own Qwen3-Next has rows and no state.
