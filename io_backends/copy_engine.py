@@ -1,7 +1,7 @@
 """``copy_engine``: the GPU's DMA engines move the rows, in batches of copies.
 
-Wins when runs are long on both sides (layer_first with contiguous slots): no SM does any work, so no forward
-ever waits. Loses when copies are short: a batched copy costs the driver about 0.6 us
+Fast alone when runs are long on both sides (layer_first with contiguous slots): no SM does any work, so no
+forward ever waits. Loses when copies are short: a batched copy costs the driver about 0.6 us
 a copy (vLLM's and LMCache's published figures, H200, CUDA 13.0).
 """
 
@@ -29,7 +29,12 @@ MAX_COPIES_PER_BATCH = Option(
 
 
 class CopyEngineBackend(Backend):
-    """DMA only. Needs the device indices on the host to plan, which it asks the device seam for."""
+    """DMA only. Needs the device indices on the host to plan, which it asks the device seam for.
+
+    The host waits for them. SGLang's scheduler makes them behind the forward in flight where that is a prefill
+    (``_apply_war_barrier``, 0.5.23), so that its thread waits for that forward: 19.6 ms a write in a server of
+    prefills (H200, bench/results/2026-11-27-h200-servers/layer-first.json).
+    """
 
     spec = BackendSpec(
         "copy_engine",

@@ -53,12 +53,11 @@ def test_explain_as_json():
     assert answer["facts"]["gpu_arch"] == {"value": "sm90", "source": "given"}
     assert answer["layer"] == "shipped default"
     assert [(each["rule"], each["matched"], each["layer"]) for each in answer["considered"]] == [
-        ("fa3-on-hopper-large-pages", False, "shipped default"),
         ("fa3-on-hopper-short-copies", False, "shipped default"),
         ("fa3-on-hopper", True, "shipped default"),
     ]
-    assert answer["considered"][1]["reason"] == "mem_layout is page_first (the rule wants layer_first)"
-    assert answer["considered"][2]["reason"] == (
+    assert answer["considered"][0]["reason"] == "mem_layout is page_first (the rule wants layer_first)"
+    assert answer["considered"][1]["reason"] == (
         "prefill_attention_backend is fa3 and decode_attention_backend is fa3; gpu_arch is sm90"
     )
     assert [(route["backend"], route["when"]) for route in answer["routes"]] == [("hybrid", {})]
@@ -189,15 +188,21 @@ def test_explain_says_which_unknown_facts_could_matter():
     assert "with more known" not in known.stdout
 
 
-def test_explain_says_which_rule_more_facts_could_choose():
-    layer_first = ["--gpu-arch", "sm90", "--attention-backend", "triton", "--mem-layout", "layer_first"]
-    passed = run("explain", *layer_first, "--page-size", "64")
-    assert (
-        "with more known, another rule might match (layer-first-large-pages): give --fact row_bytes=...."
-        in flat(passed.stdout)
+def test_explain_says_which_rule_more_facts_could_choose(tmp_path: Path):
+    policy = tmp_path / "p.yaml"
+    policy.write_text(
+        "version: 1\nextends: default\nrules:\n- {name: long-rows, because: mine, "
+        "use: {backend: copy_engine}, when: {mem_layout: layer_first, row_bytes: '>=2048'}}\n"
     )
-    assert explained(*layer_first, "--page-size", "64")["undecided"] == ["layer-first-large-pages"]
-    assert explained(*layer_first, "--page-size", "64", "--fact", "row_bytes=2048")["undecided"] == []
+    given = ["--policy", str(policy), "--gpu-arch", "sm90", "--attention-backend", "triton"]
+    layer_first = [*given, "--mem-layout", "layer_first"]
+    passed = run("explain", *layer_first)
+    assert "with more known, another rule might match (long-rows): give --fact row_bytes=...." in flat(
+        passed.stdout
+    )
+    assert explained(*layer_first)["undecided"] == ["long-rows"]
+    assert explained(*layer_first, "--fact", "row_bytes=2048")["undecided"] == []
+    assert explained(*given)["undecided"] == []
 
 
 def test_explain_says_which_writes_go_which_way():
@@ -442,7 +447,7 @@ def test_show_for_people():
     shown = flat(run("policy", "show").stdout)
     count = len(default_policy().rules)
     assert shown.startswith(
-        f"shipped default: {count} rules, the first match decides 1. fa3-on-hopper-large-pages when "
+        f"shipped default: {count} rules, the first match decides 1. fa3-on-hopper-short-copies when "
     )
     for each in (*default_policy().rules, default_policy().default):
         start = shown.index("because " + each.because[:20])
@@ -462,7 +467,7 @@ def test_show_says_where_each_rule_comes_from(tmp_path: Path):
         "- {name: mine, when: {kv_kind: mla}, use: {backend: copy_engine}, because: mine}\n"
     )
     shown = flat(run("policy", "show", over, COLUMNS="300").stdout)
-    assert f"because mine from policy file {over}:4 2. fa3-on-hopper-large-pages" in shown
+    assert f"because mine from policy file {over}:4 2. fa3-on-hopper-short-copies" in shown
     rules = json.loads(run("policy", "show", over, "--json").stdout)["rules"]
     assert (rules[0]["layer"], rules[0]["file"], rules[0]["line"]) == ("policy file", str(over), 4)
     assert {each["layer"] for each in rules[1:]} == {"shipped default"}
@@ -545,8 +550,8 @@ def test_pools_that_sglang_copies_itself_are_named_with_the_reason():
     shown = run("explain", "--attention-backend", "fa3", "--gpu-arch", "sm90", "--json")
     others = json.loads(shown.stdout)["other_pools"]
     assert others["MXFP8"] == "holds the scales of its blocks beside its rows"
-    assert {"Mamba", "DSA indexer", "DeepSeek V4", "NVFP4"} <= set(others)
+    assert {"Mamba", "DeepSeek V4", "NVFP4"} <= set(others)
     text = run("explain", "--attention-backend", "fa3", "--gpu-arch", "sm90", "--verbose").stdout
-    assert "pools of Mamba, DSA indexer" in " ".join(text.split())
+    assert "pools of Mamba, DeepSeek V4" in " ".join(text.split())
     own = run("explain", "--attention-backend", "fa3", "--gpu-arch", "sm90", "--backend", "kernel", "--json")
     assert json.loads(own.stdout)["other_pools"] == {}

@@ -133,9 +133,9 @@ CHOICES = [
     ("page_head", 64, 2048, 100, "hybrid", "hybrid"),
     ("layer_first", 1, 2048, 2_048, "fenced_kernel", "fenced_kernel"),
     ("layer_first", 16, 1152, 18_432, "fenced_kernel", "fenced_kernel"),
-    ("layer_first", 16, 2048, 32_768, "fenced_kernel", "copy_engine"),
+    ("layer_first", 16, 2048, 32_768, "fenced_kernel", "hybrid"),
     ("layer_first", 64, 1152, 73_728, "fenced_kernel", "hybrid"),
-    ("layer_first", 64, 2048, 131_072, "copy_engine", "copy_engine"),
+    ("layer_first", 64, 2048, 131_072, "hybrid", "hybrid"),
     ("layer_first", 1, 2048, 8_388_608, "hybrid", "hybrid"),
     ("page_unified", 64, 2048, 131_072, "fenced_kernel", "hybrid"),
 ]
@@ -233,9 +233,8 @@ def test_every_figure_in_a_reason_was_measured():
             known |= {f"{part['metrics'][name]['median']:.1f}" for name in ("ms", "gb_per_s")}
         if part["part"] == "small_copy" and part["what"].startswith(("hybrid", "copy_engine")):
             known.add(f"{part['metrics']['most_us']['median'] / 1e3:.1f}")
-    names = ("fa3-on-hopper-large-pages", "fa3-on-hopper-short-copies", "layer-first-large-pages")
     for rule in SHIPPED.rules:
-        if rule.name in (*names, "layer-first-short-copies"):
+        if rule.name in ("fa3-on-hopper-short-copies", "layer-first-short-copies"):
             _all_measured(rule.because, known)
     _all_measured(SHIPPED.default.because, known)
 

@@ -9,15 +9,14 @@ from ...plan.geometry import LAYOUTS, Component, PoolGeometry, host_strides
 from . import records
 from .errors import ShortHostRowsError, UnsupportedPoolError, check_rows
 
-_NO_GPU_YET = "is served once its bytes were compared with SGLang's own copy on a GPU"
 UNPROVEN: Mapping[str, tuple[str, str]] = {
-    "MambaPoolHost": ("Mamba", _NO_GPU_YET),
-    "DSAIndexerPoolHost": ("DSA indexer", _NO_GPU_YET),
-    "QSAIndexerPoolHost": ("QSA indexer", _NO_GPU_YET),
-    "MHATokenToKOnlyPoolHost": ("sparse index", _NO_GPU_YET),
+    "MambaPoolHost": (
+        "Mamba",
+        "is served once it is shown that no state is given away before a later gap between forwards reads it",
+    ),
 }
-"""Host pools whose descriptions copy the right bytes on the CPU: left to SGLang, unlooked at, until a GPU has
-shown it."""
+"""Host pools whose descriptions copy the right bytes, also on a GPU: left to SGLang, unlooked at, until what
+they name is shown."""
 
 OTHER_KINDS: Mapping[str, tuple[str, str]] = {
     **UNPROVEN,

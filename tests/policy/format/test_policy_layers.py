@@ -64,7 +64,7 @@ def test_a_difference_comes_before_the_shipped_rules(file: Path):
     assert f"by rule mine ({file}): " in describe_decision(decision)
     assert [(each.rule, each.layer) for each in shipped.considered][:2] == [
         ("mine", "policy file"),
-        ("fa3-on-hopper-large-pages", "shipped default"),
+        ("fa3-on-hopper-short-copies", "shipped default"),
     ]
 
 
@@ -72,14 +72,14 @@ def test_a_rule_of_the_same_name_takes_the_place_of_the_other(file: Path):
     file.write_text(
         written(
             "first: kv_kind: mla -> hybrid",
-            "layer-first-large-pages: page_size: 64 -> copy_engine",
+            "layer-first-short-copies: page_size: 64 -> copy_engine",
         )
     )
     found = load_policy(file)
     assert names(found) == ["first", *SHIPPED]
-    (replaced,) = [rule for rule in found.rules if rule.name == "layer-first-large-pages"]
+    (replaced,) = [rule for rule in found.rules if rule.name == "layer-first-short-copies"]
     assert replaced.because == "mine"
-    origin = found.origins["layer-first-large-pages"]
+    origin = found.origins["layer-first-short-copies"]
     assert (origin.layer, origin.source, origin.line) == ("policy file", str(file), 5)
     assert found.origins["fa3-on-hopper"].layer == "shipped default"
 
