@@ -31,9 +31,9 @@ MAX_COPIES_PER_BATCH = Option(
 class CopyEngineBackend(Backend):
     """DMA only. Needs the device indices on the host to plan, which it asks the device seam for.
 
-    The host waits for them. SGLang's scheduler makes them behind the forward in flight where that is a prefill
-    (``_apply_war_barrier``, 0.5.23), so that its thread waits for that forward: 19.6 ms a write in a server of
-    prefills (H200, bench/results/2026-11-27-h200-servers/layer-first.json).
+    The host waits for them. SGLang's scheduler makes them behind the forward in flight where that is a
+    prefill (``_apply_war_barrier``, 0.5.18 to 0.5.23), so that its thread waits for that forward: 19.6 ms a
+    write in a server of prefills (H200, bench/results/2026-11-27-h200-servers/layer-first.json).
     """
 
     spec = BackendSpec(

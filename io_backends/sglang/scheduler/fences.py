@@ -72,9 +72,9 @@ class Fences:
     def ready(self) -> tuple[Event, ...]:
         """Events that a read of device rows which is enqueued now must wait for.
 
-        The last one follows the work on the current stream, which made the indices. It waits for a forward that
-        runs elsewhere only where that stream does: SGLang's scheduler stream, for the prefill in flight
-        (``_apply_war_barrier``, 0.5.23; for decodes in a CUDA graph it waits for their reads alone).
+        The last one follows the work on the current stream, which made the indices. It waits for a forward
+        that runs elsewhere only where that stream does: SGLang's scheduler stream, for the prefill in flight
+        (``_apply_war_barrier``; of decodes in a CUDA graph for what they read of the scheduler's).
         """
         device = self._device
         current = device.current_stream()
