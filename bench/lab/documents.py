@@ -20,7 +20,7 @@ from ..measure import results
 from ..serve import result
 from . import coverage, experiments, fact_list, submission_thread, targets
 from .gpu_table import fence_table, of_file
-from .serve_table import speed_table, summary_table, together, verified_table
+from .serve_table import arms_table, speed_table, summary_table, together, verified_table
 
 DOCUMENTS = ("README.md", "docs/*.md")
 """Where tables may stand, from the repository's root."""
@@ -40,6 +40,7 @@ MAKERS: dict[str, Callable[[Sequence[Path]], str]] = {
     "policy_facts": lambda paths: fact_list.table(),
     "policy_matrix": lambda paths: markdown(matrix(default_policy(), {})),
     "serve_summary": _servers(summary_table),
+    "serve_arms": _servers(arms_table),
     "serve_chat": _servers(speed_table),
     "serve_prefill": _servers(lambda runs: speed_table(runs, "prefill")),
     "submission": lambda paths: "\n".join(

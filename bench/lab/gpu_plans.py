@@ -122,7 +122,7 @@ PLANS: dict[str, list[PlannedCell]] = {
     "layer-first": _by_page(
         "kvheavy-layer_first",
         (64, 1),
-        PlannedCell("", ("kernel", "auto", "hybrid", "fenced_kernel", "null"), layout="layer_first"),
+        PlannedCell("", ("kernel", "auto", "copy_engine", "null"), layout="layer_first"),
     ),
     "attention": [
         PlannedCell(

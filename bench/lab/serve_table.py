@@ -3,6 +3,7 @@
     python -m sglang_hicache.bench.lab.serve_table bench/results/DATE-GPU-servers/first.json ...
     python -m sglang_hicache.bench.lab.serve_table --workload prefill FILE...
     python -m sglang_hicache.bench.lab.serve_table --summary FILE...
+    python -m sglang_hicache.bench.lab.serve_table --arms FILE...
     python -m sglang_hicache.bench.lab.serve_table --verified FILE...
 
 Of several runs with a cell of the same name the last one counts. With ``--verified``, which combinations have
@@ -133,6 +134,58 @@ def summary_table(found: ServeResult) -> str:
     return "\n".join(lines) + "\n"
 
 
+def arms_table(found: ServeResult) -> str:
+    """What it ran on, and a row for each arm under each load: its figures, and the scheduler's thread.
+
+    Raises:
+        ValueError: nothing ran.
+    """
+    rows = [
+        [
+            str(cell.cell["model"]["name"]),
+            f"`{cell.cell['mem_layout']}`",
+            str(cell.cell["page_size"]),
+            each.workload,
+            _by(each.arm, cell),
+            *_figures(each),
+            *_thread(cell, each.arm),
+        ]
+        for cell in found.cells
+        for each in cell.sums()
+    ]
+    if not rows:
+        raise ValueError("no cell has a turn")
+    machine = found.environment
+    columns = ("model", "layout", "page", "load", "write-back", *_COLUMNS, "entries", "thread ms")
+    lines = [
+        f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}, torch {machine['torch']}, "
+        f"SGLang {machine['sglang']}, {machine['date'][:10]}; "
+        f"{' '.join(found.cells[0].cell['more'][:2])}.",
+        "",
+        markdown_row(columns),
+        markdown_row(["---"] * len(columns)),
+        *map(markdown_row, rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _by(arm: str, cell: CellResult) -> str:
+    """An arm's title; of ``auto`` with what it took that day."""
+    title = ARMS.get(arm, f"`{arm}`")
+    plugin = (cell.arms[arm].server or {}).get("plugin") or {}
+    return f"{title} (`{plugin['backend']}`)" if arm == AUTO and plugin else title
+
+
+def _thread(cell: CellResult, arm: str) -> list[str]:
+    """Copies of a write and ms of the scheduler's thread for one, of all loads together."""
+    counters = ((cell.arms[arm].server or {}).get("plugin") or {}).get("counters", {})
+    writes = counters.get("writes")
+    if not writes or "submit_seconds" not in counters:
+        return ["", ""]
+    seconds = counters["submit_seconds"] + counters["gap_seconds"]
+    return [f"{counters['copies'] / writes:,.0f}", f"{seconds / writes * 1e3:.2f}"]
+
+
 def _attention(server: Mapping[str, Any]) -> str:
     """The attention backend, or those of prefill and decode where they are not one."""
     both = [
@@ -232,6 +285,7 @@ def main() -> None:
     )
     parser.add_argument("--verified", action="store_true", help="which combinations have served")
     parser.add_argument("--summary", action="store_true", help="a row for each setup and load")
+    parser.add_argument("--arms", action="store_true", help="a row for each arm under each load")
     parser.add_argument("--workload", default="chat", help="whose figures (chat)")
     parser.add_argument("run", nargs="+", type=Path)
     args = parser.parse_args()
@@ -241,7 +295,8 @@ def main() -> None:
             print(verified_table(runs), end="")
         else:
             whole = together(runs)
-            print(summary_table(whole) if args.summary else speed_table(whole, args.workload), end="")
+            make = arms_table if args.arms else summary_table if args.summary else None
+            print(make(whole) if make else speed_table(whole, args.workload), end="")
     except ValueError as error:
         parser.error(str(error))
 

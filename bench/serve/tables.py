@@ -164,11 +164,10 @@ def _servers(cell: CellResult) -> Table:
         if not server.get("enable_hierarchical_cache") and server:
             chosen = "-"
         started = "-" if arm.start_s is None else f"{arm.start_s:.0f}"
-        layout = str(server.get("hicache_mem_layout") or "-") if chosen != "-" else "-"
         lines.append(
-            (name, started, str(chosen), layout, str(server.get("pool_tokens", "-")), fences, entries, thread)
+            (name, started, str(chosen), str(server.get("pool_tokens", "-")), fences, entries, thread)
         )
-    columns = ("arm", "start s", "D2H by", "layout", "pool", "fences", "entries", "thread")
+    columns = ("arm", "start s", "D2H by", "pool", "fences", "entries", "thread")
     return Table(f"{about(cell)}: servers", columns, tuple(lines), (_SERVERS_NOTE,))
 
 

@@ -15,7 +15,13 @@ from test_serve_account import turn
 from typer.testing import CliRunner
 
 from sglang_hicache.bench.cli import app
-from sglang_hicache.bench.lab.serve_table import speed_table, summary_table, together, verified_table
+from sglang_hicache.bench.lab.serve_table import (
+    arms_table,
+    speed_table,
+    summary_table,
+    together,
+    verified_table,
+)
 from sglang_hicache.bench.measure.plots import why_not
 from sglang_hicache.bench.serve import arms, plots, report, result, tables
 from sglang_hicache.bench.serve.account import Distribution
@@ -266,6 +272,24 @@ def test_the_table_of_several_runs_has_each_page_size_once_and_the_last_of_it() 
     assert "20.0" not in row
     assert row.count(" 8.7 |") == 2
     assert "page 1: 1 rounds of 7 requests; page 64: 1 rounds of 7 requests." in text
+
+
+def test_each_arm_has_its_copies_and_the_schedulers_thread() -> None:
+    found = a_page(64, 15.0)
+    (cell,) = found.cells
+    counters = {"writes": 4, "copies": 1000, "submit_seconds": 0.01, "gap_seconds": 0.002}
+    cell.arms["auto"] = ArmFacts(server={"plugin": {"backend": "hybrid", "counters": counters}})
+    cell.arms["kernel"] = ArmFacts(server={"plugin": None})
+    cell.turns.append(replace(cell.turns[0], arm="kernel"))
+    kernel, auto = sorted(arms_table(found).splitlines()[4:], key=lambda line: "`auto`" in line)
+    assert "| `auto` (`hybrid`) | 15.0 (15.0 to 15.0) |" in auto
+    assert auto.endswith("| 250 | 3.00 |")
+    assert kernel.endswith("|  |  |")
+    # A server of before these counters has none.
+    del counters["submit_seconds"]
+    assert arms_table(found).splitlines()[4:][0].endswith("|  |  |")
+    with pytest.raises(ValueError, match="no cell has a turn"):
+        arms_table(ServeResult(found.environment))
 
 
 def test_what_no_arm_has_is_no_column() -> None:

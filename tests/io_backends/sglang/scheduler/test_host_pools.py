@@ -124,8 +124,6 @@ class TestCost:
         assert of_its_share([self.ENTRY], ()) == [self.ENTRY]
 
 
-
-
 @pytest.mark.usefixtures("cpu_sglang")
 class TestRealPools:
     @pytest.mark.parametrize("kind", KINDS)
