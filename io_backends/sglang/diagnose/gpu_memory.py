@@ -48,7 +48,7 @@ def sizes(gpu_arch: str, given_gib: int | None) -> tuple[int, ...]:
     return (given_gib,) if given_gib is not None else _SIZES.get(gpu_arch, _ALL)
 
 
-class Unknown(NamedTuple):
+class NotGiven(NamedTuple):
     """What is not known of the other machine: its name, one value of it in words, and how to say it."""
 
     name: str
@@ -56,15 +56,15 @@ class Unknown(NamedTuple):
     how: str
 
 
-MEMORY = Unknown("the GPU's memory", "{} GiB of GPU memory", HOW)
-CUDA = Unknown("the CUDA that torch was built for", "CUDA {}", "give --fact cuda=VERSION")
+MEMORY = NotGiven("the GPU's memory", "{} GiB of GPU memory", HOW)
+CUDA = NotGiven("the CUDA that torch was built for", "CUDA {}", "give --fact cuda=VERSION")
 
 CUDAS = ("13.0", "12.9")
 """One on each side of the bound by which SGLang refuses a server (13, ``attention_hook.py``); a torch that
 SGLang 0.5.18 to 0.5.23 pins is built for 12.8 and more, which is above the others."""
 
 
-def merged(answers: Mapping[Any, dict[str, Any]], of: Unknown = MEMORY) -> dict[str, Any]:
+def merged(answers: Mapping[Any, dict[str, Any]], of: NotGiven = MEMORY) -> dict[str, Any]:
     """One answer of those that `dry_run_child` gave, by values of what is unknown; facts that differ are too.
 
     A server that SGLang refuses with one value and not with another is refused, with the value.

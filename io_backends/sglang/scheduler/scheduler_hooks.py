@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -254,7 +255,11 @@ def _listed(controller: Any, active: Active) -> tuple[HostPool, ...]:
 
 def _around_submit(original: Callable[..., Any], engine: Any, transfers: Any) -> Any:
     assert _active is not None
-    return _active.writeback.submit(original, engine, transfers)
+    began = time.perf_counter()
+    try:
+        return _active.writeback.submit(original, engine, transfers)
+    finally:
+        _active.writeback.counters.submit_seconds += time.perf_counter() - began
 
 
 def _around_move(original: Callable[..., Any], controller: Any, op: Any) -> Any:

@@ -81,13 +81,6 @@ class WriteBack:
 
     def submit(self, original: Callable[..., Any], engine: Any, transfers: Sequence[Any]) -> Any:
         """Hook around ``submit_device_to_host``: returns SGLang's own ``TransferCompletion``."""
-        began = time.perf_counter()
-        try:
-            return self._submit(original, engine, transfers)
-        finally:
-            self.counters.submit_seconds += time.perf_counter() - began
-
-    def _submit(self, original: Callable[..., Any], engine: Any, transfers: Sequence[Any]) -> Any:
         device = self._device
         chosen = [self._choose(transfer, engine.io_backend) for transfer in transfers]
         # After that: moving indices is work on the current stream.
@@ -181,33 +174,31 @@ class WriteBack:
         if not self._deferred:
             return
         with self._gap():
-            self._advance(launching)
-
-    def _advance(self, launching: bool) -> None:
-        ready: tuple[Event, ...] = ()
-        blocked: list[Backend] = []
-        for write in self._deferred:
-            late = launching and write.late
-            for backend, part in write.pending:
-                if backend in blocked:
-                    continue
-                with self._given_up_on_error(write):
-                    # Nothing is recorded or waited for at a poll that finds no memory free.
-                    if part.can_advance() or (late and not part.enqueued()):
-                        ready = ready or self.fences.ready()
-                        self.fences.sm_work(backend, self._forwards, part.advance(ready, wait=late))
-                    if not part.enqueued():
-                        blocked.append(backend)
-            if len(blocked) == len(self._backends):
-                break
-        self._forget_enqueued()
+            ready: tuple[Event, ...] = ()
+            blocked: list[Backend] = []
+            for write in self._deferred:
+                late = launching and write.late
+                for backend, part in write.pending:
+                    if backend in blocked:
+                        continue
+                    with self._given_up_on_error(write):
+                        # Nothing is recorded or waited for at a poll that finds no memory free.
+                        if part.can_advance() or (late and not part.enqueued()):
+                            ready = ready or self.fences.ready()
+                            self.fences.sm_work(backend, self._forwards, part.advance(ready, wait=late))
+                        if not part.enqueued():
+                            blocked.append(backend)
+                if len(blocked) == len(self._backends):
+                    break
+            self._forget_enqueued()
 
     def _flush(self, write: Write) -> None:
         """Enqueue the rest of this one at once: somebody waits for it. Forwards wait for its SM work too."""
-        with self._gap(), self._given_up_on_error(write):
+        with self._gap():
             ready = self.fences.ready()
-            for backend, part in write.pending:
-                self.fences.sm_work(backend, self._forwards, part.advance(ready, wait=True))
+            with self._given_up_on_error(write):
+                for backend, part in write.pending:
+                    self.fences.sm_work(backend, self._forwards, part.advance(ready, wait=True))
 
     @contextmanager
     def _gap(self) -> Iterator[None]:

@@ -219,6 +219,8 @@ def test_a_retraction_passes_the_hook(backend: str) -> None:
     assert set(backups) == {True, False}
     # What is written otherwise has a fence of SGLang's; a server without one wrote nothing else.
     assert len(backups) > 10
+    # The thread's time is counted where the hook is passed.
+    assert all(active.writeback.counters.submit_seconds > 0 for active in counted)
 
 
 def past_the_hook(made: Experiment) -> Any:
