@@ -137,6 +137,8 @@ class Release:
         one_radix_cache: ``UnifiedRadixCache`` serves all models; ``hicache-io race`` simulates no other.
         host_memory_shared: a host pool is compared with its rank's part of what is free, not with all of it.
         host_memory_in_cgroups: limits of cgroups count for what is free.
+        index_pools: host pools of pages and keys beside the rows, by class, whose copies are those of the
+            release that ours were compared with on a GPU (0.5.23).
     """
 
     version: str
@@ -146,6 +148,9 @@ class Release:
     one_radix_cache: bool = True
     host_memory_shared: bool = True
     host_memory_in_cgroups: bool = True
+    index_pools: frozenset[str] = frozenset(
+        {"DSAIndexerPoolHost", "QSAIndexerPoolHost", "MHATokenToKOnlyPoolHost"}
+    )
 
     @property
     def launcher_points(self) -> tuple[HookPoint, ...]:
@@ -194,6 +199,7 @@ RELEASES = (
         one_radix_cache=False,
         host_memory_shared=False,
         host_memory_in_cgroups=False,
+        index_pools=frozenset(),
     ),
     Release(
         "0.5.19",
@@ -201,8 +207,15 @@ RELEASES = (
         pool_copy=_LOGICAL_COPY,
         one_radix_cache=False,
         host_memory_in_cgroups=False,
+        index_pools=frozenset(),
     ),
-    Release("0.5.20", pool_copy=_LOGICAL_COPY, one_radix_cache=False, host_memory_in_cgroups=False),
+    Release(
+        "0.5.20",
+        pool_copy=_LOGICAL_COPY,
+        one_radix_cache=False,
+        host_memory_in_cgroups=False,
+        index_pools=frozenset({"DSAIndexerPoolHost"}),
+    ),
     Release("0.5.21", one_radix_cache=False),
     Release("0.5.22"),
     Release("0.5.23"),

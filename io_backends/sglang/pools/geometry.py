@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...plan.geometry import LAYOUTS, Component, PoolGeometry, host_strides
+from .. import versions
 from . import records
 from .errors import ShortHostRowsError, UnsupportedPoolError, check_rows
 
@@ -74,6 +75,8 @@ def describe_pool(host_pool: Any) -> PoolGeometry:
             raise UnsupportedPoolError(f"{kind} {why}")
         if kind in UNPROVEN:
             raise UnsupportedPoolError(f"{kind} {UNPROVEN[kind][1]}")
+        if kind in records.FOLLOWING and kind not in versions.current().index_pools:
+            raise UnsupportedPoolError(f"{kind} of this SGLang was not compared with ours on a GPU")
         _refuse_translated(host_pool)
         return _RECORDS[kind](host_pool)
     if host_pool.layout not in LAYOUTS:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..pools.geometry import translated as translated
+from ..pools.geometry import translated
 
 Move = Callable[..., tuple[Any, Any]]
 """``move(host, device, may_stage=)``: indices as SGLang's own copy of a pool wants them."""

@@ -27,10 +27,11 @@ from ...plan.staged_write import is_whole
 from ...routes import Route, distinct, write_facts
 from .. import versions
 from ..metrics import Metrics
+from ..pools.geometry import translated
 from . import kernels
 from .deferred_event import deferred
 from .fences import Fences
-from .indices import PlainIndices, translated
+from .indices import PlainIndices
 from .pool_registry import PoolRegistry, label_of
 from .writes import UPSTREAM, Counters, PoolWrite, Write
 

@@ -15,6 +15,7 @@ from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.plan.staged_write import is_whole
 from sglang_hicache.io_backends.registry import OWN_NAMES
 from sglang_hicache.io_backends.routes import one_route
+from sglang_hicache.io_backends.sglang import versions
 from sglang_hicache.io_backends.sglang.errors import RefusedError
 from sglang_hicache.io_backends.sglang.pools import geometry
 from sglang_hicache.io_backends.sglang.pools.errors import ShortHostRowsError, UnsupportedPoolError
@@ -134,3 +135,16 @@ def test_a_record_is_a_page_or_one_slot() -> None:
     assert (geometry.record_slots, geometry.page_size) == (64, 64)
     with pytest.raises(ValueError, match="is not a page"):
         dataclasses.replace(geometry, record_slots=2)
+
+
+def test_a_release_whose_copy_ours_was_not_compared_with_keeps_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = build("index_pages", "page_first").host
+    assert describe_pool(pool).record_slots > 1
+    older = [release.version for release in versions.RELEASES if not release.index_pools]
+    assert older == ["0.5.18", "0.5.19"]
+    for each in older:
+        monkeypatch.setattr(versions, "installed", lambda each=each: each)
+        with pytest.raises(UnsupportedPoolError, match="was not compared with ours on a GPU"):
+            describe_pool(pool)
