@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +215,23 @@ def test_a_plan_whose_time_is_up_says_what_was_not_run(
     assert gpu_plan.main(words) == 1
     assert capsys.readouterr().out.count("not run, no time left") == 2
     assert result.load(tmp_path / "first.json").cells == []
+
+
+def test_of_plans_with_one_lock_one_server_is_loaded_at_a_time(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    order: list[str] = []
+
+    def other_plan() -> None:
+        with run._alone(lock):
+            order.append("other")
+
+    other = threading.Thread(target=other_plan)
+    with run._alone(lock):
+        other.start()
+        other.join(0.2)
+        order.append("first")
+    other.join(10)
+    assert order == ["first", "other"]
+    # Without one nobody waits.
+    with run._alone(None), run._alone(None):
+        pass

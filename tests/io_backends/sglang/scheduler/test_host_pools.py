@@ -22,6 +22,7 @@ from sglang_hicache.io_backends import registry
 from sglang_hicache.io_backends.policy_files import default_policy
 from sglang_hicache.io_backends.registry import BACKENDS
 from sglang_hicache.io_backends.sglang.errors import RefusedError
+from sglang_hicache.io_backends.sglang.pools import geometry
 from sglang_hicache.io_backends.sglang.pools.errors import ShortHostRowsError
 from sglang_hicache.io_backends.sglang.pools.geometry import UNPROVEN
 from sglang_hicache.io_backends.sglang.pools.host_pools import (
@@ -154,9 +155,38 @@ class TestRealPools:
         found = host_pools([("kv", anchor, None), ("indexer", built.host, None)])
         assert [row.name for row in found] == ["kv", "indexer"]
 
+    def test_rows_whose_scales_the_host_does_not_hold_end_the_start(self) -> None:
+        """As MXFP8 before SGLang 0.5.21: the host pool is the plain one, and the scales are lost."""
+        MHATokenToKVPoolHost = type("MHATokenToKVPoolHost", (), {})  # known by its name
+        scaled = SimpleNamespace(k_scale_buffer=[object()])
+        with pytest.raises(ShortHostRowsError, match="pool kv: its device rows have scales beside them"):
+            host_pools([("kv", MHATokenToKVPoolHost(), scaled)])
+        # A host pool of its own holds them; rows without scales lose none.
+        geometry.refuse_lost_scales("kv", type("MHATokenToKVPoolMXFP8Host", (), {})(), scaled)
+        for plain in (SimpleNamespace(), SimpleNamespace(k_scale_buffer=None), None):
+            geometry.refuse_lost_scales("kv", MHATokenToKVPoolHost(), plain)
+
 
 class TestAServersList:
     """Made when a scheduler starts, for people."""
+
+    def test_a_draft_pool_apart_is_in_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """SGLang 0.5.18 keeps it beside the group of the target's pools."""
+        seen: list[Any] = []
+
+        def keep(entries: Any, window: Any) -> tuple[HostPool, ...]:
+            seen.extend(entries)
+            return ()
+
+        monkeypatch.setattr(scheduler_hooks, "host_pools", keep)
+        active: Any = SimpleNamespace(scheduler=None, decision=None, writeback=SimpleNamespace(pools={}))
+        target, device = SimpleNamespace(pool_label="kv"), object()
+        draft, of_draft = object(), object()
+        controller = SimpleNamespace(mem_pool_host=target, mem_pool_device=device)
+        scheduler_hooks._listed(controller, active)
+        controller.mem_pool_host_draft, controller.mem_pool_device_draft = draft, of_draft
+        scheduler_hooks._listed(controller, active)
+        assert seen == [("kv", target, device), ("kv", target, device), ("draft", draft, of_draft)]
 
     @pytest.fixture
     def made(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], tuple[HostPool, ...]]:

@@ -638,7 +638,9 @@ class TestWhatIsLeftForLater:
             device.recorded.clear()
             for part in backend.left:
                 part.ready = None
+            spent = write.writeback.counters.gap_seconds
             enter()
+            assert write.writeback.counters.gap_seconds > spent, enter
             given = {event for part in backend.left for event in part.ready or ()}
             assert given, enter
             assert given <= set(device.recorded), enter
