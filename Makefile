@@ -29,8 +29,8 @@ ROUNDS ?= 5
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-# Every version that gets installed. What is imported is compiled then; all of it, minutes of one core.
-PINNED := $(PIP) install --no-compile -c constraints.txt
+# Every version that gets installed.
+PINNED := $(PIP) install -c constraints.txt
 STEP := .ci/step
 SOURCES := io_backends policy bench tests
 
@@ -81,7 +81,10 @@ $(BIN)/python:
 # The version is in the stamp's name, and what is there already is not installed again.
 $(VENV)/.sglang-$(SGLANG): | $(BIN)/python
 	@if ! $(BIN)/python -c 'from importlib.metadata import version as v; exit(v("sglang") != "$(SGLANG)")' 2>/dev/null; then \
-		$(STEP) "installing sglang $(SGLANG) (11 GB, some minutes)" $(PINNED) sglang==$(SGLANG); fi
+		$(STEP) "installing sglang $(SGLANG) (11 GB, some minutes)" $(PINNED) --no-compile sglang==$(SGLANG); fi
+	@# pip compiles on one core; left to the first import, each import would, where PYTHONDONTWRITEBYTECODE is set.
+	@# Some packages hold templates that are no Python: status 1.
+	@$(STEP) "compiling it" sh -c '$(BIN)/python -m compileall -q -j 0 $(VENV)/lib/python3*/site-packages || true'
 	@touch $@
 
 $(VENV)/.package: pyproject.toml $(VENV)/.sglang-$(SGLANG)
