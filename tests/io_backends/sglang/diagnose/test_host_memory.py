@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,9 @@ from sglang_hicache.io_backends.sglang.versions import SUPPORTED
 GIB = 2**30
 
 
-def _sglangs() -> Any:
+@functools.cache
+def sglangs() -> Any:
+    """SGLang's module that reads cgroups, without the rest of SGLang."""
     path = VERSIONS / SUPPORTED[-1] / "sglang/srt/mem_cache/host_memory.py"
     spec = importlib.util.spec_from_file_location("sglangs_host_memory", path)
     assert spec is not None
@@ -28,10 +31,6 @@ def _sglangs() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-SGLANGS = _sglangs()
-"""SGLang's module that reads cgroups, without the rest of SGLang."""
 
 
 def read(machine: Machine) -> MachineMemory:
@@ -147,6 +146,7 @@ levels = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.sglang  # its source, which `make versions` unpacks
 @settings(deadline=None, max_examples=60)
 @given(version=st.sampled_from([1, 2]), each=st.lists(levels, min_size=1, max_size=4))
 def test_what_is_left_is_what_sglang_takes_for_it(
@@ -156,7 +156,7 @@ def test_what_is_left_is_what_sglang_takes_for_it(
     machine = Machine(tmp_path_factory.mktemp("machine"), cgroup=version, path=path)
     for index, level in enumerate(each):
         machine.limit("".join(f"/level{i}" for i in range(index + 1)), **level)
-    expected = SGLANGS._cgroup_memory_headroom(machine.proc_of_absolute_paths())
+    expected = sglangs()._cgroup_memory_headroom(machine.proc_of_absolute_paths())
     found = read(machine)
     assert not found.unread
     # To SGLang v1's number for no limit is one, and what is used is less of it.
