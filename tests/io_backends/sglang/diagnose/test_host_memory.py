@@ -146,7 +146,6 @@ levels = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.sglang  # its source, which `make versions` unpacks
 @settings(deadline=None, max_examples=60)
 @given(version=st.sampled_from([1, 2]), each=st.lists(levels, min_size=1, max_size=4))
 def test_what_is_left_is_what_sglang_takes_for_it(
