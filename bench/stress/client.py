@@ -63,7 +63,9 @@ class Client:
     async def __aenter__(self) -> Client:
         # No total time-out: how long a server may be silent is judged over all requests together.
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            # A connection for each request: a server that stalls past its keep-alive time (SGLang: 5 s)
+            # closes one that a request is under way on, which would count as a lost answer.
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
             read_bufsize=_READ_BYTES,
         )

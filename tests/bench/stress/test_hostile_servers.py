@@ -266,3 +266,28 @@ def test_a_first_request_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> N
         status, said, _ = run(server.url, "--silent", "1")
     assert status == 2
     assert "was not answered within 1 s" in said
+
+
+def test_no_request_goes_down_a_connection_that_the_server_may_be_closing() -> None:
+    """A server that stalls past its keep-alive time closes what it gets then: to a user a lost answer."""
+    body = b"{}"
+    answer = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n" + body
+
+    async def once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = next(line for line in head.lower().splitlines() if line.startswith(b"content-length:"))
+        await reader.readexactly(int(length.split(b":")[1]))
+        writer.write(answer)
+        await writer.drain()
+        await reader.read(1)  # the next request, or that the client has closed
+        writer.close()
+
+    async def ask_twice() -> None:
+        server = await asyncio.start_server(once, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, Client(f"http://127.0.0.1:{port}") as client:
+            for _ in range(2):
+                with pytest.raises(RequestFailed):  # an empty answer, and not a lost one
+                    await client.compute([1, 2], 3, key="k")
+
+    asyncio.run(ask_twice())
