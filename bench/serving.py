@@ -87,11 +87,13 @@ class ServerError(RuntimeError):
 def free_port() -> int:
     """A TCP port of 127.0.0.1 that nothing listens on at this moment.
 
-    Below the range from which systems draw ports of their own (32768 and up on Linux): a server binds its
-    port many seconds later, and by then somebody's connection could have got one of those.
+    A server binds its port many seconds later. So it is below the range from which systems draw ports of
+    their own (32768 and up on Linux), where somebody's connection could have got it by then, and above those
+    of which other servers that start meanwhile take one for torch.distributed (22000 to 29999:
+    ``get_free_port_below_ephemeral`` of SGLang 0.5.22 and 0.5.23).
     """
     while True:
-        port = random.randrange(20_000, 32_000)
+        port = random.randrange(30_000, 32_768)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

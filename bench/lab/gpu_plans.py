@@ -88,6 +88,12 @@ def _by_page(name: str, pages: Sequence[int], step: PlannedCell) -> list[Planned
     return [replace(step, name=f"{name}-page{page}", page_size=page) for page in pages]
 
 
+_BYTES = PlannedCell(
+    "", (NONE, "auto", *OURS, damaged.NAME), ("chat",), rounds=1, pool_tokens=16_384, deterministic=True
+)
+_FEW_STATES = ("--max-mamba-cache-size", "96")
+"""Left to itself each server would fill the GPU with states, and the host with three times as many."""
+
 PLANS: dict[str, list[PlannedCell]] = {
     "first": _by_page("kvheavy", (1, 64), PlannedCell("", LIMIT, rounds=3)),
     # The pool and the load of shared/gpu_servers; host memory for three host pools at a time.
@@ -197,26 +203,45 @@ PLANS: dict[str, list[PlannedCell]] = {
     ],
     "tp2": _by_page("kvheavy-tp2", (1, 64), PlannedCell("", LIMIT, tp=2)),
     "bytes": [
-        PlannedCell(
-            f"bytes-{model}-{layout}-page{page}",
-            (NONE, "auto", *OURS, damaged.NAME),
-            ("chat",),
-            rounds=1,
+        replace(
+            _BYTES,
+            name=f"bytes-{model}-{layout}-page{page}",
             model=model,
             page_size=page,
             layout=layout,
-            pool_tokens=16_384,
-            deterministic=True,
+            options=_BYTES.options + more,
         )
-        for model, layout in (
-            (models.HEAVY, "page_first"),
-            (models.MLA, "page_first"),
-            (models.HEAVY, "layer_first"),
-            (models.HEAVY, "page_first_direct"),
-            (models.MLA, "layer_first"),
-            (models.MLA, "page_first_direct"),
+        for model, layout, more in (
+            (models.HEAVY, "page_first", ()),
+            (models.MLA, "page_first", ()),
+            (models.HEAVY, "layer_first", ()),
+            (models.HEAVY, "page_first_direct", ()),
+            (models.MLA, "layer_first", ()),
+            (models.MLA, "page_first_direct", ()),
+            (models.SWA, "page_first", ()),
+            (models.SWA, "layer_first", ()),
+            (models.MAMBA, "page_first", _FEW_STATES),
+            (models.MAMBA, "layer_first", _FEW_STATES),
         )
         for page in (1, 64)
+    ]
+    # Device pools in memory that the driver maps in pieces.
+    + [
+        replace(
+            _BYTES,
+            name="bytes-kvheavy-memory-saver",
+            options=(*_BYTES.options, "--enable-memory-saver"),
+        )
+    ],
+    # SGLang serves it with pages of 64 and not deterministically; bench/lab/gpu_stress.py judges its answers.
+    "dsa": [
+        PlannedCell(
+            "dsaheavy",
+            ("none", "kernel", "auto", "null"),
+            model=models.DSA,
+            pool_tokens=32_768,
+            options=GRAPHS,
+        )
     ],
 }
 """By name. A step's servers start together; each is loaded alone."""

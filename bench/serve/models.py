@@ -71,6 +71,77 @@ MLAHEAVY: dict[str, Any] = {
 }
 """The attention of DeepSeek-V2-Lite, and with it its KV cache, on 0.7B parameters: no experts."""
 
+SWAHEAVY: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "sliding_window": 128,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 40960,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+}
+"""The attention of gpt-oss-20b: 24 layers, 8 KV heads of 64, every second layer with a window of 128 tokens.
+Each layer has 4 small experts."""
+
+DSAHEAVY: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 16,
+    # SGLang's sparse kernels on Hopper take multiples of 64.
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+    # As above: no layer has experts, but SGLang reads what it would need of them.
+    "first_k_dense_replace": 16,
+    "num_experts_per_tok": 8,
+    "moe_layer_freq": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "n_group": 1,
+    "topk_group": 1,
+    "vocab_size": 512,
+    "max_position_embeddings": 40960,
+    "initializer_range": 0.05,
+    "tie_word_embeddings": False,
+}
+"""The attention of DeepSeek-V3.2 with its indexer, on 16 layers of 64 heads."""
+
+MAMBAHEAVY: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 24,
+    "full_attention_interval": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "vocab_size": 512,
+    "max_position_embeddings": 40960,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+}
+"""Qwen3-Next in small: to each layer of attention three of linear attention, with states of 0.5 MiB."""
+
 _SHAPES: dict[str, dict[str, Any]] = {
     # https://huggingface.co/Qwen/Qwen3-8B/blob/main/config.json
     "qwen3-8b": {
@@ -159,7 +230,14 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 TINY, HEAVY, MLA = "tiny", "kvheavy", "mlaheavy"
-_RANDOM = {HEAVY: ("llama", KVHEAVY), MLA: ("deepseek_v2", MLAHEAVY)}
+SWA, DSA, MAMBA = "swaheavy", "dsaheavy", "mambaheavy"
+_RANDOM = {
+    HEAVY: ("llama", KVHEAVY),
+    MLA: ("deepseek_v2", MLAHEAVY),
+    SWA: ("gpt_oss", SWAHEAVY),
+    DSA: ("deepseek_v32", DSAHEAVY),
+    MAMBA: ("qwen3_next", MAMBAHEAVY),
+}
 NAMES = (TINY, *_RANDOM, *_SHAPES)
 """``tiny`` is the demo's model, for the CPU engine; the last two have dummy weights."""
 

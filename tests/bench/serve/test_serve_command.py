@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ pytest.importorskip("aiohttp")
 
 from sglang_hicache.bench import damaged
 from sglang_hicache.bench.cli import app
-from sglang_hicache.bench.lab import gpu_plan, gpu_plans
+from sglang_hicache.bench.lab import gpu_plan, gpu_plans, gpu_stress
 from sglang_hicache.bench.serve import arms, models, null_backend, public, result, run, workloads
 from sglang_hicache.bench.serve.arms import Cell
 from sglang_hicache.bench.serve.models import ServedModel
@@ -28,8 +29,8 @@ MODEL = ServedModel("kvheavy", "/models/kvheavy", 512)
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("sglang_hicache.bench.serve.command", "sglang_hicache.bench.lab.gpu_plan"):
-        monkeypatch.setattr(f"{module}.gpu_missing", lambda: "none here")
+    for module in ("serve.command", "lab.gpu_plan", "lab.gpu_stress"):
+        monkeypatch.setattr(f"sglang_hicache.bench.{module}.gpu_missing", lambda: "none here")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_every_plan_is_made_of_what_there_is() -> None:
     for step in gpu_plans.PLANS["bytes"]:
         assert step.deterministic
         assert {arms.NONE, damaged.NAME} <= set(step.arms)
-        assert step.model in (models.HEAVY, models.MLA)
+        assert step.model in (models.HEAVY, models.MLA, models.SWA, models.MAMBA)
 
 
 def test_host_memory_of_a_step_is_that_of_the_servers_that_are_up_together() -> None:
@@ -206,6 +207,48 @@ def test_a_plan_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> Non
     assert "no GPU: none here" in capsys.readouterr().err
     assert gpu_plan.main(["--list"]) == 0
     assert "kvheavy-page64: none kernel direct auto null" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        gpu_stress.main(["bytes-kvheavy-page_first-page1"])
+    assert "no GPU: none here" in capsys.readouterr().err
+
+
+def test_stress_of_a_planned_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the server and `hicache-io stress` are told."""
+    asked: list[list[str]] = []
+
+    class Server:
+        url, start_s = "http://127.0.0.1:1", 1.0
+
+        def __init__(self, args: list[str], **_: Any) -> None:
+            asked.append(args)
+
+        def __enter__(self) -> Server:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command[command.index("stress") :])
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(gpu_stress, "gpu_missing", lambda: None)
+    monkeypatch.setattr(gpu_stress, "make_room", lambda *_: None)
+    monkeypatch.setattr(gpu_stress, "ServerProcess", Server)
+    monkeypatch.setattr(gpu_stress.subprocess, "run", run)
+    config = {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    served = ServedModel("kvheavy", str(tmp_path), 512)
+    monkeypatch.setattr(models, "make", lambda *_: served)
+    for name, exact in (("bytes-kvheavy-page_first-page1", True), ("dsaheavy", False)):
+        asked.clear()
+        assert gpu_stress.main([name, "--duration", "7m", "--out", str(tmp_path)]) == 1
+        server, stress = asked
+        assert server[server.index("--hicache-io-backend") + 1] == "auto"
+        assert ("--enable-deterministic-inference" in server) is exact
+        assert stress[1:4] == [Server.url, "--duration", "7m"]
+        assert (stress[-2:] == ["--tie", "0"]) is exact
 
 
 def test_a_plan_whose_time_is_up_says_what_was_not_run(
