@@ -48,6 +48,10 @@ def write_random_model(
             new: Any = transformers.AutoModelForCausalLM.from_config
             model = new(made)
         model.to(torch.bfloat16).save_pretrained(scratch)
+        # What transformers takes apart and does not write again, SGLang's own classes of some models read.
+        written = scratch / "config.json"
+        saved = json.loads(written.read_text(encoding="utf-8"))
+        written.write_text(json.dumps({**config, **saved}, indent=2) + "\n", encoding="utf-8")
         (scratch / _RECIPE).write_text(recipe, encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
