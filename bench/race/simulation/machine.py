@@ -96,7 +96,7 @@ def install() -> None:
     from sglang.kernels.ops.kvcache import hicache
     from sglang.srt.managers import cache_controller
     from sglang.srt.mem_cache import l2_transfer, unified_radix_cache
-    from sglang.srt.mem_cache.pool_host import common, mha, mla
+    from sglang.srt.mem_cache.pool_host import common, mamba, mha, mla
 
     if hicache.load_jit is kernels.load_jit:
         return
@@ -113,6 +113,8 @@ def install() -> None:
         module.current_platform = platform
         for name, function in kernels.DIRECT.items():
             setattr(module, name, function)
+    mamba.MambaPoolHost._copy_tensor_all_layers_lf_pf = staticmethod(kernels.states_to_host)
+    mamba.MambaPoolHost._copy_tensor_pf_lf = staticmethod(kernels.states_to_device)
     common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate_host_memory
     _merge_on_device(cache_controller.CacheOperation)
     # Of a retraction, which merges nothing.

@@ -20,6 +20,7 @@ from .loops import (
     SynchronizePipeline,
 )
 from .scheduler import Scheduler
+from .states import States, SynchronizeStates
 from .speculative import Speculative, SynchronizeSpeculative
 
 
@@ -49,4 +50,5 @@ MODES: dict[str, ServingMode] = {
     "retraction": ServingMode(Retraction, SynchronizeRetraction),
     "no-overlap": ServingMode(NoOverlap, SynchronizeNoOverlap),
     "speculative": ServingMode(Speculative, SynchronizeSpeculative, {"eagle": True}),
+    "states": ServingMode(States, SynchronizeStates, {"states": "extra_buffer", "draft": False}),
 }
