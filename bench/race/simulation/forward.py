@@ -67,6 +67,9 @@ class LayerBuffer:
     def write(self, slots: Ints, tags: Words) -> None:
         self._view[slots] = self.expected(tags)
 
+    def clear(self, slots: Ints) -> None:
+        self._view[slots] = 0
+
     def copy(self, to: Ints, source: Ints) -> None:
         self._view[to] = self._view[source]
 

@@ -26,13 +26,16 @@ from ....io_backends.virtual.sites import hide
 from .batches import Options, ScheduleBatch
 from .cache import Cache
 from .forward import ForwardBatch, Ints, LayerBuffer, Words, bytes_of
-from .linear_layers import CHUNK
+from .linear_layers import CHUNK, SLOTS
 from .loops import Callers, NoOverlap
 from .scheduler import Scheduler
 
 # Reports name the scheduler.
 hide(__name__)
 
+
+_PRESSED = 0.3
+"""How often others want the slots."""
 
 _RESULT = SimpleNamespace(num_correct_drafts_per_req_cpu=None)
 """What SGLang's functions read of a forward's result without speculative decoding."""
@@ -73,10 +76,16 @@ class StateForward:
         )
 
     def clear(self, slots: Ints) -> None:
-        """``MambaPool.clear_slots``: nobody reads what it writes."""
+        """``MambaPool.clear_slots``."""
+        self._tags[slots] = 0
         memories = [memory for memories in self._layers for memory in memories]
         gpu.current_stream().launch(
-            Operation("states cleared", writes=bytes_of(memories, slots), engine="sm")
+            Operation(
+                "states cleared",
+                work=[functools.partial(memory.clear, slots) for memory in memories],
+                writes=bytes_of(memories, slots),
+                engine="sm",
+            )
         )
 
     def launch(
@@ -118,22 +127,60 @@ class States(Scheduler):
         self._tracks = bool(self._requests.enable_mamba_extra_buffer)
         self._processor = _processor(cache)
         self._processed: ScheduleBatch | None = None
+        self._admitted = 0
 
     @property
     def wrong_reads(self) -> int:
         return super().wrong_reads + self._states.wrong_reads
 
-    def abort(self, nth: int) -> None:
-        """A request may hold a state before it holds rows."""
-        from sglang.srt.mem_cache.common import release_kv_cache
+    def _next_batch(self) -> ScheduleBatch | None:
+        if self._rng.random() < _PRESSED:
+            self._others_want_slots()
+        return super()._next_batch()
 
-        waiting = list(self.waiting)
-        super().abort(nth)
-        for request in waiting:
-            if request not in self.waiting and request.kv.holds_mamba and not request.kv.holds_kv:
-                release_kv_cache(request, self._cache.tree, checkpoint=False)
+    def _others_want_slots(self) -> None:
+        """Requests that are not followed take what the tree gives up, and every free slot of states, which
+        a forward then writes.
+        """
+        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+        from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+
+        tree, slots = self._cache.tree, self._requests.mamba_allocator
+        pages = self._rng.choice((0, 0, 1, 4)) * self._rows.page_size
+        tree.evict(EvictParams(num_tokens=pages, mamba_num=self._rng.choice((1, 2, SLOTS))))
+        if self._rng.random() < 0.2:
+            tree.evict_host(self._rng.choice((1, 2)), ComponentType.MAMBA)
+        free = slots.alloc(slots.available_size())
+        if free is not None and len(free):
+            forwards = self.forward_stream if self.enable_overlap else gpu.current_stream()
+            with gpu.stream(forwards):
+                forwards.wait_stream(self.schedule_stream)
+                self._states.clear(_slots(free))
+            slots.free(free)
+
+    def _admit(self, request: Any, left: int) -> bool:
+        """Only where it, and each that runs, can have what its checkpoints take."""
+        pool = self._requests
+        each = 1 + pool.mamba_initial_tracking_slots
+        there = pool.mamba_allocator.available_size() + self._cache.tree.mamba_evictable_size()
+        spare = len(self._running) + self._admitted + 2
+        if there < each * (self._admitted + 1) + spare:
+            return False
+        if not super()._admit(request, left):
+            self._take_back_state(request)
+            return False
+        self._admitted += 1
+        return True
+
+    def _take_back_state(self, request: Any) -> None:
+        """``get_new_batch_prefill``, of a request that matched and was not added after all."""
+        request.kv.mamba_cow_src_index, request.kv.mamba_needs_clear = None, False
+        if request.kv.holds_mamba:
+            self._requests.mamba_allocator.free(request.kv.mamba_pool_idx.unsqueeze(-1))
+            request.kv.mamba_pool_idx = None
 
     def _prefill_batch(self) -> ScheduleBatch | None:
+        self._admitted = 0
         batch = super()._prefill_batch()
         if batch is not None:
             batch.states = self._prepare_for_extend(batch)
