@@ -37,6 +37,7 @@ class Setup:
         eagle: whether it is EAGLE's, and decodes with the target.
         offload: whether a decode server offloads by a controller and a host pool of its own, beside the tree.
         states: ``--mamba-radix-cache-strategy`` of a model that has linear layers too; empty: it has none.
+        write_policy: ``--hicache-write-policy``.
         layers: of the target.
         pages: of the device pool.
         host_ratio: the host pool's size, in device pools.
@@ -51,6 +52,7 @@ class Setup:
     eagle: bool = False
     offload: bool = False
     states: str = ""
+    write_policy: str = "write_through"
     layers: int = 2
     pages: int = 16
     host_ratio: float = 4.0
@@ -78,7 +80,8 @@ class Cache:
         machine.install()
         machine.set_arch(setup.gpu_arch)
         gpu.reset()
-        server_args = _publish(setup)
+        self._server_args = server_args = _server_args(setup)
+        _publish(server_args)
         from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
@@ -109,7 +112,8 @@ class Cache:
             page_size=setup.page_size,
             tree_components=tuple(components),
             is_eagle=setup.eagle,
-            enable_mamba_extra_buffer=setup.states == "extra_buffer",
+            enable_mamba_extra_buffer=setup.states.startswith("extra_buffer"),
+            enable_mamba_extra_buffer_lazy=setup.states == "extra_buffer_lazy",
         )
         self.tree = UnifiedRadixCache(params)
         device_pools = [rows]
@@ -148,6 +152,8 @@ class Cache:
         from sglang.srt.managers.cache_controller import LayerDoneCounter
         from sglang.srt.mem_cache.l2_transfer import L2TransferEngine
 
+        if self.states is not None:
+            _publish(self._server_args)  # another cache may have been built since; its strategy is looked up
         controller = self.controller
         vars(controller).pop("reset", None)
         vars(self.tree).pop("_pp_sync", None)
@@ -223,9 +229,7 @@ def _host_layers(host_pools: list[Any]) -> list[list[tuple[StridedRows, PagedRow
     return found
 
 
-def _publish(setup: Setup) -> Any:
-    """The process's configuration, which SGLang's pools and controller read."""
-    from sglang.srt.runtime_context import publish
+def _server_args(setup: Setup) -> Any:
     from sglang.srt.server_args import ServerArgs
 
     server_args = ServerArgs(
@@ -235,15 +239,23 @@ def _publish(setup: Setup) -> Any:
         hicache_ratio=setup.host_ratio,
         hicache_mem_layout=setup.mem_layout,
         hicache_io_backend=setup.io_backend,
-        hicache_write_policy="write_through",
+        hicache_write_policy=setup.write_policy,
         page_size=setup.page_size,
         speculative_algorithm="EAGLE" if setup.eagle else None,
         disaggregation_decode_enable_offload_kvcache=setup.offload,
-        **({"mamba_radix_cache_strategy": setup.states, "mamba_track_interval": INTERVAL} if setup.states else {}),
+        mamba_radix_cache_strategy=setup.states or "auto",
+        mamba_track_interval=INTERVAL,
     )
+    # Else SGLang reads the model's configuration.
     server_args._mamba_cache_chunk_size = max(CHUNK, setup.page_size)
-    publish(server_args, role="scheduler")
     return server_args
+
+
+def _publish(server_args: Any) -> None:
+    """The process's configuration, which SGLang's pools and controller read."""
+    from sglang.srt.runtime_context import publish
+
+    publish(server_args, role="scheduler")
 
 
 def _device_pool(setup: Setup, kind: str, layers: int) -> Any:

@@ -48,8 +48,9 @@ def request_table(setup: Setup, requests: int) -> Any:
         enable_memory_saver=False,
         cache_params=Mamba2CacheParams(shape=shape, layers=layers),
         mamba_layer_ids=layers,
-        enable_mamba_extra_buffer=setup.states == "extra_buffer",
-        enable_overlap_schedule=setup.states == "extra_buffer",
+        enable_mamba_extra_buffer=setup.states != "no_buffer",
+        enable_mamba_extra_buffer_lazy=setup.states == "extra_buffer_lazy",
+        enable_overlap_schedule=setup.states != "no_buffer",
     )
 
 

@@ -91,10 +91,18 @@ class _Torch:
         return getattr(torch, name)
 
 
+class _Unpinned(_Torch):
+    """``torch`` as SGLang's batches see it: 0.5.22 pins memory without a look at whether there is a driver."""
+
+    @staticmethod
+    def tensor(*args: Any, pin_memory: bool = False, **named: Any) -> torch.Tensor:
+        return torch.tensor(*args, **named)
+
+
 def install() -> None:
     """Do all of it. Idempotent."""
     from sglang.kernels.ops.kvcache import hicache
-    from sglang.srt.managers import cache_controller
+    from sglang.srt.managers import cache_controller, schedule_batch
     from sglang.srt.mem_cache import l2_transfer, unified_radix_cache
     from sglang.srt.mem_cache.pool_host import common, mamba, mha, mla
 
@@ -105,6 +113,7 @@ def install() -> None:
         module.device_module = gpu
     hicache.load_jit = kernels.load_jit
     hicache.torch = _Torch()
+    schedule_batch.torch = _Unpinned()
     # It keeps its first answer for each row size, and the architecture may change here.
     hicache.use_hicache_tma_kernel = hicache.use_hicache_tma_kernel.__wrapped__
     platform = SimpleNamespace(capabilities=SimpleNamespace(hicache_device_kernels=True))

@@ -21,7 +21,6 @@ import torch
 
 from ....io_backends.virtual import gpu
 from ....io_backends.virtual.operations import Operation
-from ....io_backends.virtual.ranges import ByteRanges
 from ....io_backends.virtual.sites import hide
 from .batches import Options, ScheduleBatch
 from .cache import Cache
@@ -215,6 +214,7 @@ class States(Scheduler):
 
     def _prepare_for_decode(self, batch: ScheduleBatch) -> Any:
         """``prepare_for_decode``, from where it counts the batch."""
+        from sglang.srt.managers.schedule_batch import ScheduleBatch as Published
         from sglang.srt.managers.schedule_batch import set_mamba_track_indices_from_reqs
         from sglang.srt.runtime_context import mamba_track_grid
 
@@ -231,12 +231,14 @@ class States(Scheduler):
             tracked={},
         )
         if self._tracks:
-            set_mamba_track_indices_from_reqs(states)
             interval = mamba_track_grid(self._cache.tree.page_size)
             lengths = [stop for _, stop in batch.spans]
+            if self._requests.enable_mamba_extra_buffer_lazy:
+                states.seq_lens_cpu = torch.tensor(lengths)
+                Published.mamba_lazy_prealloc_at_boundary(states, interval)
+            set_mamba_track_indices_from_reqs(states)
             states.mamba_track_mask_cpu = [length % interval == 0 for length in lengths]
             states.mamba_track_mask_next_cpu = [length % interval == interval - 1 for length in lengths]
-            states.lengths = lengths
         return states
 
     def _launch(self, batch: ScheduleBatch, described: ForwardBatch) -> None:
@@ -252,7 +254,8 @@ class States(Scheduler):
             if start:
                 read[slot] = state_of(tokens[:start])
             written[slot] = state_of(tokens[:stop])
-            if batch.forward_mode.is_decode() and states.mamba_track_mask_cpu and states.mamba_track_mask_cpu[nth]:
+            decodes = batch.forward_mode.is_decode()
+            if decodes and states.mamba_track_mask_cpu and states.mamba_track_mask_cpu[nth]:
                 written[int(states.mamba_track_indices[nth])] = written[slot]
         self._states.launch(described.name, read, written, exclusive=described.exclusive, ms=described.ms)
 
