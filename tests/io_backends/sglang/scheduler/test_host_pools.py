@@ -24,7 +24,6 @@ from sglang_hicache.io_backends.registry import BACKENDS
 from sglang_hicache.io_backends.sglang.errors import RefusedError
 from sglang_hicache.io_backends.sglang.pools import geometry
 from sglang_hicache.io_backends.sglang.pools.errors import ShortHostRowsError
-from sglang_hicache.io_backends.sglang.pools.geometry import UNPROVEN
 from sglang_hicache.io_backends.sglang.pools.host_pools import (
     PROMPT_TOKENS,
     HostPool,
@@ -134,8 +133,7 @@ class TestRealPools:
         nbytes = sum(int(rows[0].numel()) * rows.element_size() for _, rows in built.rows)
         assert row.bytes == nbytes
         assert row.tokens == {"states": None, "keys_only": 1}.get(kind, built.per_record)
-        why = UNPROVEN.get(type(built.host).__name__)
-        assert row.undescribed == (None if why is None else f"{type(built.host).__name__} {why[1]}")
+        assert row.undescribed is None
         assert pool_rows([row])[0][0] == "x"
 
     def test_a_pool_that_follows_longer_indices_than_it_holds_ends_the_start(self) -> None:
