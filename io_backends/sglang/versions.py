@@ -139,7 +139,7 @@ class Release:
         host_memory_in_cgroups: limits of cgroups count for what is free.
         index_pools: host pools of pages and keys beside the rows, by class, whose copies are those of the
             release that ours were compared with on a GPU (0.5.23).
-        states_held: a state (Mamba, linear attention) that a write was given is neither given away nor written
+        states_held: a state (Mamba, linear attention) that a write was given is not given away or written
             before SGLang takes the write as done. Before 0.5.22 a forward that verifies drafts may write a
             state that the cache holds: the request that handed it over still counts in the batch, and
             ``set_mamba_track_indices_from_reqs`` then names the first of its slots (docs/coverage.md).

@@ -1,4 +1,4 @@
-"""What every row and state should hold, in the order in which the scheduler asked for it; and whether it does."""
+"""What every row and state should hold, in the order in which the scheduler asked for it; whether it does."""
 
 from __future__ import annotations
 

@@ -91,9 +91,7 @@ class StateMemory:
             [LayerBuffer(next(numbers), array[layer]) for array in arrays] for layer in range(LAYERS)
         ]
         buffers = [host_pool.temporal_buffer, *host_pool.conv_buffer]
-        self._host = [
-            [StridedRows.of(buffer[:, layer, 0]) for buffer in buffers] for layer in range(LAYERS)
-        ]
+        self._host = [[StridedRows.of(buffer[:, layer, 0]) for buffer in buffers] for layer in range(LAYERS)]
 
     def device_bytes(self) -> Ints:
         """Of all states: [start, stop) addresses, int64 [n, 2]."""

@@ -92,7 +92,7 @@ class _Torch:
 
 
 class _Unpinned(_Torch):
-    """``torch`` as SGLang's batches see it: 0.5.22 pins memory without a look at whether there is a driver."""
+    """``torch`` as SGLang's batches see it: 0.5.22 pins memory without asking whether there is a driver."""
 
     @staticmethod
     def tensor(*args: Any, pin_memory: bool = False, **named: Any) -> torch.Tensor:

@@ -20,8 +20,8 @@ from .loops import (
     SynchronizePipeline,
 )
 from .scheduler import Scheduler
-from .states import States, SynchronizeStates
 from .speculative import Speculative, SynchronizeSpeculative
+from .states import States, SynchronizeStates
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 A forward writes the state of each request into the request's own slot; at checkpoints also into one of the
 slots that the request tracks with (``extra_buffer``), and that slot is then given to the tree. Without those
-(``no_buffer``) a finished request gives its own, an unfinished one a copy. Which slots those are is for SGLang's
-own functions to say: they are called with what they read of SGLang's batch.
+(``no_buffer``) a finished request gives its own, an unfinished one a copy. Which slots those are is for
+SGLang's own functions to say: they are called with what they read of SGLang's batch.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ class SynchronizeStates(Callers, States):
 
 
 def _processor(cache: Cache) -> Any:
-    """``SchedulerBatchResultProcessor``, with what it reads of a server that serves text and measures nothing."""
+    """``SchedulerBatchResultProcessor``, with what it reads of a server that only serves text."""
     from sglang.srt.managers.scheduler_components.batch_result_processor import (
         SchedulerBatchResultProcessor,
     )

@@ -22,8 +22,8 @@ FOLLOWING = frozenset({"DSAIndexerPoolHost", "QSAIndexerPoolHost", "MHATokenToKO
 """Host pools that are given the indices of the pool of keys and values, by class."""
 
 STATES = frozenset({"MambaPoolHost"})
-"""Host pools of states, by class. What forwards write in place, unlike rows: a copy may read a state later only
-where SGLang keeps its slot for that long (:attr:`~sglang_hicache.io_backends.sglang.versions.Release.states_held`).
+"""Host pools of states, by class. Forwards write a state in place: a copy may read it later only where SGLang
+holds its slot for that long (:attr:`~sglang_hicache.io_backends.sglang.versions.Release.states_held`).
 """
 
 

@@ -1,8 +1,8 @@
 """States of linear layers: the slot of a write is SGLang's to keep until it takes the write as done.
 
-A state is written in place, and a part of a write may read it several forwards later. So each case lets others
-take what the tree gives up, and write it, at any time. Run by test_race.py, as race_cases.py is, for each
-release whose pools of states are served.
+A state is written in place, and a part of a write may read it several forwards later. So each case lets
+others take what the tree gives up, and write it, at any time. Run by test_race.py, as race_cases.py is, for
+each release whose pools of states are served.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ def cache(states: str, policy: str, core: str, page: int, layout: str, kind: str
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND", core)
         io_backend = "direct" if layout == "page_first_direct" else "kernel"
-        setup = Setup(
-            kind, layout, page, "sm90", io_backend, draft=False, states=states, write_policy=policy
-        )
+        setup = Setup(kind, layout, page, "sm90", io_backend, draft=False, states=states, write_policy=policy)
         return Cache(setup)
 
 
@@ -183,7 +181,9 @@ def test_a_request_that_is_over_tracks_nothing(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         requests, "req_index_to_mamba_ping_pong_track_buffer_mapping", torch.tensor([[0, 0], [5, 6], [7, 8]])
     )
-    over, runs = (type("Request", (), {"kv": type("Kv", (), {"mamba_next_track_idx": at})}) for at in (None, 1))
+    over, runs = (
+        type("Request", (), {"kv": type("Kv", (), {"mamba_next_track_idx": at})}) for at in (None, 1)
+    )
     batch: Any = type("Batch", (), {"req_to_token_pool": requests, "reqs": [over, runs]})
     batch.req_pool_indices = torch.tensor([1, 2])
     schedule_batch.set_mamba_track_indices_from_reqs(batch)

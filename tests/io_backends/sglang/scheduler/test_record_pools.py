@@ -144,7 +144,7 @@ def test_a_release_whose_copy_ours_was_not_compared_with_keeps_its_own(
 
 
 def test_states_that_a_release_does_not_hold_are_left_to_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forward may write what a later gap between forwards is to read: race_state_cases.py has the others."""
+    """A forward may write what a later gap between forwards is to read; race_state_cases.py has the rest."""
     pool = build("states", "page_first").host
     assert describe_pool(pool).kv_kind == "state"
     held = [release.version for release in versions.RELEASES if release.states_held]
