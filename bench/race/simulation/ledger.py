@@ -13,7 +13,7 @@ from .cache import Cache
 from .forward import Ints, Words
 
 
-class HostMemory(Protocol):
+class HostSlots(Protocol):
     """Host rows of one kind: of keys and values (:class:`~.cache.Cache`), or states."""
 
     def host_bytes(self, slots: Ints) -> ByteRanges: ...
@@ -24,7 +24,7 @@ class HostMemory(Protocol):
 class _Slots:
     """What the slots of one kind should hold, on the device and on the host; 0: nothing that is known."""
 
-    def __init__(self, device: int, host: int, memory: HostMemory) -> None:
+    def __init__(self, device: int, host: int, memory: HostSlots) -> None:
         self.device = np.zeros(device, dtype=np.uint64)
         self.host = np.zeros(host, dtype=np.uint64)
         self.written = np.zeros(host, dtype=bool)

@@ -53,6 +53,7 @@ class StateForward:
     """
 
     def __init__(self, cache: Cache, device_tags: Words) -> None:
+        assert cache.states is not None
         self._layers = cache.states.layers
         self._counter = cache.controller.layer_done_counter
         self._first = cache.setup.layers

@@ -69,7 +69,7 @@ def describe_pool(host_pool: Any) -> PoolGeometry:
         if kind in records.STATES and not release.states_held:
             raise UnsupportedPoolError(
                 f"{kind}: this SGLang may write a state that its cache holds before a later gap between "
-                "forwards has read it (speculative decoding with grammars); 0.5.22 and later do not"
+                "forwards has read it (speculative decoding with grammars); newer ones do not"
             )
         _refuse_translated(host_pool)
         return _RECORDS[kind](host_pool)
