@@ -20,6 +20,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from sglang_hicache.bench.cli import app
+from sglang_hicache.io_backends.sglang.diagnose import dry_run
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -161,14 +162,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def program(folder: Path, *python: str, first: str = "") -> Path:
+    """A folder with a ``hicache-io`` that ``python`` runs, which does ``first`` before it."""
+    command = [*python, "-c", f"{first}from sglang_hicache.bench.cli import main; main()"]
+    (folder / "hicache-io").write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n', encoding="utf-8")
+    (folder / "hicache-io").chmod(0o755)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def quick_race(plain_python: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a ``hicache-io`` that need not import SGLang; test_race.py runs it as it is installed."""
-    program = tmp_path_factory.mktemp("bin") / "hicache-io"
-    command = [*plain_python, "-c", "from sglang_hicache.bench.cli import main; main()"]
-    program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n', encoding="utf-8")
-    program.chmod(0o755)
-    return program.parent
+    """One that need not import SGLang; test_race.py runs it as it is installed."""
+    return program(tmp_path_factory.mktemp("race"), *plain_python)
+
+
+@pytest.fixture(scope="module")
+def quick_dry_run(sm90_python: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose dry runs need not; test_dry_run.py runs one as it is installed."""
+    forked = f"from {dry_run.__name__.rpartition('.')[0]} import dry_run; dry_run.PYTHON = {sm90_python!r}; "
+    return program(tmp_path_factory.mktemp("dry_run"), sys.executable, first=forked)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +195,8 @@ def test_commands_do_what_they_show(shown: Shown, folder: Path, request: pytest.
     programs = [str(Path(sys.executable).parent), os.environ["PATH"]]
     if shown.text.startswith("hicache-io race"):
         programs.insert(0, str(request.getfixturevalue("quick_race")))
+    if "--server-args" in shown.text and "--gpu-arch sm90" in shown.text:
+        programs.insert(0, str(request.getfixturevalue("quick_dry_run")))
     environment = {
         **os.environ,
         "PATH": os.pathsep.join(programs),

@@ -57,7 +57,9 @@ class Machine:
         return tiny_model.write(self.cache / "model")
 
     def env(self) -> dict[str, str]:
-        return server_options.cpu_engine_env(self.cache)
+        own = server_options.cpu_engine_env(self.cache)
+        # As users start it, SGLang imports all of its models.
+        return own if self.python == (sys.executable,) else {**own, **tiny_model.environment()}
 
     def hicache_args(self, backend: str = "auto", *more: str) -> list[str]:
         hicache = server_options.HiCache(backend)

@@ -9,7 +9,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import psutil
 import pytest
 from launching import Machine
 from own_process import run_cases
@@ -39,16 +41,21 @@ def server(machine: Machine, folder: Path, backend: str, *more: str, **env: str)
 
 @pytest.fixture(scope="module")
 def good_server(
-    fresh_machine: Machine, tmp_path_factory: pytest.TempPathFactory
+    machine: Machine, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[serving.ServerProcess]:
-    with server(fresh_machine, tmp_path_factory.mktemp("good"), "auto") as running:
+    with server(machine, tmp_path_factory.mktemp("good"), "auto") as running:
         yield running
 
 
 def later(running: serving.ServerProcess, number: signal.Signals, seconds: float) -> None:
     """Send a signal to all of a server's processes, while it is under load."""
-    assert running._process is not None
-    group = running._process.pid
+    port = urlsplit(running.url).port
+    (listener,) = {
+        each.pid
+        for each in psutil.net_connections("tcp4")
+        if each.status == "LISTEN" and each.laddr.port == port
+    }
+    group = os.getpgid(listener)
     threading.Timer(seconds, lambda: os.killpg(group, number)).start()
 
 

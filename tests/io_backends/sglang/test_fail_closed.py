@@ -99,14 +99,14 @@ def test_the_plugin_is_left_out_in_the_launcher_of_an_engine(machine: Machine, t
 
 
 @pytest.mark.parametrize("version", ["0.5.17", "0.5.24"])
-def test_an_sglang_that_is_not_known(fresh_machine: Machine, version: str) -> None:
+def test_an_sglang_that_is_not_known(machine: Machine, version: str) -> None:
     env = inject(LAUNCHER, "sglang.version", f"__version__ = {version!r}")
-    ended = fresh_machine.launch(fresh_machine.hicache_args(), env=env)
+    ended = machine.launch(machine.hicache_args(), env=env)
     assert_refused(ended, f"SGLang {version} is not known", "0.5.18 to 0.5.23")
     assert ended.status == 2
 
 
-def test_an_sglang_that_is_not_known_still_serves_its_own_backends(fresh_machine: Machine) -> None:
+def test_an_sglang_that_is_not_known_still_serves_its_own_backends(machine: Machine) -> None:
     """The refusal is for our names only: parsing `kernel` goes through (and `--help` shows both)."""
     env = inject(LAUNCHER, "sglang.version", "__version__ = '0.5.24'")
     script = (
@@ -114,8 +114,8 @@ def test_an_sglang_that_is_not_known_still_serves_its_own_backends(fresh_machine
         "from sglang.srt.server_args import prepare_server_args;"
         "print('parsed', prepare_server_args(sys.argv[1:]).hicache_io_backend)"
     )
-    args = fresh_machine.hicache_args("kernel")
-    ended = fresh_machine.launch(args, env=env, command=("-c", script))
+    args = machine.hicache_args("kernel")
+    ended = machine.launch(args, env=env, command=("-c", script))
     assert "parsed kernel" in ended.output
     assert ended.status == 0
 

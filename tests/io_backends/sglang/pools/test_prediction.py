@@ -57,14 +57,61 @@ def bytes_of(answer: dict[str, Any]) -> dict[str, float]:
     return {pool["name"]: pool["bytes"] for pool in answer["pools"]}
 
 
-MXFP8 = "--kv-cache-dtype mxfp8 --page-size 128"
+SPECULATIVE = "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
+
+FP8_CHECKPOINT = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
+FP8_WEIGHTS = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 
 
-@pytest.mark.parametrize("release", SUPPORTED[2:])
-def test_scales_are_held_on_the_host_or_no_server_starts(release: str, tmp_path: Path) -> None:
-    options = [MXFP8, "--kv-cache-dtype fp4_mx_block16"]
-    lines = [coverage.arguments(MODELS, {"model": "Qwen3-8B", "options": each}) for each in options]
-    mxfp8, fp4 = answers(release, "sm100", lines, tmp_path)
+def quantized(how: dict[str, str]) -> str:
+    """Options with which a model's config.json says so."""
+    text = json.dumps({"quantization_config": how}, separators=(",", ":"))
+    return f"--json-model-override-args {text}"
+
+
+DRAFT = MODELS / "Qwen3-0.6B"
+UNIFIED = "--tp 4 --enable-unified-memory --page-size 64 --attention-backend triton"
+SM100 = {
+    "mxfp8": ("Qwen3-8B", "--kv-cache-dtype mxfp8 --page-size 128"),
+    "fp4": ("Qwen3-8B", "--kv-cache-dtype fp4_mx_block16"),
+    "sparse": ("MiniMax-M3", "--tp 4"),
+    "nvfp4": ("MiniMax-M3-NVFP4", "--tp 4"),
+    "qsa": ("Qwen4-Exp", "--tp 2"),
+    "windows": ("gpt-oss-120b", UNIFIED),
+    "states": ("Qwen3-Next-80B-A3B", "--tp 4 --enable-unified-memory"),
+}
+"""Servers on sm100: a model and its options."""
+
+SM100_INSTALLED = {
+    "fp8": "--kv-cache-dtype fp8_e4m3",
+    "fp8 checkpoint": quantized(FP8_CHECKPOINT),
+    "fp8 weights": quantized(FP8_WEIGHTS),
+    "ngram": "--speculative-algorithm NGRAM --speculative-num-draft-tokens 4",
+    "dflash": f"--speculative-algorithm DFLASH --speculative-draft-model-path {DRAFT}",
+    "pipeline": f"--pp-size 2 --speculative-algorithm STANDALONE {SPECULATIVE} "
+    f"--speculative-draft-model-path {DRAFT}",
+}
+"""The same of Qwen3-8B, which only the installed release is asked about."""
+
+
+Sm100 = tuple[str, dict[str, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module", params=SUPPORTED[2:])
+def sm100(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Sm100:
+    """A release and its answers by name, all of one process: most of its time is SGLang's import."""
+    release = request.param
+    servers = dict(SM100)
+    if release == SUPPORTED[-1]:
+        servers |= {name: ("Qwen3-8B", words) for name, words in SM100_INSTALLED.items()}
+    lines = [coverage.arguments(MODELS, {"model": m, "options": words}) for m, words in servers.values()]
+    found = answers(release, "sm100", lines, tmp_path_factory.mktemp("sm100"))
+    return release, dict(zip(servers, found, strict=True))
+
+
+def test_scales_are_held_on_the_host_or_no_server_starts(sm100: Sm100) -> None:
+    release, found = sm100
+    mxfp8, fp4 = found["mxfp8"], found["fp4"]
     lost = "no server may start with them: pool kv: its device rows have scales beside them"
     if release == "0.5.20":
         assert mxfp8["pools"] is None
@@ -80,29 +127,17 @@ def test_scales_are_held_on_the_host_or_no_server_starts(release: str, tmp_path:
     assert refused in fp4["unknown"]
 
 
-@pytest.mark.parametrize("release", SUPPORTED[2:])
-def test_kinds_of_pools_that_only_some_releases_have(
-    release: str, tmp_path: Path, subtests: pytest.Subtests
-) -> None:
-    unified = "--tp 4 --enable-unified-memory --page-size 64 --attention-backend triton"
-    servers = {
-        "sparse": ("MiniMax-M3", "--tp 4", ["MHATokenToKVPoolHost", "MHATokenToKOnlyPoolHost"]),
-        "nvfp4": (
-            "MiniMax-M3-NVFP4",
-            "--tp 4",
-            ["MiniMaxM3Nvfp4MainKVPoolHost", "MiniMaxM3Nvfp4IndexKPoolHost"],
-        ),
-        "qsa": ("Qwen4-Exp", "--tp 2", ["MHATokenToKVPoolHost", "MambaPoolHost", "QSAIndexerPoolHost"]),
-        "windows": ("gpt-oss-120b", unified, ["UnifiedPageEnvelopeHostPool"] * 2),
-        "states": (
-            "Qwen3-Next-80B-A3B",
-            "--tp 4 --enable-unified-memory",
-            ["MHATokenToKVPoolHost", "MambaPoolHost"],
-        ),
+def test_kinds_of_pools_that_only_some_releases_have(sm100: Sm100, subtests: pytest.Subtests) -> None:
+    release, found = sm100
+    expected = {
+        "sparse": ["MHATokenToKVPoolHost", "MHATokenToKOnlyPoolHost"],
+        "nvfp4": ["MiniMaxM3Nvfp4MainKVPoolHost", "MiniMaxM3Nvfp4IndexKPoolHost"],
+        "qsa": ["MHATokenToKVPoolHost", "MambaPoolHost", "QSAIndexerPoolHost"],
+        "windows": ["UnifiedPageEnvelopeHostPool"] * 2,
+        "states": ["MHATokenToKVPoolHost", "MambaPoolHost"],
     }
-    lines = [coverage.arguments(MODELS, {"model": m, "options": words}) for m, words, _ in servers.values()]
-    found = answers(release, "sm100", lines, tmp_path)
-    for (name, (_, _, kinds)), answer in zip(servers.items(), found, strict=True):
+    for name, kinds in expected.items():
+        answer = found[name]
         with subtests.test(name):
             if release != "0.5.23":  # they refuse it, hold it otherwise, or say that they do not build it
                 assert "refused" in answer or answer["unknown"] or bytes_of(answer) == answer["held"]
@@ -114,44 +149,13 @@ def test_kinds_of_pools_that_only_some_releases_have(
                 assert answer["pools"][0]["undescribed"] == geometry.TRANSLATED
 
 
-SPECULATIVE = "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
-
-FP8_CHECKPOINT = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
-FP8_WEIGHTS = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-
-
-def quantized(how: dict[str, str]) -> str:
-    """Options with which a model's config.json says so."""
-    text = json.dumps({"quantization_config": how}, separators=(",", ":"))
-    return f"--json-model-override-args {text}"
-
-
+@pytest.mark.parametrize("sm100", SUPPORTED[-1:], indirect=True)
 class TestOtherKinds:
     """Of the installed release."""
 
-    @pytest.fixture(scope="class")
-    def found(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-        draft = MODELS / "Qwen3-0.6B"
-        cases = {
-            "fp8": "--kv-cache-dtype fp8_e4m3",
-            "fp8 checkpoint": quantized(FP8_CHECKPOINT),
-            "fp8 weights": quantized(FP8_WEIGHTS),
-            "ngram": "--speculative-algorithm NGRAM --speculative-num-draft-tokens 4",
-            "dflash": f"--speculative-algorithm DFLASH --speculative-draft-model-path {draft}",
-            "pipeline": f"--pp-size 2 --speculative-algorithm STANDALONE {SPECULATIVE} "
-            f"--speculative-draft-model-path {draft}",
-        }
-        lines = [
-            coverage.arguments(MODELS, {"model": "Qwen3-8B", "options": words}) for words in cases.values()
-        ]
-        release = SUPPORTED[-1]
-        return dict(
-            zip(
-                cases,
-                answers(release, "sm100", lines, tmp_path_factory.mktemp("kinds")),
-                strict=True,
-            )
-        )
+    @pytest.fixture
+    def found(self, sm100: Sm100) -> dict[str, dict[str, Any]]:
+        return sm100[1]
 
     def test_fp8_is_half_of_bf16(self, found: dict[str, dict[str, Any]]) -> None:
         (pool,) = found["fp8"]["pools"]
@@ -195,7 +199,6 @@ def test_a_real_server_has_the_pools_that_were_predicted(
     algorithm: str, machine: Machine, tmp_path: Path
 ) -> None:
     """It is asked for its pools, and for no token: nothing could draft one here."""
-    machine = machine.with_python_of_its_own()
     config = json.loads((machine.model / "config.json").read_text(encoding="utf-8"))
     draft = tmp_path / "draft"
     draft.mkdir()

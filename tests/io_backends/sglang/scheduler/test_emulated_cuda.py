@@ -10,7 +10,7 @@ from pathlib import Path
 import preloaded
 import pytest
 from launching import CHILDREN, Machine, inject
-from own_process import fake_driver, run_cases
+from own_process import SHARD, fake_driver, run_cases
 from repository import ROOT
 
 from sglang_hicache.bench import tiny_model
@@ -38,8 +38,12 @@ def open_device(name):
 """
 
 
-def test_writes_through_sglangs_pools_on_virtual_streams(subtests: pytest.Subtests, tmp_path: Path) -> None:
-    environment = {**fake_driver(tmp_path), "TRITON_INTERPRET": "1"}
+# Three minutes of one core together.
+@pytest.mark.parametrize("share", ["0/3", "1/3", "2/3"])
+def test_writes_through_sglangs_pools_on_virtual_streams(
+    subtests: pytest.Subtests, tmp_path: Path, share: str
+) -> None:
+    environment = {**fake_driver(tmp_path), "TRITON_INTERPRET": "1", SHARD: share}
     run_cases(subtests, HERE / "emulated_cases.py", environment)
 
 
