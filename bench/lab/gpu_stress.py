@@ -39,7 +39,15 @@ def main(given: Sequence[str] | None = None) -> int:
     missing = gpu_missing()
     if missing is not None:
         parser.error(f"no GPU: {missing} (make stress is the same on SGLang's CPU engine)")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped on the way out
+    stress: list[subprocess.Popen[bytes]] = []
+
+    def stop(*_: object) -> None:
+        """The load ends early and saves what it has; the server is stopped on the way out."""
+        if not stress:
+            sys.exit(143)
+        stress[0].terminate()
+
+    signal.signal(signal.SIGTERM, stop)
     args.out.mkdir(parents=True, exist_ok=True)
     step = cells[args.cell]
     cell = step.cell(args.work / "models")
@@ -55,7 +63,8 @@ def main(given: Sequence[str] | None = None) -> int:
             command = [sys.executable, "-c", "from sglang_hicache.bench import cli; cli.main()", "stress"]
             command += [server.url, "--duration", args.duration, "--out", str(args.out / f"{name}.json")]
             command += ["--tie", "0"] if cell.deterministic else []
-            return subprocess.run(command, check=False).returncode
+            stress.append(subprocess.Popen(command))
+            return stress[0].wait()
     except ServerError as error:
         say(f"{name}: {error}")
         return 2

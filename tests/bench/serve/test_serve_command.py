@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
+import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,14 @@ from sglang_hicache.io_backends.registry import available_backends
 from sglang_hicache.io_backends.sglang import unsafe
 
 MODEL = ServedModel("kvheavy", "/models/kvheavy", 512)
+
+
+@pytest.fixture(autouse=True)
+def this_process_ends_as_before() -> Iterator[None]:
+    """What runs on a lent machine says what SIGTERM does."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(autouse=True)
@@ -217,6 +227,7 @@ def test_stress_of_a_planned_cell(
 ) -> None:
     """What the server and `hicache-io stress` are told."""
     asked: list[list[str]] = []
+    ended: list[object] = []
 
     class Server:
         url, start_s = "http://127.0.0.1:1", 1.0
@@ -229,14 +240,21 @@ def test_stress_of_a_planned_cell(
 
         def __exit__(self, *_: object) -> None: ...
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        asked.append(command[command.index("stress") :])
-        return subprocess.CompletedProcess(command, 1)
+    class Stress:
+        def __init__(self, command: list[str]) -> None:
+            asked.append(command[command.index("stress") :])
+
+        def wait(self) -> int:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return 1
+
+        def terminate(self) -> None:
+            ended.append(self)
 
     monkeypatch.setattr(gpu_stress, "gpu_missing", lambda: None)
     monkeypatch.setattr(gpu_stress, "make_room", lambda *_: None)
     monkeypatch.setattr(gpu_stress, "ServerProcess", Server)
-    monkeypatch.setattr(gpu_stress.subprocess, "run", run)
+    monkeypatch.setattr(gpu_stress.subprocess, "Popen", Stress)
     config = {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 128}
     (tmp_path / "config.json").write_text(json.dumps(config))
     served = ServedModel("kvheavy", str(tmp_path), 512)
@@ -249,6 +267,7 @@ def test_stress_of_a_planned_cell(
         assert ("--enable-deterministic-inference" in server) is exact
         assert stress[1:4] == [Server.url, "--duration", "7m"]
         assert (stress[-2:] == ["--tie", "0"]) is exact
+    assert len(ended) == 2, "SIGTERM ends the load, which saves what it has"
 
 
 def test_a_plan_whose_time_is_up_says_what_was_not_run(
