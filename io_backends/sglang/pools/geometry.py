@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ...plan.geometry import LAYOUTS, Component, PoolGeometry, host_strides
@@ -46,6 +46,25 @@ def refuse_lost_scales(name: str, host_pool: Any, device_pool: Any) -> None:
         raise ShortHostRowsError(
             f"pool {name}: its device rows have scales beside them, and {type(host_pool).__name__} of this "
             "SGLang holds none: what is loaded back would be read with scales of other rows"
+        )
+
+
+def refuse_lost_index(cache: Any, kinds: Collection[str]) -> None:
+    """Refuse a cache with compressed index keys (QSA) of which the host holds none.
+
+    SGLang 0.5.20 and 0.5.21 write back only the keys and values of such a model (Qwen4-Exp).
+
+    Args:
+        cache: the whole device cache, or None where it is not known.
+        kinds: classes of the host pools, by name.
+
+    Raises:
+        ShortHostRowsError: what is loaded back would be searched by the index keys of others.
+    """
+    if getattr(cache, "qsa_compressed_k_buffer_pool", None) and "QSAIndexerPoolHost" not in kinds:
+        raise ShortHostRowsError(
+            "the device cache has compressed index keys (QSA) beside its rows, and no host pool of this "
+            "SGLang holds them: what is loaded back would be searched by index keys of other rows"
         )
 
 

@@ -15,7 +15,14 @@ from ....policy.decide import Decision
 from ...registry import BACKENDS
 from . import records
 from .errors import ShortHostRowsError, UnsupportedPoolError
-from .geometry import TRANSLATED, WITHOUT_BYTES, describe_pool, refuse_lost_scales, translated
+from .geometry import (
+    TRANSLATED,
+    WITHOUT_BYTES,
+    describe_pool,
+    refuse_lost_index,
+    refuse_lost_scales,
+    translated,
+)
 
 PROMPT_TOKENS = 8192
 """Tokens of the prompt that shares are of, written once and as one node of the radix tree: every token's rows
@@ -85,16 +92,20 @@ class HostPool:
         return cls(**{**data, "writer": tuple(data["writer"])})
 
 
-def host_pools(entries: Sequence[tuple[str, Any, Any]], window: int | None = None) -> tuple[HostPool, ...]:
+def host_pools(
+    entries: Sequence[tuple[str, Any, Any]], window: int | None = None, cache: Any = None
+) -> tuple[HostPool, ...]:
     """The pools of a group, first the one of keys and values, with their shares; nobody writes them yet.
 
     Args:
         entries: SGLang's name, host pool and device pool of each.
         window: tokens of the model's sliding window.
+        cache: the device cache that they are of, as a whole; None: not known.
 
     Raises:
-        ShortHostRowsError: a pool cannot hold what it is for.
+        ShortHostRowsError: a pool cannot hold what it is for, or there is none for something.
     """
+    refuse_lost_index(cache, {type(pool).__name__ for _, pool, _ in entries})
     pools = [
         _pool(name, pool, device, window)
         for name, pool, device in entries

@@ -39,14 +39,14 @@ def predicted(server_args: Any) -> tuple[HostPool, ...]:
         ShortHostRowsError: a pool cannot hold what it is for.
     """
     try:
-        entries, window = _built(server_args)
+        entries, window, cache = _built(server_args)
     except (Exception, SystemExit) as error:
         text = (str(error).splitlines() or [""])[0]
         raise UnknownPoolsError(text or type(error).__name__) from error
-    return host_pools(entries, window)
+    return host_pools(entries, window, cache)
 
 
-def _built(server_args: Any) -> tuple[list[tuple[str, Any, Any]], int | None]:
+def _built(server_args: Any) -> tuple[list[tuple[str, Any, Any]], int | None, Any]:
     from sglang.srt import runtime_context
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.mem_cache.hybrid_cache import hybrid_pool_assembler as assembler
@@ -98,7 +98,7 @@ def _built(server_args: Any) -> tuple[list[tuple[str, Any, Any]], int | None]:
     entries = [
         (_name(entry.name), entry.host_pool, entry.device_pool) for entry in result.host_pool_group.entries
     ]
-    return entries, configurator.sliding_window_size
+    return entries, configurator.sliding_window_size, device_pool
 
 
 def _name(name: Any) -> str:

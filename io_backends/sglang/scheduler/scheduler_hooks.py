@@ -229,6 +229,12 @@ def _prepare(controller: Any, active: Active) -> None:
             )
 
 
+def _cache_of(controller: Any) -> Any:
+    """The device cache as a whole, of which ``mem_pool_device`` may be a part; None where it is not known."""
+    allocator = getattr(controller, "mem_pool_device_allocator", None)
+    return None if allocator is None else allocator.get_kvcache()
+
+
 def _listed(controller: Any, active: Active) -> tuple[HostPool, ...]:
     """The pools of a controller as they are, with who writes each."""
     group = controller.mem_pool_host
@@ -244,7 +250,7 @@ def _listed(controller: Any, active: Active) -> tuple[HostPool, ...]:
     window = getattr(runner, "sliding_window_size", None)
     known = active.writeback.pools
     try:
-        found = host_pools(listed, window)
+        found = host_pools(listed, window, _cache_of(controller))
         return assigned(found, active.decision, lambda row, name: known[by_name[row.name]].reason_of(name))
     except ShortHostRowsError as error:
         raise RefusedError(str(error)) from error

@@ -48,9 +48,9 @@ def answer(argv: list[str]) -> dict[str, Any]:
     build = prediction._built
 
     def noted(server_args: Any) -> Any:
-        entries, window = build(server_args)
+        entries, window, cache = build(server_args)
         built.extend(entries)
-        return entries, window
+        return entries, window, cache
 
     prediction._built = noted
     try:

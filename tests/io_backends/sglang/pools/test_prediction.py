@@ -139,6 +139,13 @@ def test_kinds_of_pools_that_only_some_releases_have(sm100: Sm100, subtests: pyt
     for name, kinds in expected.items():
         answer = found[name]
         with subtests.test(name):
+            if name == "qsa" and release in ("0.5.20", "0.5.21"):
+                assert answer["pools"] is None
+                assert (
+                    "no server may start with them: the device cache has compressed index"
+                    in answer["unknown"]
+                )
+                continue
             if release != "0.5.23":  # they refuse it, hold it otherwise, or say that they do not build it
                 assert "refused" in answer or answer["unknown"] or bytes_of(answer) == answer["held"]
                 continue

@@ -164,6 +164,15 @@ class TestRealPools:
         for plain in (SimpleNamespace(), SimpleNamespace(k_scale_buffer=None), None):
             geometry.refuse_lost_scales("kv", MHATokenToKVPoolHost(), plain)
 
+    def test_index_keys_that_the_host_does_not_hold_end_the_start(self) -> None:
+        """As Qwen4-Exp before SGLang 0.5.22: only its keys and values are written back."""
+        indexed = SimpleNamespace(qsa_compressed_k_buffer_pool=[object()])
+        with pytest.raises(ShortHostRowsError, match="no host pool of this SGLang holds them"):
+            host_pools([("kv", SimpleNamespace(), None)], None, indexed)
+        geometry.refuse_lost_index(indexed, {"MHATokenToKVPoolHost", "QSAIndexerPoolHost"})
+        for plain in (SimpleNamespace(), SimpleNamespace(qsa_compressed_k_buffer_pool=[]), None):
+            geometry.refuse_lost_index(plain, {"MHATokenToKVPoolHost"})
+
 
 class TestAServersList:
     """Made when a scheduler starts, for people."""
@@ -171,9 +180,11 @@ class TestAServersList:
     def test_a_draft_pool_apart_is_in_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """SGLang 0.5.18 keeps it beside the group of the target's pools."""
         seen: list[Any] = []
+        caches: list[Any] = []
 
-        def keep(entries: Any, window: Any) -> tuple[HostPool, ...]:
+        def keep(entries: Any, window: Any, cache: Any) -> tuple[HostPool, ...]:
             seen.extend(entries)
+            caches.append(cache)
             return ()
 
         monkeypatch.setattr(scheduler_hooks, "host_pools", keep)
@@ -183,8 +194,10 @@ class TestAServersList:
         controller = SimpleNamespace(mem_pool_host=target, mem_pool_device=device)
         scheduler_hooks._listed(controller, active)
         controller.mem_pool_host_draft, controller.mem_pool_device_draft = draft, of_draft
+        controller.mem_pool_device_allocator = SimpleNamespace(get_kvcache=lambda: "the whole cache")
         scheduler_hooks._listed(controller, active)
         assert seen == [("kv", target, device), ("kv", target, device), ("draft", draft, of_draft)]
+        assert caches == [None, "the whole cache"]
 
     @pytest.fixture
     def made(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], tuple[HostPool, ...]]:
