@@ -152,8 +152,8 @@ class Cache:
         from sglang.srt.managers.cache_controller import LayerDoneCounter
         from sglang.srt.mem_cache.l2_transfer import L2TransferEngine
 
-        if self.states is not None:
-            _publish(self._server_args)  # another cache may have been built since; its strategy is looked up
+        # Another cache may have been built since, and SGLang looks up what is served.
+        _publish(self._server_args)
         controller = self.controller
         vars(controller).pop("reset", None)
         vars(self.tree).pop("_pp_sync", None)
