@@ -62,7 +62,7 @@ def race(
         typer.Option(
             metavar="NAME",
             help="How the server runs forwards and asks for writes: overlap (if nothing is said), pipeline, "
-            "synchronize, offload, retraction, no-overlap, speculative; several, or all.",
+            "synchronize, offload, retraction, no-overlap, speculative, states; several, or all.",
             show_default=False,
         ),
     ] = None,
@@ -141,7 +141,7 @@ def race(
     version_ = published().version.partition("+")[0]
     if version_ not in SIMULATED:
         _refuse(f"SGLang {published().version} is not simulated; these are: {', '.join(SIMULATED)}")
-    modes = _modes(mode, version_)
+    modes = _modes(mode, version_, str(facts.value("mem_layout")))
     try:
         actions = None if program is None else workload.from_text(program)
     except ValueError as error:
@@ -224,7 +224,7 @@ def _decide(
     return facts, decision
 
 
-def _modes(asked: Sequence[str] | None, version_: str) -> tuple[str, ...]:
+def _modes(asked: Sequence[str] | None, version_: str, layout: str) -> tuple[str, ...]:
     """The modes that were asked for. Exits for one that is not there."""
     from .simulation.modes import MODES
     from .simulation.published import SIMULATED
@@ -237,8 +237,12 @@ def _modes(asked: Sequence[str] | None, version_: str) -> tuple[str, ...]:
             check_name("mode", name, (*MODES, "all"))
     except NameProblem as error:
         _refuse(str(error))
-    if list(wanted) != ["overlap"] and version_ != SIMULATED[-1]:
-        _refuse(f"of SGLang {version_} only mode overlap is simulated; the others: of {SIMULATED[-1]}")
+    if wanted.keys() - {"overlap", "states"} and version_ != SIMULATED[-1]:
+        _refuse(f"of SGLang {version_} only overlap and states are simulated; the others: of {SIMULATED[-1]}")
+    if layout == "layer_first" and "states" in wanted:
+        if list(wanted) == ["states"]:
+            _refuse("SGLang has no states (mode states) in a host pool of layout layer_first")
+        del wanted["states"]
     return tuple(wanted)
 
 

@@ -139,6 +139,10 @@ class Release:
         host_memory_in_cgroups: limits of cgroups count for what is free.
         index_pools: host pools of pages and keys beside the rows, by class, whose copies are those of the
             release that ours were compared with on a GPU (0.5.23).
+        states_held: a state (Mamba, linear attention) that a write was given is not given away or written
+            before SGLang takes the write as done. Before 0.5.22 a forward that verifies drafts may write a
+            state that the cache holds: the request that handed it over still counts in the batch, and
+            ``set_mamba_track_indices_from_reqs`` then names the first of its slots (docs/coverage.md).
     """
 
     version: str
@@ -151,6 +155,7 @@ class Release:
     index_pools: frozenset[str] = frozenset(
         {"DSAIndexerPoolHost", "QSAIndexerPoolHost", "MHATokenToKOnlyPoolHost"}
     )
+    states_held: bool = True
 
     @property
     def launcher_points(self) -> tuple[HookPoint, ...]:
@@ -200,6 +205,7 @@ RELEASES = (
         host_memory_shared=False,
         host_memory_in_cgroups=False,
         index_pools=frozenset(),
+        states_held=False,
     ),
     Release(
         "0.5.19",
@@ -208,6 +214,7 @@ RELEASES = (
         one_radix_cache=False,
         host_memory_in_cgroups=False,
         index_pools=frozenset(),
+        states_held=False,
     ),
     Release(
         "0.5.20",
@@ -215,8 +222,9 @@ RELEASES = (
         one_radix_cache=False,
         host_memory_in_cgroups=False,
         index_pools=frozenset({"DSAIndexerPoolHost"}),
+        states_held=False,
     ),
-    Release("0.5.21", one_radix_cache=False),
+    Release("0.5.21", one_radix_cache=False, states_held=False),
     Release("0.5.22"),
     Release("0.5.23"),
 )

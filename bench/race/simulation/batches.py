@@ -9,7 +9,10 @@ from typing import Any
 
 @dataclass(slots=True)
 class ScheduleBatch:
-    """``ScheduleBatch``: the requests of one forward, and which tokens of each it computes."""
+    """``ScheduleBatch``: the requests of one forward, and which tokens of each it computes.
+
+    ``states`` is what SGLang's batch keeps of the states of linear layers, where a model has any.
+    """
 
     forward_mode: Any
     requests: list[Any]
@@ -20,6 +23,7 @@ class ScheduleBatch:
     sampled: list[list[int]] = field(default_factory=list)
     copy_done: Any = None
     read_done: Any = None
+    states: Any = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from ....io_backends.virtual.ranges import ByteRanges
 from . import machine
 from .forward import Ints, LayerBuffer, Words
 from .kernels import PagedRows, StridedRows
+from .linear_layers import CHUNK, INTERVAL, StateMemory, hybrid_pool, request_table
 from .offload import offload_manager, restart_offload
 from .published import published
 
@@ -35,6 +36,8 @@ class Setup:
         draft: whether a draft model has a pool of its own, written with the target's.
         eagle: whether it is EAGLE's, and decodes with the target.
         offload: whether a decode server offloads by a controller and a host pool of its own, beside the tree.
+        states: ``--mamba-radix-cache-strategy`` of a model that has linear layers too; empty: it has none.
+        write_policy: ``--hicache-write-policy``.
         layers: of the target.
         pages: of the device pool.
         host_ratio: the host pool's size, in device pools.
@@ -48,6 +51,8 @@ class Setup:
     draft: bool = True
     eagle: bool = False
     offload: bool = False
+    states: str = ""
+    write_policy: str = "write_through"
     layers: int = 2
     pages: int = 16
     host_ratio: float = 4.0
@@ -67,13 +72,16 @@ class Cache:
         controller: the ``HiCacheController`` of whichever writes to the host.
         allocator, requests: the device pool's allocator, and the table of requests.
         layers: device memory of each layer, the draft's last.
+        states: of the linear layers, or None.
+        host_pools: of rows.
     """
 
     def __init__(self, setup: Setup) -> None:
         machine.install()
         machine.set_arch(setup.gpu_arch)
         gpu.reset()
-        server_args = _publish(setup)
+        self._server_args = server_args = _server_args(setup)
+        _publish(server_args)
         from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
@@ -82,24 +90,34 @@ class Cache:
 
         self.setup = setup
         dtype = torch.bfloat16
-        self.device_pool = _device_pool(setup, setup.kv_kind, setup.layers)
+        rows = _device_pool(setup, setup.kv_kind, setup.layers)
+        components = [ComponentType.FULL]
+        if setup.states:
+            self.requests = request_table(setup, REQUESTS)
+            self.device_pool = hybrid_pool(setup, rows, self.requests)
+            components.append(ComponentType.MAMBA)
+        else:
+            self.requests = ReqToTokenPool(REQUESTS, 2 * setup.tokens, "cpu", False)
+            self.device_pool = rows
         if setup.page_size == 1:
             self.allocator = TokenToKVPoolAllocator(setup.tokens, dtype, "cpu", self.device_pool, False)
         else:
             self.allocator = PagedTokenToKVPoolAllocator(
                 setup.tokens, setup.page_size, dtype, "cpu", self.device_pool, False
             )
-        self.requests = ReqToTokenPool(REQUESTS, 2 * setup.tokens, "cpu", False)
         params = CacheInitParams(
             disable=False,
             req_to_token_pool=self.requests,
             token_to_kv_pool_allocator=self.allocator,
             page_size=setup.page_size,
-            tree_components=(ComponentType.FULL,),
+            tree_components=tuple(components),
             is_eagle=setup.eagle,
+            enable_mamba_extra_buffer=setup.states.startswith("extra_buffer"),
+            enable_mamba_extra_buffer_lazy=setup.states == "extra_buffer_lazy",
         )
         self.tree = UnifiedRadixCache(params)
-        device_pools = [self.device_pool]
+        device_pools = [rows]
+        self.states: StateMemory | None = None
         self.offload = offload_manager(self) if setup.offload else None
         if self.offload is None:
             self.tree.init_hicache(server_args, params)
@@ -107,6 +125,8 @@ class Cache:
             if setup.draft:
                 device_pools.append(self._add_draft())
             self.host_pools = [entry.host_pool for entry in self.controller.mem_pool_host.entries]
+            if setup.states:
+                self.states = StateMemory(self.requests, self.host_pools.pop())
         else:
             self.controller = self.offload.cache_controller
             self.host_pools = [self.offload.decode_host_mem_pool]
@@ -132,6 +152,8 @@ class Cache:
         from sglang.srt.managers.cache_controller import LayerDoneCounter
         from sglang.srt.mem_cache.l2_transfer import L2TransferEngine
 
+        if self.states is not None:
+            _publish(self._server_args)  # another cache may have been built since; its strategy is looked up
         controller = self.controller
         vars(controller).pop("reset", None)
         vars(self.tree).pop("_pp_sync", None)
@@ -147,23 +169,27 @@ class Cache:
         counter = LayerDoneCounter(controller.transfer_layer_id_max)
         controller.layer_done_counter = counter
         self.device_pool.register_layer_transfer_counter(counter)
+        if self.states is not None:
+            self.requests.register_layer_transfer_counter(counter)
         if published().load_fence:
             controller.load_fence_stream = forward_stream
         if published().write_fence:
             controller.write_fence_stream = forward_stream
-        for memories in self.layers:
+        of_states = [] if self.states is None else [self.states]
+        for memories in [*self.layers, *(layer for each in of_states for layer in each.layers)]:
             for memory in memories:
                 memory.fill(machine.POISON)
-        for pool in self.host_pools:
+        for pool in [*self.host_pools, *(each.host_pool for each in of_states)]:
             for buffer in host_buffers(pool):
                 buffer.view(torch.uint8).fill_(machine.POISON)
 
     def device_bytes(self) -> ByteRanges:
-        """All device rows."""
+        """All device rows, and states."""
         slots = np.arange(self.setup.tokens + self.setup.page_size)
-        return ByteRanges.of(
-            np.concatenate([memory.rows.spans(slots) for memories in self.layers for memory in memories])
-        )
+        spans = [memory.rows.spans(slots) for memories in self.layers for memory in memories]
+        if self.states is not None:
+            spans.append(self.states.device_bytes())
+        return ByteRanges.of(np.concatenate(spans))
 
     def wrong_on_host(self, slots: Ints, tags: Words) -> int:
         """How many of these host rows, of all layers and components, hold something else."""
@@ -203,9 +229,7 @@ def _host_layers(host_pools: list[Any]) -> list[list[tuple[StridedRows, PagedRow
     return found
 
 
-def _publish(setup: Setup) -> Any:
-    """The process's configuration, which SGLang's pools and controller read."""
-    from sglang.srt.runtime_context import publish
+def _server_args(setup: Setup) -> Any:
     from sglang.srt.server_args import ServerArgs
 
     server_args = ServerArgs(
@@ -215,13 +239,23 @@ def _publish(setup: Setup) -> Any:
         hicache_ratio=setup.host_ratio,
         hicache_mem_layout=setup.mem_layout,
         hicache_io_backend=setup.io_backend,
-        hicache_write_policy="write_through",
+        hicache_write_policy=setup.write_policy,
         page_size=setup.page_size,
         speculative_algorithm="EAGLE" if setup.eagle else None,
         disaggregation_decode_enable_offload_kvcache=setup.offload,
+        mamba_radix_cache_strategy=setup.states or "auto",
+        mamba_track_interval=INTERVAL,
     )
-    publish(server_args, role="scheduler")
+    # Else SGLang reads the model's configuration.
+    server_args._mamba_cache_chunk_size = max(CHUNK, setup.page_size)
     return server_args
+
+
+def _publish(server_args: Any) -> None:
+    """The process's configuration, which SGLang's pools and controller read."""
+    from sglang.srt.runtime_context import publish
+
+    publish(server_args, role="scheduler")
 
 
 def _device_pool(setup: Setup, kind: str, layers: int) -> Any:

@@ -67,6 +67,12 @@ class LayerBuffer:
     def write(self, slots: Ints, tags: Words) -> None:
         self._view[slots] = self.expected(tags)
 
+    def clear(self, slots: Ints) -> None:
+        self._view[slots] = 0
+
+    def copy(self, to: Ints, source: Ints) -> None:
+        self._view[to] = self._view[source]
+
     def wrong(self, slots: Ints, tags: Words) -> int:
         """How many of these rows hold something else."""
         return int((self._view[slots] != self.expected(tags)).any(axis=1).sum())
@@ -116,8 +122,8 @@ class Forward:
                 Operation(
                     f"{batch.name}, layer {layer}",
                     work=work,
-                    reads=_bytes_of(memories, batch.read),
-                    writes=_bytes_of(memories, batch.written),
+                    reads=bytes_of(memories, batch.read),
+                    writes=bytes_of(memories, batch.written),
                     engine="sm",
                     exclusive_sms=batch.exclusive,
                     ms=batch.ms,
@@ -128,5 +134,6 @@ class Forward:
         self.wrong_reads += memory.wrong(batch.read, batch.read_tags)
 
 
-def _bytes_of(memories: Sequence[LayerBuffer], slots: Ints) -> ByteRanges:
+def bytes_of(memories: Sequence[LayerBuffer], slots: Ints) -> ByteRanges:
+    """Where these rows of all ``memories`` are."""
     return ByteRanges.of(np.concatenate([memory.rows.spans(slots) for memory in memories]))

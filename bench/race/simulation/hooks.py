@@ -69,5 +69,7 @@ def detach(cache: Cache) -> None:
 def _shrink_ring(backend: HybridBackend, device: VirtualDevice, cache: Cache) -> None:
     """``staging_mb`` counts in MiB, and a modelled row is a fraction of a real one: so is the ring."""
     tokens = RING_PAGES * max(cache.setup.page_size, 4)
-    largest = max(int(pool.size_per_token) for pool in cache.host_pools)
-    backend._ring = Ring(tokens * largest, device.query)
+    nbytes = tokens * max(int(pool.size_per_token) for pool in cache.host_pools)
+    if cache.states is not None:
+        nbytes = max(nbytes, 2 * int(cache.states.host_pool.size_per_token))
+    backend._ring = Ring(nbytes, device.query)

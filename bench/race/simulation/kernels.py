@@ -343,6 +343,39 @@ def transfer_kv_per_layer_direct_pf_lf(
     _direct(copies, page_size)
 
 
+def states_to_host(
+    *, src_layers: Sequence[Any], dst: Any, src_indices: Any, dst_indices: Any, io_backend: str, **_: Any
+) -> None:
+    """``MambaPoolHost._copy_tensor_all_layers_lf_pf``: device layers to host slots [slot, layer, 1, ...]."""
+    _states(
+        [(StridedRows.of(dst[:, nth, 0]), StridedRows.of(src)) for nth, src in enumerate(src_layers)],
+        dst_indices,
+        src_indices,
+        io_backend,
+    )
+
+
+def states_to_device(
+    *, src: Any, dst: Any, src_indices: Any, dst_indices: Any, layer_id: int, io_backend: str, **_: Any
+) -> None:
+    """``MambaPoolHost._copy_tensor_pf_lf``: host slots to one device layer."""
+    pair = StridedRows.of(dst), StridedRows.of(src[:, layer_id, 0])
+    _states([pair], dst_indices, src_indices, io_backend)
+
+
+def _states(pairs: Sequence[tuple[StridedRows, StridedRows]], to: Any, of: Any, io_backend: str) -> None:
+    on_sms = io_backend == "kernel"
+    targets, sources = _values(to), _values(of)
+    launch(
+        "state kernel" if on_sms else "direct copies",
+        [Copy(target, targets, source, sources) for target, source in pairs],
+        (to, of) if on_sms else (),
+        on_sms=on_sms,
+        d2h=pairs[0][0].base in host_memory,
+        engine_copies=len(pairs) * len(targets),
+    )
+
+
 class PagedRows(NamedTuple):
     """Rows of one layer in a buffer [page, layer, offset, ...]."""
 

@@ -91,12 +91,20 @@ class _Torch:
         return getattr(torch, name)
 
 
+class _Unpinned(_Torch):
+    """``torch`` as SGLang's batches see it: 0.5.22 pins memory without asking whether there is a driver."""
+
+    @staticmethod
+    def tensor(*args: Any, pin_memory: bool = False, **named: Any) -> torch.Tensor:
+        return torch.tensor(*args, **named)
+
+
 def install() -> None:
     """Do all of it. Idempotent."""
     from sglang.kernels.ops.kvcache import hicache
-    from sglang.srt.managers import cache_controller
+    from sglang.srt.managers import cache_controller, schedule_batch
     from sglang.srt.mem_cache import l2_transfer, unified_radix_cache
-    from sglang.srt.mem_cache.pool_host import common, mha, mla
+    from sglang.srt.mem_cache.pool_host import common, mamba, mha, mla
 
     if hicache.load_jit is kernels.load_jit:
         return
@@ -105,6 +113,7 @@ def install() -> None:
         module.device_module = gpu
     hicache.load_jit = kernels.load_jit
     hicache.torch = _Torch()
+    schedule_batch.torch = _Unpinned()
     # It keeps its first answer for each row size, and the architecture may change here.
     hicache.use_hicache_tma_kernel = hicache.use_hicache_tma_kernel.__wrapped__
     platform = SimpleNamespace(capabilities=SimpleNamespace(hicache_device_kernels=True))
@@ -113,6 +122,8 @@ def install() -> None:
         module.current_platform = platform
         for name, function in kernels.DIRECT.items():
             setattr(module, name, function)
+    mamba.MambaPoolHost._copy_tensor_all_layers_lf_pf = staticmethod(kernels.states_to_host)
+    mamba.MambaPoolHost._copy_tensor_pf_lf = staticmethod(kernels.states_to_device)
     common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate_host_memory
     _merge_on_device(cache_controller.CacheOperation)
     # Of a retraction, which merges nothing.

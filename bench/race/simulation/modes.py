@@ -21,6 +21,7 @@ from .loops import (
 )
 from .scheduler import Scheduler
 from .speculative import Speculative, SynchronizeSpeculative
+from .states import States, SynchronizeStates
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,4 +50,5 @@ MODES: dict[str, ServingMode] = {
     "retraction": ServingMode(Retraction, SynchronizeRetraction),
     "no-overlap": ServingMode(NoOverlap, SynchronizeNoOverlap),
     "speculative": ServingMode(Speculative, SynchronizeSpeculative, {"eagle": True}),
+    "states": ServingMode(States, SynchronizeStates, {"states": "extra_buffer", "draft": False}),
 }

@@ -236,7 +236,7 @@ class Scheduler:
             wanted = len(request.full_untruncated_fill_ids) - request.prefix_len + 1
             if self._rows.free - self._promised < self._rows.whole_pages(wanted):
                 return False
-            if request.host_hit_length > 0:
+            if request.needs_host_load_back():
                 loaded, request.last_node = tree.init_load_back(
                     InitLoadBackParams(request.best_match_node, request.host_hit_length, req=request)
                 )

@@ -10,17 +10,7 @@ from .. import versions
 from . import records
 from .errors import ShortHostRowsError, UnsupportedPoolError, check_rows
 
-UNPROVEN: Mapping[str, tuple[str, str]] = {
-    "MambaPoolHost": (
-        "Mamba",
-        "is served once it is shown that no state is given away before a later gap between forwards reads it",
-    ),
-}
-"""Host pools whose descriptions copy the right bytes, also on a GPU: left to SGLang, unlooked at, until what
-they name is shown."""
-
 OTHER_KINDS: Mapping[str, tuple[str, str]] = {
-    **UNPROVEN,
     "DeepSeekV4PagedHostPool": ("DeepSeek V4", "holds pages of several sub-pools"),
     "MHATokenToKVPoolMXFP8Host": ("MXFP8", "holds the scales of its blocks beside its rows"),
     "MiniMaxM3Nvfp4MainKVPoolHost": ("NVFP4", "holds packed pages of keys, values and scales"),
@@ -73,10 +63,14 @@ def describe_pool(host_pool: Any) -> PoolGeometry:
         if kind not in _RECORDS:
             _, why = OTHER_KINDS.get(kind, ("", "is not a plain MHA or MLA pool"))
             raise UnsupportedPoolError(f"{kind} {why}")
-        if kind in UNPROVEN:
-            raise UnsupportedPoolError(f"{kind} {UNPROVEN[kind][1]}")
-        if kind in records.FOLLOWING and kind not in versions.current().index_pools:
+        release = versions.current()
+        if kind in records.FOLLOWING and kind not in release.index_pools:
             raise UnsupportedPoolError(f"{kind} of this SGLang was not compared with ours on a GPU")
+        if kind in records.STATES and not release.states_held:
+            raise UnsupportedPoolError(
+                f"{kind}: this SGLang may write a state that its cache holds before a later gap between "
+                "forwards has read it (speculative decoding with grammars); newer ones do not"
+            )
         _refuse_translated(host_pool)
         return _RECORDS[kind](host_pool)
     if host_pool.layout not in LAYOUTS:

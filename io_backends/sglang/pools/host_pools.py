@@ -120,7 +120,7 @@ def _pool(name: str, pool: Any, device_pool: Any, window: int | None) -> HostPoo
     except UnsupportedPoolError as error:
         undescribed = str(error)
     in_pages = hasattr(pool, "item_bytes")  # the pages of DeepSeek-V4 and QSA: of one layer
-    record = "state" if kind == "MambaPoolHost" else "token"
+    record = "state" if kind in records.STATES else "token"
     if in_pages or kind == "DSAIndexerPoolHost":
         record = "page"
     per_token = int(getattr(pool, "size_per_token", 0))

@@ -21,6 +21,11 @@ STATE, INDEX = "state", "index"
 FOLLOWING = frozenset({"DSAIndexerPoolHost", "QSAIndexerPoolHost", "MHATokenToKOnlyPoolHost"})
 """Host pools that are given the indices of the pool of keys and values, by class."""
 
+STATES = frozenset({"MambaPoolHost"})
+"""Host pools of states, by class. Forwards write a state in place: a copy may read it later only where SGLang
+holds its slot for that long (:attr:`~sglang_hicache.io_backends.sglang.versions.Release.states_held`).
+"""
+
 
 def states(pool: Any) -> PoolGeometry:
     """A ``MambaPoolHost``: temporal state and convolution states, a record each a slot and layer.

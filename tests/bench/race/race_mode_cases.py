@@ -59,6 +59,7 @@ LACKS = {
     "retraction": {"read_before_write", "sm_overlap"},
     "no-overlap": {"sm_overlap"},
     "speculative": {"sm_overlap"},
+    "states": {"sm_overlap"},
 }
 """What SGLang 0.5.23 by itself does not order beside fa3 on sm90.
 

@@ -16,6 +16,7 @@ from own_process import SHARD, run_cases
 from repository import VERSIONS
 
 from sglang_hicache.bench import damaged
+from sglang_hicache.io_backends.sglang import versions
 
 pytestmark = pytest.mark.sglang
 
@@ -34,6 +35,23 @@ def test_fences_and_races(subtests: pytest.Subtests, share: str, plain_python: P
 @pytest.mark.parametrize("share", ["0/3", "1/3", "2/3"])
 def test_every_mode(subtests: pytest.Subtests, share: str, plain_python: Python) -> None:
     run_cases(subtests, HERE / "race_mode_cases.py", {SHARD: share}, plain_python)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("share", ["0/2", "1/2"])
+def test_states(subtests: pytest.Subtests, share: str, plain_python: Python) -> None:
+    run_cases(subtests, HERE / "race_state_cases.py", {SHARD: share}, plain_python)
+
+
+@pytest.mark.timeout(1800)
+def test_states_of_another_release(subtests: pytest.Subtests) -> None:
+    """Each whose states are served, the installed one apart."""
+    for release in versions.RELEASES[:-1]:
+        if release.states_held:
+            tree = VERSIONS / release.version
+            if not (tree / ".complete").exists():
+                pytest.skip("not unpacked; run `make versions`")
+            run_cases(subtests, HERE / "race_state_cases.py", {"PYTHONPATH": str(tree)})
 
 
 @pytest.mark.timeout(1800)

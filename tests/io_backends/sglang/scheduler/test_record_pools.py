@@ -17,18 +17,11 @@ from sglang_hicache.io_backends.registry import OWN_NAMES
 from sglang_hicache.io_backends.routes import one_route
 from sglang_hicache.io_backends.sglang import versions
 from sglang_hicache.io_backends.sglang.errors import RefusedError
-from sglang_hicache.io_backends.sglang.pools import geometry
 from sglang_hicache.io_backends.sglang.pools.errors import ShortHostRowsError, UnsupportedPoolError
 from sglang_hicache.io_backends.sglang.pools.geometry import describe_pool
 from sglang_hicache.io_backends.sglang.scheduler.writeback import WriteBack
 
 pytestmark = pytest.mark.usefixtures("cpu_sglang")
-
-
-@pytest.fixture(autouse=True)
-def proven(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a GPU had shown it already: these tests are what must pass there."""
-    monkeypatch.setattr(geometry, "UNPROVEN", {})
 
 
 def write_back(name: str) -> WriteBack:
@@ -148,3 +141,16 @@ def test_a_release_whose_copy_ours_was_not_compared_with_keeps_its_own(
         monkeypatch.setattr(versions, "installed", lambda each=each: each)
         with pytest.raises(UnsupportedPoolError, match="was not compared with ours on a GPU"):
             describe_pool(pool)
+
+
+def test_states_that_a_release_does_not_hold_are_left_to_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward may write what a later gap between forwards is to read; race_state_cases.py has the rest."""
+    pool = build("states", "page_first").host
+    assert describe_pool(pool).kv_kind == "state"
+    held = [release.version for release in versions.RELEASES if release.states_held]
+    assert held == ["0.5.22", "0.5.23"]
+    for release in versions.RELEASES:
+        monkeypatch.setattr(versions, "installed", lambda number=release.version: number)
+        if not release.states_held:
+            with pytest.raises(UnsupportedPoolError, match="may write a state that its cache holds"):
+                describe_pool(pool)

@@ -14,18 +14,11 @@ from sglang_hicache.io_backends import get_backend
 from sglang_hicache.io_backends.device.cuda import CudaDevice
 from sglang_hicache.io_backends.registry import OWN_NAMES
 from sglang_hicache.io_backends.routes import one_route
-from sglang_hicache.io_backends.sglang.pools import geometry
 from sglang_hicache.io_backends.sglang.pools.geometry import host_buffers
 from sglang_hicache.io_backends.sglang.scheduler.writeback import WriteBack
 
 WHY_NOT = why_not("sglang")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
-
-
-@pytest.fixture(autouse=True)
-def proven(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a GPU had shown it already: these tests are what must pass there."""
-    monkeypatch.setattr(geometry, "UNPROVEN", {})
 
 
 @pytest.fixture(scope="module", autouse=True)
