@@ -143,6 +143,9 @@ class Release:
             before SGLang takes the write as done. Before 0.5.22 a forward that verifies drafts may write a
             state that the cache holds: the request that handed it over still counts in the batch, and
             ``set_mamba_track_indices_from_reqs`` then names the first of its slots (docs/coverage.md).
+        windows_held: so are rows of sliding layers. Before 0.5.20 a request that has moved past its window
+            takes locks off whatever rows its path holds by then, also those of a write that it did not lock
+            itself (``release_window_lock``, docs/coverage.md).
     """
 
     version: str
@@ -156,6 +159,7 @@ class Release:
         {"DSAIndexerPoolHost", "QSAIndexerPoolHost", "MHATokenToKOnlyPoolHost"}
     )
     states_held: bool = True
+    windows_held: bool = True
 
     @property
     def launcher_points(self) -> tuple[HookPoint, ...]:
@@ -206,6 +210,7 @@ RELEASES = (
         host_memory_in_cgroups=False,
         index_pools=frozenset(),
         states_held=False,
+        windows_held=False,
     ),
     Release(
         "0.5.19",
@@ -215,6 +220,7 @@ RELEASES = (
         host_memory_in_cgroups=False,
         index_pools=frozenset(),
         states_held=False,
+        windows_held=False,
     ),
     Release(
         "0.5.20",
