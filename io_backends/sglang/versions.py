@@ -143,9 +143,8 @@ class Release:
             before SGLang takes the write as done. Before 0.5.22 a forward that verifies drafts may write a
             state that the cache holds: the request that handed it over still counts in the batch, and
             ``set_mamba_track_indices_from_reqs`` then names the first of its slots (docs/coverage.md).
-        windows_held: so are rows of sliding layers. Before 0.5.20 a request that has moved past its window
-            takes locks off whatever rows its path holds by then, also those of a write that it did not lock
-            itself (``release_window_lock``, docs/coverage.md).
+        windows_held: so are rows of sliding layers. Before 0.5.20 a decode server of PD disaggregation
+            releases locks without saying which it took, and so those of writes as well (docs/coverage.md).
     """
 
     version: str
