@@ -31,14 +31,20 @@ held = pytest.mark.skipif(not HELD, reason="rows of sliding layers are left to S
 def tree(policy: str, core: str, page: int = 1) -> window_tree.Tree:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND", core)
-        made = window_tree.Tree(policy, page)
+        try:
+            made = window_tree.Tree(policy, page)
+        except RuntimeError as error:
+            # 0.5.20: its tree in Rust takes no PyTorch as new as the newest release's.
+            if core == "rust" and "supports PyTorch" in str(error):
+                pytest.skip(str(error))
+            raise
     if core == "rust" and core not in type(made.tree.tree_core).__module__:
         pytest.skip("this SGLang has no tree in Rust here")
     return made
 
 
 def play(made: window_tree.Tree, seeds: range = SEEDS) -> tuple[int, int, int]:
-    """Of sliding layers and of others: rows that are wrong on the host. And those of sliding layers written."""
+    """Rows that are wrong on the host, of sliding layers and of others; rows of sliding layers written."""
     wrong = others = written = 0
     for seed in seeds:
         made.restart(seed)
