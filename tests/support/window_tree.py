@@ -437,8 +437,9 @@ def install() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     # Up to 0.5.21 SGLang brings configurations that the newest one's transformers has itself.
-    register = CONFIG_MAPPING.register
-    CONFIG_MAPPING.register = lambda key, value, exist_ok=False: register(key, value, exist_ok=True)
+    mapping: Any = CONFIG_MAPPING
+    register = mapping.register
+    mapping.register = lambda key, value, exist_ok=False: register(key, value, exist_ok=True)
     from sglang.srt.managers import cache_controller
     from sglang.srt.mem_cache import l2_transfer
     from sglang.srt.mem_cache.pool_host import common
