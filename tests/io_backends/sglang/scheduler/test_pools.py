@@ -194,7 +194,7 @@ def test_one_submission_with_two_pools(name: str) -> None:
 def test_rows_of_sliding_layers_that_a_release_does_not_hold_are_left_to_sglang(
     label: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They may be given to others before a later gap between forwards has read them; window_cases.py has why."""
+    """Others may have them before a later gap between forwards has read them; window_cases.py has why."""
     host = Pools("mha", "page_first", 16).host
     held = [release.version for release in versions.RELEASES if release.windows_held]
     assert held == ["0.5.20", "0.5.21", "0.5.22", "0.5.23"]
