@@ -143,6 +143,8 @@ class Release:
             before SGLang takes the write as done. Before 0.5.22 a forward that verifies drafts may write a
             state that the cache holds: the request that handed it over still counts in the batch, and
             ``set_mamba_track_indices_from_reqs`` then names the first of its slots (docs/coverage.md).
+        windows_held: so are rows of sliding layers. Before 0.5.20 a decode server of PD disaggregation
+            releases locks without saying which it took, and so those of writes as well (docs/coverage.md).
     """
 
     version: str
@@ -156,6 +158,7 @@ class Release:
         {"DSAIndexerPoolHost", "QSAIndexerPoolHost", "MHATokenToKOnlyPoolHost"}
     )
     states_held: bool = True
+    windows_held: bool = True
 
     @property
     def launcher_points(self) -> tuple[HookPoint, ...]:
@@ -206,6 +209,7 @@ RELEASES = (
         host_memory_in_cgroups=False,
         index_pools=frozenset(),
         states_held=False,
+        windows_held=False,
     ),
     Release(
         "0.5.19",
@@ -215,6 +219,7 @@ RELEASES = (
         host_memory_in_cgroups=False,
         index_pools=frozenset(),
         states_held=False,
+        windows_held=False,
     ),
     Release(
         "0.5.20",

@@ -25,6 +25,9 @@ WITHOUT_BYTES = frozenset({"LogicalHostPool", "DeepSeekV4StateHostPool"})
 """Host pools that hold slots and nothing that is copied."""
 
 
+_WINDOWS = frozenset({"swa", "draft_swa"})
+"""SGLang's labels of pools whose rows are of sliding layers, in all releases."""
+
 TRANSLATED = "unified memory translates its indices while the copy is submitted"
 
 
@@ -92,6 +95,11 @@ def describe_pool(host_pool: Any) -> PoolGeometry:
             )
         _refuse_translated(host_pool)
         return _RECORDS[kind](host_pool)
+    if label in _WINDOWS and not versions.current().windows_held:
+        raise UnsupportedPoolError(
+            "this SGLang may give away rows of sliding layers before a later gap between forwards has read "
+            "them (locks that it releases without having taken them); newer ones do not"
+        )
     if host_pool.layout not in LAYOUTS:
         raise UnsupportedPoolError(f"layout {host_pool.layout} is not covered")
     _refuse_translated(host_pool)

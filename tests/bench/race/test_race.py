@@ -55,6 +55,21 @@ def test_states_of_another_release(subtests: pytest.Subtests) -> None:
 
 
 @pytest.mark.timeout(1800)
+def test_rows_of_sliding_layers(subtests: pytest.Subtests, plain_python: Python) -> None:
+    run_cases(subtests, HERE / "window_cases.py", {}, plain_python)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("version", [release.version for release in versions.RELEASES[:-1]])
+def test_rows_of_sliding_layers_of_another_release(subtests: pytest.Subtests, version: str) -> None:
+    """Also of those whose rows are not held: that is shown."""
+    tree = VERSIONS / version
+    if not (tree / ".complete").exists():
+        pytest.skip("not unpacked; run `make versions`")
+    run_cases(subtests, HERE / "window_cases.py", {"PYTHONPATH": str(tree)})
+
+
+@pytest.mark.timeout(1800)
 def test_any_program(subtests: pytest.Subtests, plain_python: Python) -> None:
     run_cases(subtests, HERE / "race_programs.py", {}, plain_python)
 

@@ -13,6 +13,7 @@ from sglang_hicache.io_backends import Backend, Submission, Transfer, get_backen
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.registry import OWN_NAMES
 from sglang_hicache.io_backends.routes import one_route
+from sglang_hicache.io_backends.sglang import versions
 from sglang_hicache.io_backends.sglang.pools.errors import UnsupportedPoolError
 from sglang_hicache.io_backends.sglang.pools.geometry import describe_pool, host_buffers
 from sglang_hicache.io_backends.sglang.scheduler.writeback import WriteBack
@@ -187,6 +188,26 @@ def test_one_submission_with_two_pools(name: str) -> None:
     submit(write_back(name), [first, second], slots)
     first.assert_copied(*slots[0])
     second.assert_copied(*slots[1])
+
+
+@pytest.mark.parametrize("label", ["swa", "draft_swa"])
+def test_rows_of_sliding_layers_that_a_release_does_not_hold_are_left_to_sglang(
+    label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may have them before a later gap between forwards has read them; window_cases.py has why."""
+    host = Pools("mha", "page_first", 16).host
+    held = [release.version for release in versions.RELEASES if release.windows_held]
+    assert held == ["0.5.20", "0.5.21", "0.5.22", "0.5.23"]
+    for release in versions.RELEASES:
+        monkeypatch.setattr(versions, "installed", lambda number=release.version: number)
+        host.pool_label = "full"
+        assert describe_pool(host).label == "full"
+        host.pool_label = label
+        if release.windows_held:
+            assert describe_pool(host).label == label
+        else:
+            with pytest.raises(UnsupportedPoolError, match="may give away rows of sliding layers"):
+                describe_pool(host)
 
 
 class TestFallback:
