@@ -89,8 +89,15 @@ def _by_page(name: str, pages: Sequence[int], step: PlannedCell) -> list[Planned
 
 
 _BYTES = PlannedCell(
-    "", (NONE, "auto", *OURS, damaged.NAME), ("chat",), rounds=1, pool_tokens=16_384, deterministic=True
+    "",
+    (NONE, "kernel", "auto", *OURS, damaged.NAME),
+    ("chat",),
+    rounds=1,
+    pool_tokens=16_384,
+    deterministic=True,
 )
+_INVARIANT = ("--moe-runner-backend", "triton")
+"""The one that SGLang takes for this model by itself rounds by the number of tokens in a batch."""
 _FEW_STATES = ("--max-mamba-cache-size", "96")
 """Left to itself each server would fill the GPU with states, and the host with three times as many."""
 
@@ -218,8 +225,8 @@ PLANS: dict[str, list[PlannedCell]] = {
             (models.HEAVY, "page_first_direct", ()),
             (models.MLA, "layer_first", ()),
             (models.MLA, "page_first_direct", ()),
-            (models.SWA, "page_first", ()),
-            (models.SWA, "layer_first", ()),
+            (models.SWA, "page_first", _INVARIANT),
+            (models.SWA, "layer_first", _INVARIANT),
             (models.MAMBA, "page_first", _FEW_STATES),
             (models.MAMBA, "layer_first", _FEW_STATES),
         )

@@ -144,7 +144,8 @@ class Release:
             state that the cache holds: the request that handed it over still counts in the batch, and
             ``set_mamba_track_indices_from_reqs`` then names the first of its slots (docs/coverage.md).
         windows_held: so are rows of sliding layers. Before 0.5.20 a decode server of PD disaggregation
-            releases locks without saying which it took, and so those of writes as well (docs/coverage.md).
+            releases locks without saying which it took, and so those of writes as well; of the trees in Rust
+            of 0.5.20 and 0.5.21 it is not shown (docs/coverage.md).
     """
 
     version: str
@@ -228,8 +229,9 @@ RELEASES = (
         host_memory_in_cgroups=False,
         index_pools=frozenset({"DSAIndexerPoolHost"}),
         states_held=False,
+        windows_held=False,
     ),
-    Release("0.5.21", one_radix_cache=False, states_held=False),
+    Release("0.5.21", one_radix_cache=False, states_held=False, windows_held=False),
     Release("0.5.22"),
     Release("0.5.23"),
 )

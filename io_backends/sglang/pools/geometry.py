@@ -97,8 +97,8 @@ def describe_pool(host_pool: Any) -> PoolGeometry:
         return _RECORDS[kind](host_pool)
     if label in _WINDOWS and not versions.current().windows_held:
         raise UnsupportedPoolError(
-            "this SGLang may give away rows of sliding layers before a later gap between forwards has read "
-            "them (locks that it releases without having taken them); newer ones do not"
+            "this SGLang is not known to hold rows of sliding layers until a later gap between forwards has "
+            "read them; 0.5.22 and newer do"
         )
     if host_pool.layout not in LAYOUTS:
         raise UnsupportedPoolError(f"layout {host_pool.layout} is not covered")

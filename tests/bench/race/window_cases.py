@@ -23,8 +23,9 @@ POLICIES = ["write_through", "write_through_selective", "write_back"]
 CORES = ["rust", "python"]
 STEPS = 120
 SEEDS = range(150)
-HELD = versions.current().windows_held
-held = pytest.mark.skipif(not HELD, reason="rows of sliding layers are left to SGLang in this release")
+# Of 0.5.20 and 0.5.21 only the tree in Python can be played here: no backend is given their rows either.
+HELD = versions.current().version not in ("0.5.18", "0.5.19")
+held = pytest.mark.skipif(not HELD, reason="this release does not hold rows of sliding layers")
 
 
 @cache
