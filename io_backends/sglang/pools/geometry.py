@@ -98,7 +98,7 @@ def describe_pool(host_pool: Any) -> PoolGeometry:
     if label in _WINDOWS and not versions.current().windows_held:
         raise UnsupportedPoolError(
             "this SGLang is not known to hold rows of sliding layers until a later gap between forwards has "
-            "read them; 0.5.22 and newer do"
+            "read them; newer ones do"
         )
     if host_pool.layout not in LAYOUTS:
         raise UnsupportedPoolError(f"layout {host_pool.layout} is not covered")
