@@ -15,14 +15,13 @@ import aiohttp
 from ..workload import Answer
 from .answers import NotUnderstoodError, StreamEvent, parsed, understood
 
-_CONNECT_S = 10
 _READ_BYTES = 2**20
 """Room for one line of a stream: without ``--incremental-streaming-output`` each repeats all so far."""
 _BODY_BYTES = 2**26
 """More than this is no answer: a ``/server_info`` has some 50 KB, log probabilities of 256 tokens less."""
 _ERROR_BYTES = 2**16
-_END_S = 5
-"""Seconds from the last token until a stream must have ended."""
+_END_S = 60
+"""Seconds from the last token until a stream must have ended. Machines stall: 14 s were seen."""
 
 REFUSED = "refuses connections"
 
@@ -61,12 +60,13 @@ class Client:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Client:
-        # No total time-out: how long a server may be silent is judged over all requests together.
+        # No time-out, nor for connecting: how long a server may be silent is judged over all requests
+        # together, and where this process was held up, one would go off beside a connection that was made.
         self._session = aiohttp.ClientSession(
             # A connection for each request: a server that stalls past its keep-alive time (SGLang: 5 s)
             # closes one that a request is under way on, which would count as a lost answer.
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
+            timeout=aiohttp.ClientTimeout(total=None),
             read_bufsize=_READ_BYTES,
         )
         return self

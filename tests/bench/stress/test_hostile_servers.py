@@ -291,3 +291,14 @@ def test_no_request_goes_down_a_connection_that_the_server_may_be_closing() -> N
                     await client.compute([1, 2], 3, key="k")
 
     asyncio.run(ask_twice())
+
+
+def test_a_client_that_is_held_up_loses_no_answer() -> None:
+    """The whole machine may stall. A time-out of ours would go off beside a connection that is there."""
+
+    async def timeout() -> Any:
+        async with Client("http://127.0.0.1:1") as client:
+            return client._open().timeout
+
+    found = asyncio.run(timeout())
+    assert found.total is found.connect is found.sock_connect is found.sock_read is None
