@@ -43,15 +43,20 @@ def test_states(subtests: pytest.Subtests, share: str, plain_python: Python) -> 
     run_cases(subtests, HERE / "race_state_cases.py", {SHARD: share}, plain_python)
 
 
+def in_release(subtests: pytest.Subtests, version: str, cases: str) -> None:
+    tree = VERSIONS / version
+    if not (tree / ".complete").exists():
+        pytest.skip("not unpacked; run `make versions`")
+    run_cases(subtests, HERE / cases, {"PYTHONPATH": str(tree)})
+
+
+HOLD_STATES = [release.version for release in versions.RELEASES[:-1] if release.states_held]
+
+
 @pytest.mark.timeout(1800)
-def test_states_of_another_release(subtests: pytest.Subtests) -> None:
-    """Each whose states are served, the installed one apart."""
-    for release in versions.RELEASES[:-1]:
-        if release.states_held:
-            tree = VERSIONS / release.version
-            if not (tree / ".complete").exists():
-                pytest.skip("not unpacked; run `make versions`")
-            run_cases(subtests, HERE / "race_state_cases.py", {"PYTHONPATH": str(tree)})
+@pytest.mark.parametrize("version", HOLD_STATES)
+def test_states_of_another_release(subtests: pytest.Subtests, version: str) -> None:
+    in_release(subtests, version, "race_state_cases.py")
 
 
 @pytest.mark.timeout(1800)
@@ -63,10 +68,7 @@ def test_rows_of_sliding_layers(subtests: pytest.Subtests, plain_python: Python)
 @pytest.mark.parametrize("version", [release.version for release in versions.RELEASES[:-1]])
 def test_rows_of_sliding_layers_of_another_release(subtests: pytest.Subtests, version: str) -> None:
     """Also of those whose rows are not held: that is shown."""
-    tree = VERSIONS / version
-    if not (tree / ".complete").exists():
-        pytest.skip("not unpacked; run `make versions`")
-    run_cases(subtests, HERE / "window_cases.py", {"PYTHONPATH": str(tree)})
+    in_release(subtests, version, "window_cases.py")
 
 
 @pytest.mark.timeout(1800)

@@ -8,11 +8,10 @@ each release, in a process that SGLang is changed in for good.
 
 from __future__ import annotations
 
-import sys
 from functools import cache
-from typing import Any
 
 import pytest
+import unheld
 import window_tree
 
 window_tree.install()
@@ -79,14 +78,7 @@ def test_the_lock_of_a_write_is_what_holds_them(core: str, monkeypatch: pytest.M
     from sglang.srt.mem_cache.unified_cache.components import ComponentType
 
     made = tree("write_through", core)
-    lock = type(made.tree.tree_core).inc_lock_ref
-
-    def of_others_alone(core: Any, node: int, skip: Any = ()) -> Any:
-        callers = (sys._getframe(depth).f_code.co_name for depth in (1, 2, 3))
-        of_a_write = "_execute_and_commit_kv_backup" in callers
-        return lock(core, node, (ComponentType.SWA,) if of_a_write else skip)
-
-    monkeypatch.setattr(type(made.tree.tree_core), "inc_lock_ref", of_others_alone)
+    unheld.without_lock(monkeypatch, made.tree, ComponentType.SWA)
     wrong, others, _ = play(made)
     assert wrong
     assert not others
@@ -96,16 +88,7 @@ def test_the_lock_of_a_write_is_what_holds_them(core: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("core", CORES)
 def test_a_write_back_holds_them_by_waiting(core: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = tree("write_back", core)
-    cache, controller = made.tree, made.controller
-
-    def without_waiting(write_back: bool = False, finish_count: int | None = None) -> None:
-        controller.start_writing()
-        for ack in controller.ack_write_queue:
-            for each in ack.node_ids:
-                cache._finish_write_through_ack(each)
-        controller.ack_write_queue.clear()
-
-    monkeypatch.setattr(cache, "writing_check", without_waiting)
+    unheld.without_wait(monkeypatch, made.tree, made.controller)
     wrong, _, _ = play(made)
     assert wrong
 
