@@ -286,7 +286,7 @@ def _rules() -> Sequence[dict[str, Any]]:
             "annotations": {
                 "summary": f"{where}: SGLang's own copy writes pool {{{{ $labels.pool }}}}",
                 "description": "Fenced, and slower: {{ $labels.reason }}. If that is what this pool is "
-                "(Mamba, DSA indexer, ...), silence this alert for it.",
+                "(MXFP8, DeepSeek-V4, ...: docs/coverage.md), silence this alert for it.",
             },
         },
     )

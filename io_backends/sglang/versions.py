@@ -137,6 +137,7 @@ class Release:
         one_radix_cache: ``UnifiedRadixCache`` serves all models; ``hicache-io race`` simulates no other.
         host_memory_shared: a host pool is compared with its rank's part of what is free, not with all of it.
         host_memory_in_cgroups: limits of cgroups count for what is free.
+        widths_of_groups: how large parallel groups are is known once there are groups, and not before.
         index_pools: host pools of pages and keys beside the rows, by class, whose copies are those of the
             release that ours were compared with on a GPU (0.5.23).
         states_held: a state (Mamba, linear attention) that a write was given is not given away or written
@@ -155,6 +156,7 @@ class Release:
     one_radix_cache: bool = True
     host_memory_shared: bool = True
     host_memory_in_cgroups: bool = True
+    widths_of_groups: bool = False
     index_pools: frozenset[str] = frozenset(
         {"DSAIndexerPoolHost", "QSAIndexerPoolHost", "MHATokenToKOnlyPoolHost"}
     )
@@ -208,6 +210,7 @@ RELEASES = (
         one_radix_cache=False,
         host_memory_shared=False,
         host_memory_in_cgroups=False,
+        widths_of_groups=True,
         index_pools=frozenset(),
         states_held=False,
         windows_held=False,
@@ -218,6 +221,7 @@ RELEASES = (
         pool_copy=_LOGICAL_COPY,
         one_radix_cache=False,
         host_memory_in_cgroups=False,
+        widths_of_groups=True,
         index_pools=frozenset(),
         states_held=False,
         windows_held=False,
@@ -227,6 +231,7 @@ RELEASES = (
         pool_copy=_LOGICAL_COPY,
         one_radix_cache=False,
         host_memory_in_cgroups=False,
+        widths_of_groups=True,
         index_pools=frozenset({"DSAIndexerPoolHost"}),
         states_held=False,
         windows_held=False,
@@ -279,6 +284,14 @@ def arguments() -> Arguments:
 def view(server_args: Any) -> Any:
     """An object whose attributes are the values of these arguments, as resolved so far."""
     return arguments().view(server_args)
+
+
+def attention_dp(config: Any) -> int:
+    """Groups that attention is data-parallel over, within the tensor-parallel ranks.
+
+    From 0.5.22 on they have a field of their own, and ``dp_size`` counts replicas only.
+    """
+    return int(config.dp_size if config.enable_dp_attention else getattr(config, "attn_dp_size", 1) or 1)
 
 
 def rank_labels(scheduler: Any) -> dict[str, int]:

@@ -139,8 +139,8 @@ DESCRIBED = {
     "at the GPU (nvidia-smi, dmesg); restart the server.",
     "HiCacheIoBacklog": "200B of rows wait that SGLang cannot evict. Forwards make more than the link takes: "
     "a larger staging_mb, write_through_selective, or less load.",
-    "HiCacheIoFallback": "Fenced, and slower: r. If that is what this pool is (Mamba, DSA indexer, ...), "
-    "silence this alert for it.",
+    "HiCacheIoFallback": "Fenced, and slower: r. If that is what this pool is (MXFP8, DeepSeek-V4, "
+    "...: docs/coverage.md), silence this alert for it.",
 }
 
 

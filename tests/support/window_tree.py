@@ -1,7 +1,6 @@
 """SGLang's tree of a model with sliding layers, its pools and controller, and writes that are not done.
 
-What copies is replaced: a write is kept, and copied when it is taken as done and not before, which is as late
-as any backend may read. Rows are numbers: what a token's is depends on all tokens before it.
+What copies is replaced by :mod:`late_writes`. What a token's row is depends on all tokens before it.
 """
 
 from __future__ import annotations
@@ -14,79 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from late_writes import Engine, Rows
 
 WINDOW = 8
 """Tokens."""
 FULL_PAGES, WINDOW_PAGES = 160, 72
 """Of the device pools: so few that the tree must give some up."""
-
-
-class Event:
-    """Of a write."""
-
-    def __init__(self, write: Write) -> None:
-        self._write = write
-
-    def query(self) -> bool:
-        return self._write.done
-
-    def synchronize(self) -> None:
-        self._write.finish()
-
-    def elapsed_time(self, other: Any) -> float:
-        return 0.0
-
-
-class Write:
-    """One call of ``submit_device_to_host``.
-
-    Attributes:
-        parts: kind of rows, device slots, and what those rows held.
-    """
-
-    def __init__(self, rows: Rows, transfers: Any) -> None:
-        self.rows = rows
-        self.done = False
-        self.parts = []
-        for each in transfers:
-            kind = str(each.host_pool.pool_label)
-            device = each.device_indices.numpy().copy()
-            self.parts.append((kind, device, rows.device[kind][device].copy()))
-
-    def finish(self) -> None:
-        """Copies now."""
-        if self.done:
-            return
-        self.done = True
-        for kind, device, expected in self.parts:
-            found = self.rows.device[kind][device]
-            self.rows.wrong[kind] += int((found != expected).sum())
-            self.rows.written[kind] += len(device)
-
-
-class Rows:
-    """What rows hold, by kind: ``full`` and ``swa``; ``wrong`` and ``written`` count those of writes."""
-
-    def __init__(self, page: int) -> None:
-        sizes = {"full": (FULL_PAGES + 1) * page, "swa": (WINDOW_PAGES + 1) * page}
-        self.device = {kind: np.zeros(size, dtype=np.int64) for kind, size in sizes.items()}
-        self.wrong = dict.fromkeys(sizes, 0)
-        self.written = dict.fromkeys(sizes, 0)
-
-
-class Engine:
-    """In place of ``L2TransferEngine``: loads are done at once."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-        self.writes: list[Write] = []
-
-    def submit_device_to_host(self, transfers: Any) -> Any:
-        from sglang.srt.mem_cache.l2_transfer import TransferCompletion
-
-        write = Write(self.rows, transfers)
-        self.writes.append(write)
-        return TransferCompletion(Event(write), Event(write), False)
 
 
 class Request:
@@ -106,7 +38,7 @@ class Tree:
 
     Args:
         policy: ``--hicache-write-policy``.
-        seed: of everything.
+        page: tokens a page.
     """
 
     def __init__(self, policy: str, page: int = 1) -> None:
@@ -140,7 +72,8 @@ class Tree:
     def restart(self, seed: int) -> None:
         """Empty, as after a start."""
         self.rng = random.Random(seed)
-        self.rows = Rows(self.page)
+        pages = {"full": FULL_PAGES, "swa": WINDOW_PAGES}
+        self.rows = Rows({kind: (count + 1) * self.page for kind, count in pages.items()})
         self.tree.reset()
         self.allocator.clear()
         self.engine = self.controller.l2_transfer_engine = Engine(self.rows)

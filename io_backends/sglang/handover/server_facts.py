@@ -56,7 +56,9 @@ def resolved_facts(server_args: Any, machine: Facts | None = None) -> Facts:
         "overlap": not config.disable_overlap_schedule,
         "speculative": algorithm,
         "tp": config.tp_size,
-        "dp": config.dp_size if config.enable_dp_attention else config.dp_size * _attention_dp(config),
+        "dp": config.dp_size
+        if config.enable_dp_attention
+        else config.dp_size * versions.attention_dp(config),
         "pp": config.pp_size,
         "device": device,
     }
@@ -205,22 +207,23 @@ def _kernels_inside(backends: Mapping[str, Fact], server_args: Any, arch: FactVa
     return found
 
 
+_ELEMENT_BYTES = {"bf16": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
+"""Of ``--kv-cache-dtype``, where rows are plain elements: MXFP8 and FP4 have scales (0.5.18 to 0.5.23)."""
+
+
 def _row_bytes(server_args: Any, config: Any) -> Fact:
     """Bytes of one token's K in one layer on one rank, [heads, head_dim], for plain MHA pools.
 
     As SGLang sizes them (``MHATokenToKVPool``): heads over attention-TP ranks, at least one.
     """
-    if versions.arguments().uses_mla(server_args) or config.kv_cache_dtype not in (
-        "auto",
-        "bf16",
-        "bfloat16",
-    ):
+    asked = config.kv_cache_dtype
+    if versions.arguments().uses_mla(server_args) or asked not in ("auto", *_ELEMENT_BYTES):
         return Fact(None, "SGLang decides it with the pool")
     model = versions.arguments().model_config(server_args)
-    if config.kv_cache_dtype == "auto" and _may_quantize_rows(model):
+    if asked == "auto" and _may_quantize_rows(model):
         return Fact(None, "the checkpoint asks for a KV cache of another dtype, or may do so")
-    ranks = config.tp_size // _attention_dp(config) // (getattr(config, "attn_cp_size", 1) or 1)
-    itemsize = 2 if config.kv_cache_dtype != "auto" else model.dtype.itemsize
+    ranks = config.tp_size // versions.attention_dp(config) // (getattr(config, "attn_cp_size", 1) or 1)
+    itemsize = _ELEMENT_BYTES.get(asked, model.dtype.itemsize)
     return Fact(model.get_num_kv_heads(ranks) * model.head_dim * itemsize, "SGLang's model configuration")
 
 
@@ -239,14 +242,6 @@ def _may_quantize_rows(model: Any) -> bool:
     if found is None or model.quantization == "modelopt_mixed":  # a file beside config.json says it
         return "modelopt" in model.quantization
     return bool(found.get("kv_cache_quant_algo") or found.get("kv_cache_scheme"))
-
-
-def _attention_dp(config: Any) -> int:
-    """Groups that attention is data-parallel over, within the tensor-parallel ranks.
-
-    From 0.5.22 on they have a field of their own, and ``dp_size`` counts replicas only.
-    """
-    return int(config.dp_size if config.enable_dp_attention else getattr(config, "attn_dp_size", 1) or 1)
 
 
 def _pool_facts(scheduler: Any) -> dict[str, FactValue]:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from . import drafts
+from .first_rank import first_rank
 from .host_pools import HostPool, host_pools
 
 REQUESTS = 2
@@ -47,12 +48,17 @@ def predicted(server_args: Any) -> tuple[HostPool, ...]:
 
 
 def _built(server_args: Any) -> tuple[list[tuple[str, Any, Any]], int | None, Any]:
+    _publish(server_args)
+    with first_rank(server_args):
+        return _built_here(server_args)
+
+
+def _built_here(server_args: Any) -> tuple[list[tuple[str, Any, Any]], int | None, Any]:
     from sglang.srt import runtime_context
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.mem_cache.hybrid_cache import hybrid_pool_assembler as assembler
     from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
-    _publish(server_args)
     algorithm = _algorithm()
     configurator = _configurator(server_args, algorithm, ModelConfig.from_server_args(server_args))
     page = runtime_context.get_schedule().page_size
@@ -231,6 +237,8 @@ def _device_pools(configurator: Any, page: int) -> tuple[Any, Any]:
             config = sizing.calculate_pool_sizes_from_max_tokens(tokens, page)
             config.max_running_requests = REQUESTS
             config = sizing.finalize_with_max_running_requests(config)
+            if getattr(config, "swa_max_total_num_tokens", None) == 0:
+                raise ValueError("no token of a sliding window fits")
         except ValueError as error:
             refused = error
             continue
@@ -316,6 +324,9 @@ class _NoController:
         self.mem_pool_host = mem_pool_host
         self.page_size = page_size
         self.transfer_layer_id_max = others.get("transfer_layer_id_max")
+
+    def set_mtp_draft_pools(self, _: Any) -> None:
+        """Up to 0.5.18: those whose layers the host pool was built with."""
 
     @staticmethod
     def supports_page_envelope_host(storage_backend: str | None) -> bool:

@@ -102,6 +102,8 @@ def around_scheduler_init(
     """Hook around ``Scheduler.__init__``: nothing unless one of this project's backends was asked for."""
     carried = getattr(server_args, ATTRIBUTE, None)
     if carried is None:
+        if _active is not None:
+            raise end_scheduler(_one_scheduler())
         if is_ours(_effective_io_backend(server_args)):
             raise end_scheduler(
                 RefusedError(
@@ -137,6 +139,14 @@ def around_scheduler_init(
     unsafe.warn(unsafe_fences)
 
 
+def _one_scheduler() -> RefusedError:
+    """Hooks are on the functions of a whole process, and fences between the streams of one scheduler."""
+    return RefusedError(
+        "this process has a scheduler already, whose writes and forwards the hooks here belong to. Start "
+        "each scheduler in a process of its own, as SGLang does"
+    )
+
+
 def _effective_io_backend(server_args: Any) -> str | None:
     name = getattr(server_args, "hicache_io_backend", None)
     for _, fields in reversed(getattr(server_args, "_resolved_overrides", None) or ()):
@@ -147,6 +157,8 @@ def _effective_io_backend(server_args: Any) -> str | None:
 
 def _activate(scheduler: Any, decision: Decision, unsafe_fences: str | None) -> None:
     global _active
+    if _active is not None:
+        raise _one_scheduler()
     version = versions.installed()
     problem = versions.problem_with(version) or versions.check_points(
         versions.release_of(version).scheduler_points, version

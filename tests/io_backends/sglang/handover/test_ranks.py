@@ -137,6 +137,27 @@ def test_a_rank_whose_hooks_cannot_be_switched_on_still_meets_the_others(
     assert "a hook is missing" in met[0][1]
 
 
+@pytest.mark.parametrize("asked_for", [True, False], ids=["ours", "sglangs"])
+def test_a_second_scheduler_in_a_process_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked_for: bool
+) -> None:
+    """Its forwards would wait by the first one's fences, or its rows be copied behind the first one's."""
+    first = object()
+    monkeypatch.setattr(scheduler_hooks, "_active", first)
+    monkeypatch.setattr(decision_handover, "_taken_over", True)
+    monkeypatch.setattr(ranks, "alone", lambda server_args: True)
+    decision = decide(default_policy(), Facts.given(gpu_arch="sm90"))
+    carried = {decision_handover.ATTRIBUTE: decision_handover.Carried(decision.to_dict())}
+    built: list[object] = []
+    with pytest.raises(SystemExit):
+        scheduler_hooks.around_scheduler_init(
+            lambda *each: built.append(each), object(), SimpleNamespace(**(carried if asked_for else {}))
+        )
+    assert built == []
+    assert scheduler_hooks.active() is first
+    assert "has a scheduler already" in capsys.readouterr().err
+
+
 def test_a_scheduler_that_the_decision_reaches_without_the_plug_in_is_not_built(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

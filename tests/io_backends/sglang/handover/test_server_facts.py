@@ -54,6 +54,7 @@ ARGUMENTS = {
     "write back": ["--hicache-write-policy", "write_back", "--page-size", "32", "--tp-size", "2"],
     "fp8 weights": quantized(quant_method="fp8", activation_scheme="dynamic"),
     "fp8 rows": quantized(quant_method="modelopt", quant_algo="FP8", kv_cache_quant_algo="FP8"),
+    "fp8 asked for": ["--kv-cache-dtype", "fp8_e4m3"],
 }
 
 
@@ -135,6 +136,7 @@ class TestEveryRelease:
         """2 KV heads, 32 wide; `auto` takes the dtype of the rows from the checkpoint where that has one."""
         assert values(resolved["fp8 weights"], "row_bytes") == [128]
         assert values(resolved["fp8 rows"], "row_bytes") == [None]
+        assert values(resolved["fp8 asked for"], "row_bytes") == [64]
 
 
 @pytest.mark.parametrize("version", SUPPORTED)

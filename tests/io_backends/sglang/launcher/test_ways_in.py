@@ -114,32 +114,36 @@ def test_without_hicache_nothing_happens(machine: Machine) -> None:
     assert "has nothing to do without --enable-hierarchical-cache" in ended.output
 
 
-def test_the_engine(fresh_machine: Machine, policy: Path, tmp_path: Path) -> None:
+def test_engines_of_one_process(fresh_machine: Machine, policy: Path, tmp_path: Path) -> None:
+    """Beside each other: each has its own policy and decision."""
     options = {
         **{"model_path": str(fresh_machine.model), "device": "cpu", "dtype": "float32"},
         **{"attention_backend": "torch_native", "skip_tokenizer_init": True, "max_total_tokens": 1024},
         **{"page_size": 16, "enable_hierarchical_cache": True, "hicache_ratio": 4.0},
-        **{"hicache_io_backend": "auto", "hicache_io_policy": str(policy)},
     }
+    ways = (
+        {"hicache_io_backend": "auto", "hicache_io_policy": str(policy)},
+        {"hicache_io_backend": "hybrid"},
+    )
     script = tmp_path / "engine.py"
     script.write_text(
         f"""
 import json, sglang
 if __name__ == "__main__":
-    engine = sglang.Engine(**{options!r})
-    answer = engine.generate(input_ids=list(range(200)), sampling_params={{"max_new_tokens": 4}})
-    state = engine.get_server_info()["internal_states"][0]["hicache_io"]
-    print("STATE", json.dumps([len(answer["output_ids"]), state["backend"], state["rule"],
-                               state["counters"]["bytes"]]), flush=True)
-    engine.shutdown()
+    engines = [sglang.Engine(**{options!r}, **way) for way in {ways!r}]
+    for engine in engines:
+        answer = engine.generate(input_ids=list(range(200)), sampling_params={{"max_new_tokens": 4}})
+        state = engine.get_server_info()["internal_states"][0]["hicache_io"]
+        print("STATE", json.dumps([len(answer["output_ids"]), state["backend"], state["rule"],
+                                   state["counters"]["bytes"]]), flush=True)
+    engines[0].shutdown()  # SGLang ends all children of the process
 """
     )
-    ended = fresh_machine.launch([], command=(str(script),), timeout_s=180)
-    said = [line for line in ended.output.splitlines() if line.startswith("STATE ")]
-    assert said, ended.output[-3000:]
-    tokens, backend, rule, nbytes = json.loads(said[0].removeprefix("STATE "))
-    assert (tokens, backend, rule) == (4, "copy_engine", "mine")
-    assert nbytes > 0
+    ended = fresh_machine.launch([], command=(str(script),), timeout_s=240)
+    said = [json.loads(line[6:]) for line in ended.output.splitlines() if line.startswith("STATE ")]
+    assert len(said) == 2, ended.output[-3000:]
+    assert [each[:3] for each in said] == [[4, "copy_engine", "mine"], [4, "hybrid", "default"]]
+    assert all(nbytes > 0 for *_, nbytes in said)
 
 
 def test_the_engine_refuses_with_an_exception_that_a_caller_can_catch(

@@ -25,6 +25,7 @@ def held(pool: Any) -> float:
     """Bytes of a pool's host memory for each record that it holds, counted on the tensors themselves."""
     import torch
 
+    pool = vars(pool).get("host_pool", pool)  # behind the slots of sharded rows
     storages: dict[int, int] = {}
 
     def count(value: Any) -> None:
