@@ -41,6 +41,7 @@ class CopyEngineBackend(Backend):
         layouts=frozenset({"layer_first", "page_first", "page_first_direct"}),
         options=(MAX_COPIES_PER_BATCH,),
         sm_work=SmWork.NONE,
+        index_steps=True,
     )
     name = spec.name
 
@@ -60,14 +61,15 @@ class CopyEngineBackend(Backend):
         """Nothing to allocate."""
 
     def submit(self, transfer: Transfer, stream: Stream) -> Submission:
-        device_slots = self._device.host_values(transfer.device_slots, transfer.indices_ready)
+        geometry = transfer.geometry
+        indices = self._device.host_values(transfer.device_slots, transfer.indices_ready)
         copies = 0
-        for batch in direct_batches(transfer.geometry, transfer.host_slots, device_slots):
+        for batch in direct_batches(geometry, transfer.host_slots, geometry.slots_of(indices)):
             for part in batch.split(self._limit):
                 self._device.copy(part, stream)
             copies += len(batch)
         return Submission(
             copies=copies,
-            nbytes=transfer.tokens * transfer.geometry.bytes_per_token,
+            nbytes=transfer.tokens * geometry.bytes_per_token,
             keep=(transfer.device_slots,),
         )

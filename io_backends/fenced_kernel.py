@@ -35,6 +35,7 @@ class FencedKernelBackend(Backend):
             ),
         ),
         sm_work=SmWork.TRANSFER,
+        index_steps=True,
         upstream_copy=True,
     )
     name = spec.name
@@ -55,7 +56,8 @@ class FencedKernelBackend(Backend):
     def submit(self, transfer: Transfer, stream: Stream) -> Submission:
         if not self.upstream_indices:
             # SGLang's kernels have no CPU form: the plan's copies stand for them.
-            device_slots = self._device.host_values(transfer.device_slots, transfer.indices_ready)
+            indices = self._device.host_values(transfer.device_slots, transfer.indices_ready)
+            device_slots = transfer.geometry.slots_of(indices)
             batch = direct_copies(transfer.geometry, transfer.host_slots, device_slots)
             self._device.copy(batch, stream)
         else:

@@ -156,6 +156,7 @@ class HybridBackend(Backend):
             MAX_COPIES_PER_BATCH,
         ),
         sm_work=SmWork.GATHER,
+        index_steps=True,
         staging=_staging_in_words,
     )
     name = spec.name

@@ -27,7 +27,9 @@ class Transfer:
         geometry: the pool, as given to ``prepare``.
         host_slots: int64 [n] on the host; where each token goes. Empty for a backend with
             ``upstream_indices``, whose indices are where SGLang's own copy wants them.
-        device_slots: int64 tensor [n] on the pool's device; where each token is.
+        device_slots: int64 tensor [n] on the pool's device; where each token is. Of a pool with an
+            ``index_step``, which only backends get whose spec says ``index_steps``, so many times n indices,
+            which :meth:`~.plan.geometry.PoolGeometry.slots_of` turns into slots.
         ready: events that the first read of device rows must wait for (the producer fence). The stream
             given to ``submit`` has waited for them already; a backend that reads on a stream of its own
             waits for them there, and not for the given stream, which may still be waiting for an earlier
@@ -52,7 +54,8 @@ class Transfer:
     @property
     def tokens(self) -> int:
         """Rows to copy, in each layer and component."""
-        return int(self.device_slots.shape[0])  # len() of a tensor goes through Python
+        # len() of a tensor goes through Python.
+        return int(self.device_slots.shape[0]) // self.geometry.index_step
 
 
 class Pending(Protocol):

@@ -118,7 +118,9 @@ def unsupported(backend: Backend, geometry: PoolGeometry) -> str | None:
 
     What the spec rules out it is not asked: what ``explain`` says of a pool is then what a server does.
     """
-    reason = spec_of(BACKENDS, backend.name).cannot_serve(geometry.layout, geometry.kv_kind)
+    reason = spec_of(BACKENDS, backend.name).cannot_serve(
+        geometry.layout, geometry.kv_kind, geometry.index_step
+    )
     return backend.supports(geometry) if reason is None else f"{backend.name} {reason}"
 
 

@@ -71,9 +71,10 @@ def routes_of(decision: Decision, make: Callable[[str, Any], Backend]) -> tuple[
 
 def write_facts(geometry: PoolGeometry, host_indices: Any) -> WriteFacts:
     """What rules may ask of a write, from its host indices int64 [n] alone: no device index is read."""
-    slots = np.asarray(host_indices, dtype=np.int64)
+    indices = np.asarray(host_indices, dtype=np.int64)
+    slots = geometry.slots_of(indices)
     return WriteFacts(
-        tokens=len(slots),
+        tokens=len(indices),
         entries=copies_to_drain(geometry, slots),
         nbytes=len(slots) * geometry.bytes_per_token,
         runs=count_runs(slots),

@@ -83,6 +83,8 @@ class BackendSpec:
         options: which there are; None: any, unchecked.
         sm_work: what of a transfer runs on the SMs. Of ``TRANSFER`` every forward waits when the backend is
             given by hand, and a rule must say which ones do.
+        index_steps: it serves pools of which several indices stand for one row (pages of DeepSeek-V4, rows
+            that the ranks of decode context parallelism share). Without it, it is given none.
         upstream_copy: it calls SGLang's own copy of the pool, on a GPU.
         staging: how much GPU memory it stages rows in, in words, from its options and whether any forward
             waits; None: none.
@@ -93,6 +95,7 @@ class BackendSpec:
     kv_kinds: frozenset[str] | None = None
     options: tuple[Option, ...] | None = None
     sm_work: SmWork = SmWork.UNKNOWN
+    index_steps: bool = False
     upstream_copy: bool = False
     staging: Callable[[Mapping[str, Any], bool], str] | None = None
 
@@ -106,13 +109,16 @@ class BackendSpec:
             check_name(f"option of {self.name}", name, [each.name for each in self.options])
             self.option(name).check(value)
 
-    def cannot_serve(self, layout: object, kv_kind: object) -> str | None:
+    def cannot_serve(self, layout: object, kv_kind: object, index_step: int = 1) -> str | None:
         """Why it cannot serve a pool; None if it can, or nothing is known.
 
         Args:
             layout: of the pool's host memory; None: unknown.
             kv_kind: what the pool holds; None: unknown.
+            index_step: indices of it that stand for one row together.
         """
+        if index_step > 1 and not self.index_steps:
+            return f"cannot serve pools of which {index_step} indices stand for one row"
         for what, value, can in (
             ("--hicache-mem-layout", layout, self.layouts),
             ("KV cache of kind", kv_kind, self.kv_kinds),

@@ -97,7 +97,8 @@ class CpuDevice:
         ctas: int,
     ) -> None:
         geometry = staged.geometry
-        rows = np.asarray(device_slots, dtype=np.int64)[chunk.start : chunk.stop]
+        slots = geometry.slots_of(np.asarray(device_slots, dtype=np.int64))
+        rows = slots[chunk.start : chunk.stop]
         page, offset = np.divmod(np.arange(chunk.tokens), geometry.page_size)
         for part, strides in zip(geometry.components, staged.parts, strict=True):
             to = replace(strides, base=base + strides.base)

@@ -64,8 +64,9 @@ class Gather:
         Args:
             staged: the pool, and the layout of the destination.
             base: address in staging at which that begins, in bytes.
-            device_slots: int64 or int32 tensor [n] on the rows' device; not checked against the pool's size,
-                since that would wait for the device.
+            device_slots: int64 or int32 tensor [n] on the rows' device, indices as of
+                :meth:`~..plan.geometry.PoolGeometry.slots_of`; not checked against the pool's size, since
+                that would wait for the device.
             chunk: which of them to copy; the first one goes to slot 0 there.
             ctas: thread blocks at most.
             stream: what it is enqueued on.
@@ -81,7 +82,8 @@ class Gather:
             if str(device_slots.dtype) not in _INDEX_TYPES:
                 raise TypeError(f"device indices are {device_slots.dtype}, not int64 or int32")
             self._index_types.add(device_slots.dtype)
-        if chunk.stop > device_slots.numel():
+        step = staged.geometry.index_step
+        if chunk.stop * step > device_slots.numel():
             raise ValueError(f"tokens up to {chunk.stop} of {device_slots.numel()} device indices")
         tokens = chunk.tokens
         if not tokens:

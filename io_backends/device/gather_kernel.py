@@ -49,8 +49,13 @@ def gather_rows(  # type: ignore[no-untyped-def]
     SEGMENTS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
+    INDEX_STEP: tl.constexpr,
+    INDEX_OFFSET: tl.constexpr,
 ):
     """Copy device rows ``slots[start : start + tokens]`` to slots ``first_slot`` onwards of what ``base`` is.
+
+    With an ``INDEX_STEP`` above 1 ``slots`` are so many times the indices: of each group the one at
+    ``INDEX_OFFSET`` counts, divided by the step.
 
     A tile is ``BLOCK_TOKENS`` tokens of one layer, piece and segment (``BLOCK_UNITS`` accesses of ``WIDTH``
     bytes). Programs walk the tiles in a persistent loop, so any grid is right, also a grid of one.
@@ -79,7 +84,11 @@ def gather_rows(  # type: ignore[no-untyped-def]
 
         token = block.to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
         live = token < tokens
-        slot = tl.load(slots + start + token, mask=live, other=0).to(tl.int64)
+        if INDEX_STEP == 1:
+            slot = tl.load(slots + start + token, mask=live, other=0).to(tl.int64)
+        else:
+            index = (start + token) * INDEX_STEP + INDEX_OFFSET
+            slot = tl.load(slots + index, mask=live, other=0).to(tl.int64) // INDEX_STEP
         source = tl.load(table + row) + piece.to(tl.int64) * PIECE_BYTES + slot * row_stride
         to = first_slot + token
         target = (

@@ -165,7 +165,8 @@ def _launch(rows: DeviceRows, staged: Staged, base: int, tile_units: int) -> Lau
     }
     width = access_width(base + to.base, rows.bits, *strides.values())
     page_size = geometry.unit_slots
-    constants = _constants(rows, geometry.layers, page_size, width, tile_units)
+    steps = geometry.index_step, geometry.index_offset
+    constants = _constants(rows, geometry.layers, page_size, width, tile_units, steps)
     code = tuple(constants.values())
     per_block = constants["PARTS"] * constants["LAYERS"] * constants["PIECES"] * constants["SEGMENTS"]
     return Launch(rows, to.base, constants, strides, (*strides.values(), *code), code, per_block)
@@ -173,7 +174,7 @@ def _launch(rows: DeviceRows, staged: Staged, base: int, tile_units: int) -> Lau
 
 @functools.lru_cache(maxsize=64)
 def _constants(
-    rows: DeviceRows, layers: int, page_size: int, width: int, tile_units: int
+    rows: DeviceRows, layers: int, page_size: int, width: int, tile_units: int, steps: tuple[int, int]
 ) -> Mapping[str, int]:
     """Cached: a chunk of a size not seen before has the same ones."""
     units = rows.piece_bytes // width
@@ -188,4 +189,6 @@ def _constants(
         "SEGMENTS": -(-units // block),
         "BLOCK_TOKENS": tile_units // block,
         "BLOCK_UNITS": block,
+        "INDEX_STEP": steps[0],
+        "INDEX_OFFSET": steps[1],
     }

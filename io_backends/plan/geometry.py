@@ -9,6 +9,7 @@ byte strides, so a new layout is one new branch in :func:`host_strides`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 PAGED_LAYOUTS = frozenset({"page_first_direct", "page_head"})
 """Layouts in which the rows of one page are not evenly spaced across a page boundary."""
@@ -116,6 +117,9 @@ class PoolGeometry:
         components: ``(k, v)`` or ``(kv,)`` of rows; arrays of states; ``(page,)``.
         record_slots: slots that must be written together, in order: a page where the bytes of its slots are
             not each slot's own (keys, then scales), 1 elsewhere.
+        index_step: indices of a write, on both sides, that stand for one slot together (:meth:`slots_of`): a
+            page whose bytes are no whole number a token, or the ranks that share a sequence's rows.
+        index_offset: which of them counts, below ``index_step``.
 
     Raises:
         ValueError: numbers that no pool can have together: an unknown layout, a size below 1, host slots that
@@ -133,6 +137,8 @@ class PoolGeometry:
     device_slots: int
     components: tuple[Component, ...]
     record_slots: int = 1
+    index_step: int = 1
+    index_offset: int = 0
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -141,6 +147,10 @@ class PoolGeometry:
             raise ValueError(f"{self.label}: layers, page size, slots and heads must be positive")
         if self.paged and self.host_slots % self.page_size:
             raise ValueError(f"{self.label}: {self.host_slots} host slots are not whole pages")
+        if not 0 <= self.index_offset < self.index_step:
+            raise ValueError(
+                f"{self.label}: index {self.index_offset} of {self.index_step} is not among them"
+            )
         if self.record_slots not in (1, self.page_size):
             raise ValueError(f"{self.label}: a record of {self.record_slots} slots is not a page")
         for part in self.components:
@@ -162,6 +172,21 @@ class PoolGeometry:
     def paged(self) -> bool:
         """Whether rows are unevenly spaced across a page boundary on the host."""
         return self.layout in PAGED_LAYOUTS
+
+    @property
+    def as_a_whole(self) -> bool:
+        """Whether some indices must be written together, in order, whatever the layout."""
+        return self.record_slots > 1 or self.index_step > 1
+
+    def slots_of(self, indices: Any) -> Any:
+        """The slots that indices stand for, [n / index_step] of [n]; numpy arrays and tensors alike.
+
+        By SGLang's ``maybe_dcp_kernel_indices`` (``layers/dcp/layout.py``), and by ``_to_page_indices`` of
+        ``DeepSeekV4PagedHostPool``, whose page is the index divided by its tokens (0.5.23).
+        """
+        if self.index_step == 1:
+            return indices
+        return indices[self.index_offset :: self.index_step] // self.index_step
 
     @property
     def by_token(self) -> bool:

@@ -156,20 +156,27 @@ def _not_whole(geometry: PoolGeometry) -> ValueError:
 
 
 def is_whole(geometry: PoolGeometry, host_slots: npt.ArrayLike) -> bool:
-    """Whether these host slots can be written: any, or whole pages in a paged layout or of whole records.
+    """Whether these host indices can be written: any, or whole pages in a paged layout or of whole records,
+    or all of those that stand for a slot together.
 
     Args:
         geometry: the pool.
-        host_slots: int64 [n]; where each token goes. Whether that is in range is not looked at.
+        host_slots: int64 [n]; host indices as SGLang gives them. Whether they are in range is not looked at.
     """
-    unit = max(geometry.unit_slots, geometry.record_slots)
-    if unit == 1:
-        return True
     slots = np.asarray(host_slots, dtype=np.int64)
+    if geometry.index_step > 1:
+        if not _in_units(geometry.index_step, slots):
+            return False
+        slots = geometry.slots_of(slots)
+    return _in_units(max(geometry.unit_slots, geometry.record_slots), slots)
+
+
+def _in_units(unit: int, slots: Slots) -> bool:
+    """Whether int64 [n] is whole units of so many slots, each in order."""
+    if unit == 1 or not len(slots):
+        return True
     if len(slots) % unit:
         return False
-    if not len(slots):
-        return True
     return _at_pages(unit, slots, None if is_one_run(slots) else slots[1:] != slots[:-1] + 1)
 
 

@@ -137,7 +137,7 @@ class VirtualDevice:
         staging = self._staging_at(base)
         work: list[Callable[[], None]] = []
         reads, writes = [slots.bytes], []
-        now = slots.values().reshape(-1)[chunk.start : chunk.stop]
+        now = geometry.slots_of(slots.values().reshape(-1))[chunk.start : chunk.stop]
         now = now[(now >= 0) & (now < geometry.device_slots)]
         page, offset = np.divmod(np.arange(chunk.tokens, dtype=np.int64), geometry.page_size)
         for part, to in zip(geometry.components, staged.parts, strict=True):
@@ -222,7 +222,7 @@ def _rows(
 
     An index that is out of range, as freed memory holds, reads poison: a GPU would read elsewhere or stop.
     """
-    wanted = slots.values().reshape(-1)[chunk.start : chunk.stop]
+    wanted = geometry.slots_of(slots.values().reshape(-1))[chunk.start : chunk.stop]
     inside = (wanted >= 0) & (wanted < geometry.device_slots)
     rows = np.full((chunk.tokens, part.piece_bytes), POISON, dtype=np.uint8)
     rows[inside] = rows_view(geometry, part, layer, piece)[wanted[inside]]

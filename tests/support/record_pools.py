@@ -6,6 +6,7 @@ nothing of addresses or of this project's descriptions.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 LAYERS = 3
 POISON = 0xA5
-KINDS = ("states", "index_pages", "packed_pages", "keys_only")
+KINDS = ("states", "index_pages", "packed_pages", "page_rows", "dcp", "keys_only")
 CASES = [
     ("states", "page_first"),
     ("states", "page_first_direct"),
@@ -23,6 +24,11 @@ CASES = [
     ("index_pages", "page_first_direct"),
     ("packed_pages", "page_first"),
     ("packed_pages", "page_first_direct"),
+    ("page_rows", "page_first"),
+    ("page_rows", "page_first_direct"),
+    ("dcp", "layer_first"),
+    ("dcp", "page_first"),
+    ("dcp", "page_first_direct"),
     ("keys_only", "layer_first"),
     ("keys_only", "page_first"),
     ("keys_only", "page_first_direct"),
@@ -44,6 +50,15 @@ class RecordPool:
     per_record: int
     device_records: int
 
+    @property
+    def indices(self) -> int:
+        """That the host pool hands out."""
+        return int(getattr(self.host, "logical_size", self.host.size))
+
+    def bytes_of(self, records: int) -> int:
+        """Of so many records, in all arrays."""
+        return records * sum(each[0].numel() * each.element_size() for each, _ in self.rows)
+
     def slots(self, records: int, seed: int = 0) -> tuple[Any, Any]:
         """Host and device indices of that many records, fragmented, each record's whole and in order."""
         import torch
@@ -54,7 +69,7 @@ class RecordPool:
             picked = rng.permutation(total)[:records]
             return torch.from_numpy((picked[:, None] * self.per_record + np.arange(self.per_record)).ravel())
 
-        return some(int(self.host.size) // self.per_record), some(self.device_records)
+        return some(self.indices // self.per_record), some(self.device_records)
 
     def assert_copied(self, host: Any, device: Any) -> None:
         """Every record is where it belongs, and every other byte of the host pool is as it was."""
@@ -72,6 +87,14 @@ class RecordPool:
             assert torch.equal(got, want)
 
 
+def serve_index_steps(monkeypatch: Any) -> None:
+    """As a release would whose pools of that kind were compared on a GPU."""
+    from sglang_hicache.io_backends.sglang import versions
+
+    known = versions.current
+    monkeypatch.setattr(versions, "current", lambda: dataclasses.replace(known(), index_steps=True))
+
+
 def build(kind: str, layout: str, *, strided: bool = False, device: str = "cpu") -> RecordPool:
     """One of :data:`KINDS` in a host layout; device records random, host memory poisoned.
 
@@ -86,6 +109,8 @@ def build(kind: str, layout: str, *, strided: bool = False, device: str = "cpu")
         "states": _states,
         "index_pages": _index_pages,
         "packed_pages": _packed_pages,
+        "page_rows": _page_rows,
+        "dcp": _dcp,
         "keys_only": _keys_only,
     }[kind](layout, strided, device)
     for _, records in pool.rows:
@@ -177,6 +202,79 @@ def _packed_pages(layout: str, strided: bool, on: str) -> RecordPool:
     ]
     rows = list(zip(on_host, host.device_buffers, strict=True))
     return RecordPool("packed_pages", host, device, rows, page, pages)
+
+
+def _page_rows(layout: str, strided: bool, on: str) -> RecordPool:
+    """Pages of 8 tokens whose bytes are no multiple of 8, in whole 16 bytes."""
+    import torch
+    from sglang.srt.mem_cache.memory_pool_host import DeepSeekV4PagedHostPool
+
+    page, pages, nbytes = 8, 12, 144 + 16 * 5
+    buffers = [torch.zeros(pages, nbytes, dtype=torch.uint8, device=on) for _ in range(LAYERS)]
+    host = DeepSeekV4PagedHostPool(
+        "deepseek_v4_c4", buffers, nbytes, 20, page, layout, pin_memory=on != "cpu"
+    )
+    on_host = [
+        host.kv_buffer[:, layer] if layout == "page_first" else host.kv_buffer[:, layer, 0]
+        for layer in range(LAYERS)
+    ]
+    return RecordPool(
+        "page_rows", host, SimpleNamespace(), list(zip(on_host, buffers, strict=True)), page, pages
+    )
+
+
+DCP = 4
+
+
+def _dcp(layout: str, strided: bool, on: str) -> RecordPool:
+    """Latent rows of which the ranks of decode context parallelism have every fourth; of rank 1."""
+    import torch
+    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+    from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
+
+    page, pages = 8, 12
+    rows = pages * page
+    device = MLATokenToKVPool(
+        rows,
+        page,
+        torch.bfloat16,
+        kv_lora_rank=48,
+        qk_rope_head_dim=16,
+        layer_num=LAYERS,
+        device=on,
+        enable_memory_saver=False,
+    )
+    host = MLATokenToKVPoolHost(
+        device.get_device_pool_infos()[0].buffer_info,
+        2.0,
+        0,
+        page * DCP,
+        layout,
+        pin_memory=on != "cpu",
+        override_kv_cache_dim=device.kv_cache_dim,
+        dcp_size=DCP,
+        dcp_rank=1,
+        device_capacity_tokens=rows,
+        start_layer=0,
+        end_layer=LAYERS,
+        target_layer_num=LAYERS,
+    )
+    buffer = host.kv_buffer
+    on_host = [
+        buffer[layer]
+        if layout == "layer_first"
+        else buffer[:, layer].reshape(-1, 1, host.kv_cache_dim)
+        if layout == "page_first"
+        else buffer[:, layer]
+        for layer in range(LAYERS)
+    ]
+    if layout != "page_first_direct":
+        return RecordPool("dcp", host, device, list(zip(on_host, device.kv_buffer, strict=True)), DCP, rows)
+    paged = [
+        (at, each.view(-1, page, 1, host.kv_cache_dim))
+        for at, each in zip(on_host, device.kv_buffer, strict=True)
+    ]
+    return RecordPool("dcp", host, device, paged, page * DCP, pages)
 
 
 def _keys_only(layout: str, strided: bool, on: str) -> RecordPool:

@@ -11,7 +11,6 @@ from . import records
 from .errors import ShortHostRowsError, UnsupportedPoolError, check_rows
 
 OTHER_KINDS: Mapping[str, tuple[str, str]] = {
-    "DeepSeekV4PagedHostPool": ("DeepSeek V4", "holds pages of several sub-pools"),
     "MHATokenToKVPoolMXFP8Host": ("MXFP8", "holds the scales of its blocks beside its rows"),
     "MiniMaxM3Nvfp4MainKVPoolHost": ("NVFP4", "holds packed pages of keys, values and scales"),
     "MiniMaxM3Nvfp4IndexKPoolHost": ("NVFP4 index", "holds packed pages of keys and scales"),
@@ -86,6 +85,8 @@ def describe_pool(host_pool: Any) -> PoolGeometry:
             _, why = OTHER_KINDS.get(kind, ("", "is not a plain MHA or MLA pool"))
             raise UnsupportedPoolError(f"{kind} {why}")
         release = versions.current()
+        if kind in records.STEPPED and not release.index_steps:
+            raise UnsupportedPoolError(f"{kind}: {_STEPPED}")
         if kind in records.FOLLOWING and kind not in release.index_pools:
             raise UnsupportedPoolError(f"{kind} of this SGLang was not compared with ours on a GPU")
         if kind in records.STATES and not release.states_held:
@@ -108,10 +109,16 @@ def describe_pool(host_pool: Any) -> PoolGeometry:
     return describe_kind(host_pool, label)
 
 
+_STEPPED = "several indices stand for one row of it, which was not compared on a GPU yet"
+
+
 def _refuse_translated(host_pool: Any) -> None:
     """Refuse pools whose indices mean something else than rows of the buffers that are seen here."""
     if getattr(host_pool, "dcp_size", 1) > 1:
-        raise UnsupportedPoolError("decode context parallelism translates its indices inside the pool")
+        if type(host_pool).__name__ != "MLATokenToKVPoolHost":
+            raise UnsupportedPoolError("decode context parallelism translates its indices inside the pool")
+        if not versions.current().index_steps:
+            raise UnsupportedPoolError(f"decode context parallelism: {_STEPPED}")
     if getattr(host_pool, "shared_allocation_domain", None) is not None:
         raise UnsupportedPoolError("its host memory is shared with other pools and may move")
     device_pool = getattr(host_pool, "device_pool", None)
@@ -157,6 +164,8 @@ def _geometry(
         host_slots=pool.size,
         device_slots=int(rows[0].shape[0]),
         components=parts,
+        index_step=int(getattr(pool, "dcp_size", 1)),
+        index_offset=int(getattr(pool, "dcp_rank", 0)),
     )
 
 
@@ -242,5 +251,6 @@ _RECORDS: Mapping[str, Callable[[Any], PoolGeometry]] = {
     "MambaPoolHost": records.states,
     "DSAIndexerPoolHost": records.index_pages,
     "QSAIndexerPoolHost": records.packed_pages,
+    "DeepSeekV4PagedHostPool": records.page_rows,
     "MHATokenToKOnlyPoolHost": records.keys_only,
 }

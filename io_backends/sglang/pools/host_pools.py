@@ -47,6 +47,7 @@ class HostPool:
         tokens: that a record stands for; None: a state stands for a whole prefix.
         window: tokens that are written of any prompt at most; None: all.
         undescribed: why no backend is given it, or None.
+        index_step: indices that stand for one of its rows together (`PoolGeometry.index_step`).
         share: of all bytes that are written for a prompt of :data:`PROMPT_TOKENS`, 0 to 1.
         writer: the backends that write it, or :data:`SGLANG`.
         why: why SGLang's own copy writes it, in part or always; None: it does not.
@@ -61,6 +62,7 @@ class HostPool:
     tokens: int | None
     window: int | None
     undescribed: str | None
+    index_step: int = 1
     share: float = 0.0
     writer: tuple[str, ...] = (SGLANG,)
     why: str | None = None
@@ -120,12 +122,12 @@ def _pool(name: str, pool: Any, device_pool: Any, window: int | None) -> HostPoo
     page = int(getattr(pool, "page_size", 1))
     kind = type(pool).__name__
     refuse_lost_scales(name, pool, device_pool)
-    undescribed, kv_kind, layout = None, None, str(getattr(pool, "layout", "unknown"))
+    undescribed, kv_kind, layout, step = None, None, str(getattr(pool, "layout", "unknown")), 1
     try:
         geometry = describe_pool(pool)
         if translated(device_pool):
             raise UnsupportedPoolError(TRANSLATED)
-        layout, kv_kind = geometry.layout, geometry.kv_kind
+        layout, kv_kind, step = geometry.layout, geometry.kv_kind, geometry.index_step
     except ShortHostRowsError as error:
         raise ShortHostRowsError(f"pool {name}, {error}") from error
     except UnsupportedPoolError as error:
@@ -148,6 +150,7 @@ def _pool(name: str, pool: Any, device_pool: Any, window: int | None) -> HostPoo
         tokens=None if record == "state" else page if record == "page" else 1,
         window=None if window is None or "swa" not in name.lower() else -(-window // page) * page,
         undescribed=undescribed,
+        index_step=step,
     )
 
 
@@ -175,7 +178,7 @@ Reason = Callable[[HostPool, str], str | None]
 
 def by_spec(pool: HostPool, backend: str) -> str | None:
     """A :data:`Reason` from what is known of backends without making one."""
-    reason = spec_of(BACKENDS, backend).cannot_serve(pool.layout, pool.kv_kind)
+    reason = spec_of(BACKENDS, backend).cannot_serve(pool.layout, pool.kv_kind, pool.index_step)
     return None if reason is None else f"{backend} {reason}"
 
 

@@ -21,6 +21,9 @@ STATE, INDEX = "state", "index"
 FOLLOWING = frozenset({"DSAIndexerPoolHost", "QSAIndexerPoolHost", "MHATokenToKOnlyPoolHost"})
 """Host pools that are given the indices of the pool of keys and values, by class."""
 
+STEPPED = frozenset({"DeepSeekV4PagedHostPool"})
+"""Host pools of which a page is one row, by class."""
+
 STATES = frozenset({"MambaPoolHost"})
 """Host pools of states, by class. Forwards write a state in place: a copy may read it later only where SGLang
 holds its slot for that long (:attr:`~sglang_hicache.io_backends.sglang.versions.Release.states_held`).
@@ -95,6 +98,42 @@ def packed_pages(pool: Any) -> PoolGeometry:
     if isinstance(pool.kv_buffer, list):
         raise UnsupportedPoolError("each of its layers has a host buffer of its own (layer_first)")
     return _pages(pool, list(pool.device_buffers), pool.kv_buffer, "indexer")
+
+
+def page_rows(pool: Any) -> PoolGeometry:
+    """A ``DeepSeekV4PagedHostPool``: a page of latent rows or of indexer keys, one row here.
+
+    Its bytes are no whole number a token (values, then scales, padded), so that as many indices as a page has
+    tokens stand for one row. Host buffers are (P, L, page) or (P, L, 1, page).
+
+    Raises:
+        UnsupportedPoolError: it is of a form that is not described here; the message says which.
+    """
+    if isinstance(pool.kv_buffer, list):
+        raise UnsupportedPoolError("each of its layers has a host buffer of its own (layer_first)")
+    rows = list(pool.device_buffers)
+    if any(not each.is_contiguous() or not each.shape[0] for each in rows):
+        raise UnsupportedPoolError("its device pages are not contiguous, or there are none")
+    pages = int(pool.num_host_pages)
+    rows = [each.reshape(int(each.shape[0]), -1) for each in rows]
+    part = _part("page", rows, pool.kv_buffer, pages, 1, len(rows), "page_first")
+    if part.row_bytes != pool.item_bytes:
+        raise UnsupportedPoolError(f"its host pages are of {part.row_bytes} bytes, not {pool.item_bytes}")
+    label = str(pool.pool_name)
+    slots = min(int(each.shape[0]) for each in rows)
+    return PoolGeometry(
+        label=label,
+        kv_kind=INDEX if "indexer" in label else "mla",
+        layout="page_first",
+        dtype=str(pool.dtype).removeprefix("torch."),
+        heads=1,
+        layers=len(rows),
+        page_size=1,
+        host_slots=pages,
+        device_slots=slots,
+        components=(part,),
+        index_step=int(pool.slot_page_size),
+    )
 
 
 def keys_only(pool: Any) -> PoolGeometry:

@@ -86,7 +86,11 @@ def host_order_pays(geometry: PoolGeometry, host_indices: Any) -> bool:
         host_indices: int64 [n] on the host.
     """
     slots = np.asarray(host_indices, dtype=np.int64)
-    if geometry.layout != "layer_first" or slots.size * geometry.bytes_per_token < ORDER_FROM_BYTES:
+    if (
+        geometry.index_step > 1
+        or geometry.layout != "layer_first"
+        or slots.size * geometry.bytes_per_token < ORDER_FROM_BYTES
+    ):
         return False
     steps = slots[1:] - slots[:-1]
     runs = 1 + np.count_nonzero(steps != 1)

@@ -268,7 +268,7 @@ class WriteBack:
             elif route.upstream_indices and io_backend == "kernel":
                 # Asked while they are on the host. SGLang's direct copies have an order of their own.
                 by_host = kernels.host_order_pays(served.geometry, transfer.host_indices)
-            elif (route.backend.whole_pages or served.geometry.record_slots > 1) and not is_whole(
+            elif (route.backend.whole_pages or served.geometry.as_a_whole) and not is_whole(
                 served.geometry, transfer.host_indices
             ):
                 route, why = None, NOT_WHOLE
@@ -314,7 +314,9 @@ class WriteBack:
 
         transfer = Transfer(
             geometry=geometry,
-            host_slots=_NO_SLOTS if route.upstream_indices else np.asarray(host, dtype=np.int64),
+            host_slots=_NO_SLOTS
+            if route.upstream_indices
+            else geometry.slots_of(np.asarray(host, dtype=np.int64)),
             device_slots=device,
             ready=write.ready,
             indices_ready=write.ready[-1],

@@ -13,7 +13,8 @@ from typing import Any
 import emulation
 import pytest
 import torch
-from test_pools import CASES, Pools, host_buffers, random_slots
+from record_pools import serve_index_steps
+from test_pools import CASES, DCP_CASES, Pools, host_buffers, random_slots
 
 from sglang_hicache.io_backends import get_backend
 from sglang_hicache.io_backends.device.cuda import CudaDevice
@@ -215,8 +216,8 @@ def upstream_stand_in(pools: Pools) -> None:
         for host, device in pools.views():
 
             def copy(host: Any = host, device: Any = device) -> None:
-                rows = device[device_indices.as_subclass(torch.Tensor)]
-                slots = host_indices.as_subclass(torch.Tensor)
+                rows = device[pools.rows_of(device_indices.as_subclass(torch.Tensor))]
+                slots = pools.rows_of(host_indices.as_subclass(torch.Tensor))
                 if pools.host.layout == "page_first_direct":
                     host[slots // page, slots % page] = rows
                 else:
@@ -236,8 +237,11 @@ def check(world: World) -> None:
 
 
 @pytest.mark.parametrize("backend", ["hybrid", "copy_engine", "fenced_kernel"])
-@pytest.mark.parametrize(("kind", "layout"), CASES)
-def test_byte_for_byte_in_any_order(driver: Any, kind: str, layout: str, backend: str) -> None:
+@pytest.mark.parametrize(("kind", "layout"), CASES + DCP_CASES)
+def test_byte_for_byte_in_any_order(
+    driver: Any, monkeypatch: pytest.MonkeyPatch, kind: str, layout: str, backend: str
+) -> None:
+    serve_index_steps(monkeypatch)
     pools = Pools(kind, layout, 16)
     upstream_stand_in(pools)
     for seed in SEEDS:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from record_pools import serve_index_steps
 from stand_in_scheduler import fences
 
 from sglang_hicache.io_backends import Backend, Submission, Transfer, get_backend
@@ -32,6 +33,8 @@ CASES = [
     ("mla", "page_first"),
     ("mla", "page_first_direct"),
 ]
+DCP_CASES = [("dcp", layout) for layout in ("layer_first", "page_first", "page_first_direct")]
+"""Rows of which the second of three ranks of decode context parallelism has its own."""
 
 
 class Pools:
@@ -68,13 +71,30 @@ class Pools:
             )
         else:
             self.device = MLATokenToKVPool(tokens, page_size, element, 64, 16, LAYERS, "cpu", False)
+            ranks, rank = (3, 1) if kind == "dcp" else (1, 0)
             self.host = MLATokenToKVPoolHost(
-                self.device._mla_buffer_info(), 2.0, 0, page_size, layout, target_layer_num=LAYERS, **size
+                self.device._mla_buffer_info(),
+                2.0,
+                0,
+                page_size * ranks,
+                layout,
+                dcp_size=ranks,
+                dcp_rank=rank,
+                target_layer_num=LAYERS,
+                **size,
             )
         for _, rows in self.views():
             rows.view(torch.uint8).random_(0, 256)
         for buffer in host_buffers(self.host):
             buffer.view(torch.uint8).fill_(0xA5)
+
+    def rows_of(self, indices: Any) -> Any:
+        """Rows that SGLang's copy takes for these indices."""
+        from sglang.srt.layers.dcp.layout import maybe_dcp_kernel_indices
+
+        return maybe_dcp_kernel_indices(
+            indices, getattr(self.host, "dcp_size", 1), getattr(self.host, "dcp_rank", 0)
+        )
 
     def views(self) -> list[tuple[Any, Any]]:
         """(host rows, device rows) of each component and layer; host rows as SGLang itself indexes them."""
@@ -95,6 +115,7 @@ class Pools:
         import torch
 
         page = self.host.page_size
+        host_slots, device_slots = self.rows_of(host_slots), self.rows_of(device_slots)
         for nth, (host, device) in enumerate(self.views()):
             if rows is not None:
                 device = rows[nth]
@@ -138,7 +159,8 @@ def random_slots(pools: Pools, pages: int, seed: int = 0) -> tuple[Any, Any]:
 
     def some(total: int) -> Any:
         picked = rng.permutation(total // page)[:pages]
-        return torch.from_numpy((picked[:, None] * page + np.arange(page)).reshape(-1))
+        page_of = page * getattr(pools.host, "dcp_size", 1)
+        return torch.from_numpy((picked[:, None] * page_of + np.arange(page_of)).reshape(-1))
 
     return some(pools.host.size), some(pools.tokens)
 
@@ -156,6 +178,23 @@ def test_sglangs_pools_byte_for_byte(name: str, kind: str, layout: str, page_siz
     assert writeback.pools.fallbacks() == []
     assert writeback.counters.bytes == len(slots[0]) * pools.host.size_per_token
     assert writeback.counters.producer_fences == 1
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize(("kind", "layout"), DCP_CASES)
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_rows_that_ranks_share_byte_for_byte(
+    monkeypatch: pytest.MonkeyPatch, name: str, kind: str, layout: str, page_size: int
+) -> None:
+    pools = Pools(kind, layout, page_size)
+    slots = random_slots(pools, 7)
+    assert not write_back(name).pools.serves(pools.host)
+    serve_index_steps(monkeypatch)
+    writeback = write_back(name)
+    submit(writeback, [pools], [slots])
+    pools.assert_copied(*slots)
+    assert writeback.pools.fallbacks() == []
+    assert writeback.counters.bytes == 7 * page_size * pools.host.size_per_token
 
 
 def test_page_head_through_hybrid() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from record_pools import CASES, build
+from record_pools import CASES, build, serve_index_steps
 from stand_in_scheduler import fences
 
 from sglang_hicache.io_backends import get_backend
@@ -22,6 +22,11 @@ from sglang_hicache.io_backends.sglang.pools.geometry import describe_pool
 from sglang_hicache.io_backends.sglang.scheduler.writeback import WriteBack
 
 pytestmark = pytest.mark.usefixtures("cpu_sglang")
+
+
+@pytest.fixture(autouse=True)
+def index_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_index_steps(monkeypatch)
 
 
 def write_back(name: str) -> WriteBack:
@@ -48,7 +53,7 @@ def test_records_byte_for_byte(name: str, kind: str, layout: str, records: int) 
     pool.assert_copied(host, device)
     assert completion.finish_event.query()
     assert writeback.pools.fallbacks() == []
-    assert writeback.counters.bytes == len(host) * pool.host.size_per_token
+    assert writeback.counters.bytes == pool.bytes_of(records)
     assert writeback.counters.by_backend == {name: 1}
 
 
@@ -62,7 +67,7 @@ def test_states_whose_device_slots_are_apart(name: str) -> None:
     pool.assert_copied(host, device)
 
 
-@pytest.mark.parametrize("kind", ["index_pages", "packed_pages"])
+@pytest.mark.parametrize("kind", ["index_pages", "packed_pages", "page_rows", "dcp"])
 def test_half_a_page_is_left_to_sglang(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page holds keys, then their scales: some of its bytes are no token's own."""
     pool = build(kind, "page_first")
@@ -86,7 +91,7 @@ def test_an_index_past_the_end_is_refused(kind: str, layout: str) -> None:
     pool = build(kind, layout)
     host, device = pool.slots(1)
     with pytest.raises(ValueError, match="host index"):
-        submit(write_back("copy_engine"), pool, host * 0 + np.arange(len(host)) + pool.host.size, device)
+        submit(write_back("copy_engine"), pool, host * 0 + np.arange(len(host)) + pool.indices, device)
 
 
 def test_host_rows_that_are_shorter_end_the_start() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from gpu import why_not
-from record_pools import CASES, POISON, RecordPool, build
+from record_pools import CASES, POISON, RecordPool, build, serve_index_steps
 from stand_in_scheduler import fences
 
 from sglang_hicache.io_backends import get_backend
@@ -27,6 +27,11 @@ def published() -> None:
     from sglang.srt.server_args import ServerArgs
 
     publish(ServerArgs(model_path="dummy"), role="scheduler")
+
+
+@pytest.fixture(autouse=True)
+def index_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_index_steps(monkeypatch)
 
 
 @pytest.fixture
