@@ -75,7 +75,7 @@ def write_facts(geometry: PoolGeometry, host_indices: Any) -> WriteFacts:
     slots = geometry.slots_of(indices)
     return WriteFacts(
         tokens=len(indices),
-        entries=copies_to_drain(geometry, slots),
+        entries=copies_to_drain(geometry, indices),
         nbytes=len(slots) * geometry.bytes_per_token,
         runs=count_runs(slots),
     )

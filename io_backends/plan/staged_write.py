@@ -207,10 +207,11 @@ def copies_to_drain(geometry: PoolGeometry, host_slots: npt.ArrayLike) -> int:
 
     Args:
         geometry: the pool.
-        host_slots: int64 [n]; where each token goes. Not checked: planning the write does that.
+        host_slots: int64 [n]; host indices as SGLang gives them. Not checked: planning the write does that.
     """
-    slots = np.asarray(host_slots, dtype=np.int64)
-    if is_whole(geometry, slots):
+    indices = np.asarray(host_slots, dtype=np.int64)
+    slots = geometry.slots_of(indices)
+    if is_whole(geometry, indices):
         return count_runs(slots) * len(_host_side(geometry)[0])
     part = geometry.components[0]
     per_page = geometry.layers if _layer_by_layer(part.host, part.row_bytes) else part.host.pieces

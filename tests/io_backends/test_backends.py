@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pools import MemoryPool, make_pool
-from strategies import pools, whole_writes, writes
+from pools import MemoryPool, indices_of, make_pool
+from strategies import stepped_pools, whole_writes, writes
 
 from sglang_hicache.io_backends import Backend, Transfer, get_backend
 from sglang_hicache.io_backends.device.cpu import CpuDevice
@@ -78,7 +78,7 @@ def transfer_of(
     return Transfer(
         geometry=pool.geometry,
         host_slots=host,
-        device_slots=device,
+        device_slots=indices_of(pool.geometry, device),
         ready=ready,
         indices_ready=None,
         forwards_wait=wait,
@@ -96,7 +96,7 @@ def make(name: str, device: RecordingDevice, **options: Any) -> Backend:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_moves_exactly_these_rows(name: str, data: st.DataObject) -> None:
-    pool = data.draw(pools(LAYOUTS_OF_ALL))
+    pool = data.draw(stepped_pools(LAYOUTS_OF_ALL))
     host, rows = data.draw((whole_writes if name == "hybrid" else writes)(pool))
     backend = make(name, RecordingDevice(), staging_mb=1)
     assert backend.supports(pool.geometry) is None

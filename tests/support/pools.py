@@ -40,6 +40,12 @@ class MemoryPool:
         return result
 
 
+def indices_of(geometry: PoolGeometry, slots: np.ndarray) -> np.ndarray:
+    """The indices, int64 [n * index_step], that stand for these slots, each slot's in order."""
+    step = geometry.index_step
+    return (slots[:, None] * step + np.arange(step)).reshape(-1).astype(slots.dtype)
+
+
 def make_pool(
     layout: str,
     *,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 from pools import MemoryPool, make_pool
@@ -26,6 +28,15 @@ def pools(draw: st.DrawFn, layouts: tuple[str, ...] = LAYOUTS) -> MemoryPool:
         padding=draw(st.sampled_from([0, 0, 8])),
         seed=draw(st.integers(0, 2**16)),
     )
+
+
+@st.composite
+def stepped_pools(draw: st.DrawFn, layouts: tuple[str, ...] = LAYOUTS) -> MemoryPool:
+    """As :func:`pools`, or with several indices for each slot (:func:`~pools.indices_of`)."""
+    pool = draw(pools(layouts))
+    step = draw(st.sampled_from([1, 1, 2, 3, 8]))
+    offset = draw(st.integers(0, step - 1))
+    return replace(pool, geometry=replace(pool.geometry, index_step=step, index_offset=offset))
 
 
 @st.composite

@@ -11,6 +11,10 @@ from . import records
 from .errors import ShortHostRowsError, UnsupportedPoolError, check_rows
 
 OTHER_KINDS: Mapping[str, tuple[str, str]] = {
+    "DeepSeekV4PagedHostPool": (
+        "DeepSeek V4",
+        "holds pages of several sub-pools, which were not compared with ours on a GPU yet",
+    ),
     "MHATokenToKVPoolMXFP8Host": ("MXFP8", "holds the scales of its blocks beside its rows"),
     "MiniMaxM3Nvfp4MainKVPoolHost": ("NVFP4", "holds packed pages of keys, values and scales"),
     "MiniMaxM3Nvfp4IndexKPoolHost": ("NVFP4 index", "holds packed pages of keys and scales"),
@@ -80,13 +84,11 @@ def describe_pool(host_pool: Any) -> PoolGeometry:
     label = str(getattr(host_pool, "pool_label", "kv"))
     # By exact class: a subclass may hold its rows differently (MXFP8 scales, HiSparse).
     describe_kind = _ROWS.get(kind)
+    release = versions.current()
     if describe_kind is None:
-        if kind not in _RECORDS:
+        if kind not in _RECORDS or (kind in records.STEPPED and not release.index_steps):
             _, why = OTHER_KINDS.get(kind, ("", "is not a plain MHA or MLA pool"))
             raise UnsupportedPoolError(f"{kind} {why}")
-        release = versions.current()
-        if kind in records.STEPPED and not release.index_steps:
-            raise UnsupportedPoolError(f"{kind}: {_STEPPED}")
         if kind in records.FOLLOWING and kind not in release.index_pools:
             raise UnsupportedPoolError(f"{kind} of this SGLang was not compared with ours on a GPU")
         if kind in records.STATES and not release.states_held:
@@ -96,7 +98,7 @@ def describe_pool(host_pool: Any) -> PoolGeometry:
             )
         _refuse_translated(host_pool)
         return _RECORDS[kind](host_pool)
-    if label in _WINDOWS and not versions.current().windows_held:
+    if label in _WINDOWS and not release.windows_held:
         raise UnsupportedPoolError(
             "this SGLang is not known to hold rows of sliding layers until a later gap between forwards has "
             "read them; newer ones do"
@@ -109,16 +111,15 @@ def describe_pool(host_pool: Any) -> PoolGeometry:
     return describe_kind(host_pool, label)
 
 
-_STEPPED = "several indices stand for one row of it, which was not compared on a GPU yet"
-
-
 def _refuse_translated(host_pool: Any) -> None:
     """Refuse pools whose indices mean something else than rows of the buffers that are seen here."""
     if getattr(host_pool, "dcp_size", 1) > 1:
         if type(host_pool).__name__ != "MLATokenToKVPoolHost":
             raise UnsupportedPoolError("decode context parallelism translates its indices inside the pool")
         if not versions.current().index_steps:
-            raise UnsupportedPoolError(f"decode context parallelism: {_STEPPED}")
+            raise UnsupportedPoolError(
+                "decode context parallelism shares its rows among ranks, which was not compared on a GPU yet"
+            )
     if getattr(host_pool, "shared_allocation_domain", None) is not None:
         raise UnsupportedPoolError("its host memory is shared with other pools and may move")
     device_pool = getattr(host_pool, "device_pool", None)

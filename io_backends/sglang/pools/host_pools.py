@@ -42,7 +42,8 @@ class HostPool:
         kind: its class in SGLang.
         layout: of its host memory, as backends are asked for it.
         kv_kind: what it holds, likewise (`PoolGeometry.kv_kind`); None: no backend is given it.
-        record: what one index moves: ``token``, ``page`` or ``state``.
+        record: what an index moves: ``token``, ``page`` or ``state``; ``row``, of which each rank of decode
+            context parallelism has its own.
         bytes: of one record in all layers.
         tokens: that a record stands for; None: a state stands for a whole prefix.
         window: tokens that are written of any prompt at most; None: all.
@@ -137,6 +138,9 @@ def _pool(name: str, pool: Any, device_pool: Any, window: int | None) -> HostPoo
     if in_pages or kind == "DSAIndexerPoolHost":
         record = "page"
     per_token = int(getattr(pool, "size_per_token", 0))
+    ranks = int(getattr(pool, "dcp_size", 1))
+    if record == "token" and ranks > 1:
+        record = "row"
     nbytes = per_token * page if record == "page" else per_token
     if in_pages:
         nbytes = int(pool.item_bytes) * int(pool.layer_num)
@@ -147,7 +151,7 @@ def _pool(name: str, pool: Any, device_pool: Any, window: int | None) -> HostPoo
         kv_kind=kv_kind,
         record=record,
         bytes=nbytes,
-        tokens=None if record == "state" else page if record == "page" else 1,
+        tokens={"state": None, "page": page, "row": ranks}.get(record, 1),
         window=None if window is None or "swa" not in name.lower() else -(-window // page) * page,
         undescribed=undescribed,
         index_step=step,

@@ -15,8 +15,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pools import POISON, MemoryPool, make_pool, on_the_host
-from strategies import LAYOUTS, pools, whole_writes
+from pools import POISON, MemoryPool, indices_of, make_pool, on_the_host
+from strategies import LAYOUTS, stepped_pools, whole_writes
 
 from sglang_hicache.io_backends import Transfer, get_backend
 from sglang_hicache.io_backends.device.cpu import CpuDevice
@@ -57,6 +57,7 @@ def through_staging(
     buffer = np.full(capacity + 2 * guard, POISON, dtype=np.uint8)
     base = -(-int(buffer.ctypes.data + 1) // STAGING_ALIGNMENT) * STAGING_ALIGNMENT + offset
     stream = device.current_stream()
+    slots = indices_of(pool.geometry, slots)
     plan = WritePlan(pool.geometry, host, capacity)
     for planned in plan:
         device.gather(planned.staged, base, slots, planned.chunk, stream, ctas)
@@ -74,7 +75,7 @@ def assert_host(pool: MemoryPool, expected: list[np.ndarray]) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_moves_exactly_these_rows(data: st.DataObject) -> None:
-    pool = data.draw(pools())
+    pool = data.draw(stepped_pools())
     host, slots = data.draw(whole_writes(pool))
     expected = pool.expected(host, slots)
     warps, units_per_thread = data.draw(st.sampled_from(SHAPES))
@@ -172,7 +173,7 @@ def test_row_offsets_pass_32_bits() -> None:
 @settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_hybrid_with_this_gather(data: st.DataObject) -> None:
-    pool = data.draw(pools())
+    pool = data.draw(stepped_pools())
     host, slots = data.draw(whole_writes(pool))
     expected = pool.expected(host, slots)
     device = InterpretedDevice()
@@ -182,7 +183,7 @@ def test_hybrid_with_this_gather(data: st.DataObject) -> None:
     transfer = Transfer(
         geometry=pool.geometry,
         host_slots=host,
-        device_slots=torch.from_numpy(slots),
+        device_slots=torch.from_numpy(indices_of(pool.geometry, slots)),
         ready=(),
         indices_ready=None,
         forwards_wait=False,

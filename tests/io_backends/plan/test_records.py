@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pools import make_pool
+from pools import indices_of, make_pool
 
 from sglang_hicache.io_backends.plan.chunks import LEAD_BYTES
 from sglang_hicache.io_backends.plan.copies import direct_copies
 from sglang_hicache.io_backends.plan.geometry import PoolGeometry
 from sglang_hicache.io_backends.plan.ring_size import DEFAULT_STAGING_MB, staging_size
-from sglang_hicache.io_backends.plan.staged_write import is_whole
+from sglang_hicache.io_backends.plan.staged_write import count_runs, is_whole
+from sglang_hicache.io_backends.routes import write_facts
 
 MIB = 2**20
 
@@ -36,6 +37,38 @@ def test_a_write_is_of_whole_records(pages: list[int], cut: int, layout: str) ->
     assert not is_whole(geometry, slots[:-cut])
     assert not is_whole(geometry, np.roll(slots, cut))
     assert is_whole(dataclasses.replace(geometry, record_slots=1), slots[:-cut]) == (layout == "layer_first")
+
+
+@given(
+    rows=st.lists(st.integers(0, 7), min_size=1, max_size=8, unique=True),
+    step=st.integers(2, 5),
+    data=st.data(),
+)
+def test_a_write_is_of_all_indices_of_a_row(rows: list[int], step: int, data: st.DataObject) -> None:
+    offset = data.draw(st.integers(0, step - 1))
+    made = make_pool("layer_first", layers=2, page_size=4, row_bytes=(12,))
+    geometry = dataclasses.replace(made.geometry, index_step=step, index_offset=offset)
+    indices = indices_of(geometry, np.array(rows))
+    assert geometry.slots_of(indices).tolist() == rows
+    assert is_whole(geometry, indices)
+    cut = data.draw(st.integers(1, step - 1))
+    assert not is_whole(geometry, indices[:-cut])
+    assert not is_whole(geometry, np.roll(indices, cut))
+    assert not is_whole(geometry, indices + cut)
+    paged = make_pool("page_first_direct", layers=2, page_size=4, row_bytes=(12,)).geometry
+    paged = dataclasses.replace(paged, index_step=step, index_offset=offset)
+    of_rows = dataclasses.replace(paged, index_step=1, index_offset=0)
+    assert is_whole(paged, indices) == is_whole(of_rows, np.array(rows))
+    facts = write_facts(geometry, indices)
+    assert (facts.tokens, facts.nbytes) == (len(indices), len(rows) * geometry.bytes_per_token)
+    assert (facts.entries, facts.runs) == (count_runs(np.array(rows)) * 2, count_runs(np.array(rows)))
+
+
+def test_an_index_that_stands_for_no_row_is_no_pool() -> None:
+    made = make_pool("layer_first", layers=2, page_size=4, row_bytes=(12,)).geometry
+    for step, offset in ((0, 0), (2, 2), (2, -1)):
+        with pytest.raises(ValueError, match="is not among them"):
+            dataclasses.replace(made, index_step=step, index_offset=offset)
 
 
 @given(pages=st.lists(st.integers(0, 7), min_size=1, max_size=8, unique=True), data=st.data())

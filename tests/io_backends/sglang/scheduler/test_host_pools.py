@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from record_pools import KINDS, build
+from record_pools import KINDS, build, serve_index_steps
 from repository import ROOT
 from typer.testing import CliRunner
 
@@ -127,7 +127,8 @@ class TestCost:
 @pytest.mark.usefixtures("cpu_sglang")
 class TestRealPools:
     @pytest.mark.parametrize("kind", KINDS)
-    def test_bytes_are_those_that_a_record_moves(self, kind: str) -> None:
+    def test_bytes_are_those_that_a_record_moves(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        serve_index_steps(monkeypatch)
         built = build(kind, "page_first")
         (row,) = host_pools([("x", built.host, None)])
         nbytes = sum(int(rows[0].numel()) * rows.element_size() for _, rows in built.rows)
