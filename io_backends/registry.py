@@ -113,6 +113,24 @@ def make_backend(name: str, device: Device, options: Mapping[str, Any]) -> Backe
     return complete(get_backend(name)(device, options))
 
 
+def loading_problem(name: str) -> str | None:
+    """Why backend ``name`` cannot be loaded, so that no server with it starts; None if it can."""
+    try:
+        get_backend(name)
+    # A third party's module may fail in any way when it is imported.
+    except Exception as error:
+        return f"cannot be loaded: {error!r}"
+    return None
+
+
+def ignored_spec(name: str) -> str | None:
+    """What to say of backend ``name`` if it can be loaded and has a spec that nobody reads; else None."""
+    own = getattr(get_backend(name), "__dict__", {}).get("spec")
+    if name not in _specs and isinstance(own, BackendSpec) and own.name != name:
+        return f"its spec is of another name, {own.name!r}, and is ignored: layouts and options are unchecked"
+    return None
+
+
 def unsupported(backend: Backend, geometry: PoolGeometry) -> str | None:
     """Why ``backend`` serves no pool like this: by its spec, or as it says itself; None if it does.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from .names import NameProblem, check_name, shown
+from .names import MEM_LAYOUTS, POOL_KINDS, NameProblem, check_name, shown
 
 
 class SmWork(Enum):
@@ -64,7 +64,8 @@ class Option:
         if not self.numbers:
             raise NameProblem(f"{self.name} must be one of {', '.join(self.words)}, not {shown(value)}")
         if type(value) is not int or value < self.least:
-            number = f"a whole number above {self.least - 1:,}"
+            upto = "on" if self.most is None else f"to {self.most:,}"
+            number = f"a whole number from {self.least:,} {upto}"
             raise NameProblem(f"{self.name} must be {' or '.join((number, *self.words))}, not {shown(value)}")
         if self.most is not None and value > self.most:
             because = f": {self.because}" if self.because else ""
@@ -98,6 +99,15 @@ class BackendSpec:
     index_steps: bool = False
     upstream_copy: bool = False
     staging: Callable[[Mapping[str, Any], bool], str] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises NameProblem for a layout or a kind that no pool has."""
+        for what, names, known in (
+            ("memory layout", self.layouts, MEM_LAYOUTS),
+            ("KV kind", self.kv_kinds, POOL_KINDS),
+        ):
+            for name in sorted(names or ()):
+                check_name(f"{what} of backend {self.name}", name, known)
 
     def option(self, name: str) -> Option:
         """Its option of that name. Raises KeyError where it has none."""

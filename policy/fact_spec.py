@@ -48,6 +48,9 @@ class FactSpec:
         default, default_because: SGLang's default, where it has one, and what is said of it.
         example: a value, for messages.
         metavar: of ``explain``'s option for it; without one, ``--fact`` gives it.
+        launched: SGLang's option that gives it, with ``{}`` for the value (0.5.18 to 0.5.23), in the command
+            that ``explain`` prints. Without one, no option gives it.
+        launched_as: the same of single values.
         follows: another fact, with which this one changes unless it is given too.
         forwards: of an attention backend, the forwards that it runs in.
         speculative_only: it is there with speculative decoding only.
@@ -68,6 +71,8 @@ class FactSpec:
     default_because: str = "SGLang's default"
     example: str = ""
     metavar: str = ""
+    launched: str = ""
+    launched_as: Mapping[FactValue, str] = field(default_factory=dict, repr=False)
     follows: str = ""
     forwards: tuple[str, ...] = ()
     speculative_only: bool = False
@@ -89,6 +94,10 @@ class FactSpec:
     def option(self) -> str:
         """How ``explain`` is told it."""
         return f"--{self.name.replace('_', '-')}" if self.metavar else f"--fact {self.name}=..."
+
+    def launch_words(self, value: FactValue) -> list[str]:
+        """SGLang's options that give it this value; none where none does."""
+        return self.launched_as.get(value, self.launched).format(value).split()
 
     @property
     def python_type(self) -> type[str] | type[int] | type[bool]:

@@ -53,6 +53,7 @@ def _attention(
     *forwards: str,
     unknown: str = _CHOSEN_BY_MODEL,
     metavar: str = "",
+    launched: str = "",
     speculative_only: bool = False,
 ) -> FactSpec:
     return FactSpec(
@@ -63,6 +64,7 @@ def _attention(
         values=ATTENTION_BACKENDS,
         unknown=unknown,
         metavar=metavar,
+        launched=launched,
         forwards=forwards,
         speculative_only=speculative_only,
         compared=True,
@@ -84,6 +86,7 @@ def _number(
     because: str = "SGLang's default",
     unknown: str = "",
     metavar: str = "",
+    launched: str = "",
     compared: bool = False,
 ) -> FactSpec:
     return FactSpec(
@@ -95,6 +98,7 @@ def _number(
         default=default,
         default_because=because,
         metavar=metavar,
+        launched=launched,
         compared=compared,
     )
 
@@ -105,6 +109,7 @@ ANY_ATTENTION = _attention(
     "attention_backend",
     "Attention backend of any forward that runs; given, of each forward whose own is not given.",
     metavar="NAME",
+    launched="--attention-backend {}",
     unknown="",
 )
 
@@ -113,8 +118,20 @@ ANY_ATTENTION = _attention(
 #: prefill and decode alike. Defaults were read in SGLang 0.5.23 and are the same in 0.5.18; page_first holds
 #: from 0.5.14 on (#21631).
 FACTS: tuple[FactSpec, ...] = (
-    _attention("prefill_attention_backend", "Attention backend that runs prefill.", EXTEND, metavar="NAME"),
-    _attention("decode_attention_backend", "Attention backend that runs decode.", DECODE, metavar="NAME"),
+    _attention(
+        "prefill_attention_backend",
+        "Attention backend that runs prefill.",
+        EXTEND,
+        metavar="NAME",
+        launched="--prefill-attention-backend {}",
+    ),
+    _attention(
+        "decode_attention_backend",
+        "Attention backend that runs decode.",
+        DECODE,
+        metavar="NAME",
+        launched="--decode-attention-backend {}",
+    ),
     _attention(
         "verify_attention_backend",
         "Attention backend that verifies drafted tokens (speculative decoding).",
@@ -127,6 +144,7 @@ FACTS: tuple[FactSpec, ...] = (
         "Attention backend of the draft model (speculative decoding).",
         EXTEND,
         DECODE,
+        launched="--speculative-draft-attention-backend {}",
         unknown=_SPECULATIVE_ONLY,
         speculative_only=True,
     ),
@@ -189,6 +207,7 @@ FACTS: tuple[FactSpec, ...] = (
         default="page_first",
         default_because="SGLang's default since 0.5.14",
         metavar="LAYOUT",
+        launched="--hicache-mem-layout {}",
         compared=True,
     ),
     _number(
@@ -198,6 +217,7 @@ FACTS: tuple[FactSpec, ...] = (
         1,
         "SGLang's default (0.5.23); some attention backends raise it",
         metavar="TOKENS",
+        launched="--page-size {}",
         compared=True,
     ),
     # Not compared: only speed rests on it.
@@ -214,6 +234,7 @@ FACTS: tuple[FactSpec, ...] = (
         called="write policy",
         values=WRITE_POLICIES,
         default="write_through",
+        launched="--hicache-write-policy {}",
     ),
     FactSpec(
         "overlap",
@@ -221,6 +242,7 @@ FACTS: tuple[FactSpec, ...] = (
         "Whether the scheduler prepares a batch while the one before it runs (overlap schedule).",
         default=True,
         default_because="SGLang's default; some options and models turn it off",
+        launched_as={False: "--disable-overlap-schedule"},
         compared=True,
     ),
     FactSpec(
@@ -230,20 +252,31 @@ FACTS: tuple[FactSpec, ...] = (
         called="speculative algorithm",
         values=SPECULATIVE,
         default=NO_SPECULATION,
+        launched="--speculative-algorithm {}",
+        launched_as={NO_SPECULATION: ""},
         compared=True,
         canonical=_algorithm,
     ),
     _number(
-        "tp", "Tensor-parallel size (--tp-size).", "a tensor-parallel size: a whole number, 1 or more", 1
+        "tp",
+        "Tensor-parallel size (--tp-size).",
+        "a tensor-parallel size: a whole number, 1 or more",
+        1,
+        launched="--tp-size {}",
     ),
     _number(
         "dp",
         "Data-parallel size: replicas of the server, times groups of data-parallel attention.",
         "a data-parallel size: a whole number, 1 or more",
         1,
+        launched="--dp-size {}",
     ),
     _number(
-        "pp", "Pipeline-parallel size (--pp-size).", "a pipeline-parallel size: a whole number, 1 or more", 1
+        "pp",
+        "Pipeline-parallel size (--pp-size).",
+        "a pipeline-parallel size: a whole number, 1 or more",
+        1,
+        launched="--pp-size {}",
     ),
     FactSpec(
         "pinned_memory",
@@ -265,6 +298,7 @@ FACTS: tuple[FactSpec, ...] = (
         "What the server computes on; a GPU is cuda.",
         called="device",
         values=DEVICES,
+        launched="--device {}",
         follows="gpu_arch",
         compared=True,
         # To difflib "cpu" is the nearest to "gpu", which is the opposite of what was meant.

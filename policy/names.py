@@ -57,6 +57,8 @@ MEM_LAYOUTS: tuple[str, ...] = (
     "page_unified",
 )
 KV_KINDS: tuple[str, ...] = ("mha", "mla")
+#: And what pools beside that one hold: pages or keys of an indexer, states of linear layers.
+POOL_KINDS: tuple[str, ...] = (*KV_KINDS, "index", "state")
 DEVICES: tuple[str, ...] = ("cuda", "cpu")
 # --hicache-write-policy of 0.5.23 (arg_groups/fields/memory.py).
 WRITE_POLICIES: tuple[str, ...] = ("write_through", "write_through_selective", "write_back")

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -181,16 +182,16 @@ def test_its_spec_is_read_from_the_class(factory: Any) -> None:
 def test_the_race_command_finds_nothing_either(tmp_path: Path) -> None:
     """Installed as the guide says, with an entry point."""
     (tmp_path / "small_batches.py").write_text(BACKEND, encoding="utf-8")
-    (entry,) = blocks("ini")
-    section, line = entry.splitlines()
-    group = re.search(r'"(.*)"', section)
-    assert group is not None
+    (pyproject,) = map(tomllib.loads, blocks("ini"))
+    assert pyproject["tool"]["setuptools"]["py-modules"] == ["small_batches"]
+    ((group, points),) = pyproject["project"]["entry-points"].items()
+    ((name, factory),) = points.items()
     info = tmp_path / "small_batches-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: small-batches\nVersion: 1\n", encoding="utf-8"
     )
-    (info / "entry_points.txt").write_text(f"[{group[1]}]\n{line.replace(chr(34), '')}\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {factory}\n", encoding="utf-8")
     (command,) = re.findall(r"`(hicache-io race\s[^`]*)`", GUIDE.read_text(encoding="utf-8"))
     arguments = command.replace("--seeds 20", "--seeds 2").split()[1:]
     program = (

@@ -5,20 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 
+from ...policy.fact_table import CONDITIONS
 from ...policy.facts import GIVEN, Facts
-
-_OPTIONS = {
-    "attention_backend": "--attention-backend",
-    "prefill_attention_backend": "--prefill-attention-backend",
-    "decode_attention_backend": "--decode-attention-backend",
-    "page_size": "--page-size",
-    "mem_layout": "--hicache-mem-layout",
-    "write_policy": "--hicache-write-policy",
-    "tp": "--tp-size",
-    "dp": "--dp-size",
-    "pp": "--pp-size",
-}
-"""SGLang's options that give a fact (0.5.18 to 0.5.23)."""
 
 _BACKEND, _POLICY = "--hicache-io-backend", "--hicache-io-policy"
 
@@ -30,10 +18,12 @@ def of_facts(facts: Facts, *, backend: str, policy: str | None) -> list[str]:
     if prefill is not None and prefill == decode:
         given = {"attention_backend": prefill, **given}
         del given["prefill_attention_backend"], given["decode_attention_backend"]
+        if given.get("draft_attention_backend") == prefill:  # follows it
+            del given["draft_attention_backend"]
     words = ["sglang", "serve", "--model-path", "MODEL"]
-    for name, option in _OPTIONS.items():
+    for name, spec in CONDITIONS.items():
         if name in given:
-            words += [option, str(given[name])]
+            words += spec.launch_words(given[name])
     if "--enable-hierarchical-cache" not in words:
         words.append("--enable-hierarchical-cache")
     return with_ours(words, backend=backend, policy=policy)

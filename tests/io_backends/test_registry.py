@@ -24,12 +24,15 @@ from sglang_hicache.io_backends import (
     registry,
 )
 from sglang_hicache.io_backends.copy_engine import CopyEngineBackend
+from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.interface import complete
 from sglang_hicache.io_backends.plan.geometry import PoolGeometry
 from sglang_hicache.io_backends.registry import (
     BACKENDS,
     ENTRY_POINT_GROUP,
     OWN_NAMES,
+    ignored_spec,
+    loading_problem,
     make_backend,
     unregister_backend,
     unsupported,
@@ -255,3 +258,47 @@ def test_a_default_must_work() -> None:
         Option("n", default=5, most=4, because="four")
     with pytest.raises(NameProblem, match=r"^n must be at most 4, not 5$"):
         Option("n", default=5, most=4)
+
+
+def test_a_pool_of_steps_goes_to_who_says_that_it_takes_them() -> None:
+    """Others would take each index for a row."""
+    assert "4 indices stand for one row" in str(BackendSpec("mine").cannot_serve("page_first", "mla", 4))
+    for name in OWN_NAMES:
+        assert BACKENDS[name].cannot_serve("page_first", "mla", 4) is None
+    pool = make_pool("page_first", layers=1, page_size=1, row_bytes=(16,)).geometry
+    stepped = replace(pool, index_step=2)
+    served = get_backend("copy_engine")(CpuDevice(), {})
+    assert unsupported(served, stepped) is None
+    register_backend("mine", lambda device, options: served, BackendSpec("mine"))
+    try:
+        served.name = "mine"
+        assert unsupported(served, pool) is None
+        assert "2 indices stand for one row" in str(unsupported(served, stepped))
+    finally:
+        unregister_backend("mine")
+
+
+def test_a_spec_of_names_that_no_pool_has_cannot_be_made() -> None:
+    with pytest.raises(NameProblem, match="memory layout of backend mine 'page_fist'") as caught:
+        BackendSpec("mine", layouts=frozenset({"page_fist"}))
+    assert caught.value.hint == "page_first"
+    with pytest.raises(NameProblem, match="KV kind of backend mine 'mhaa'"):
+        BackendSpec("mine", kv_kinds=frozenset({"mhaa"}))
+
+
+def test_what_is_wrong_with_a_backend_itself() -> None:
+    class Mine:
+        spec = BackendSpec("yours")
+
+    class Derived(CopyEngineBackend):
+        """Its spec is the other's, and not about it."""
+
+    for factory, expected in ((Mine, True), (Derived, False), (CopyEngineBackend.supports, False)):
+        register_backend("mine", factory)  # type: ignore[arg-type]
+        try:
+            assert loading_problem("mine") is None
+            assert bool(ignored_spec("mine")) == expected
+        finally:
+            unregister_backend("mine")
+    assert "no backend 'mine'" in str(loading_problem("mine"))
+    assert all(loading_problem(name) is None and ignored_spec(name) is None for name in OWN_NAMES)

@@ -248,11 +248,11 @@ BAD = {
     ),
     "an option that is zero": (
         rule(use="{backend: hybrid, options: {gather_ctas: 0}}"),
-        "5:49: gather_ctas must be a whole number above 0, not 0",
+        "5:49: gather_ctas must be a whole number from 1 to 192, not 0",
     ),
     "an option that is a text": (
         rule(use="{backend: hybrid, options: {gather_ctas: '32'}}"),
-        "5:49: gather_ctas must be a whole number above 0, not 32",
+        "5:49: gather_ctas must be a whole number from 1 to 192, not 32",
     ),
     "options a list": (
         rule(use="{backend: hybrid, options: [staging_mb]}"),
@@ -391,7 +391,7 @@ BAD = {
     ),
     "a negative staging": (
         rule(use="{backend: hybrid, options: {staging_mb: -1}}"),
-        "5:48: staging_mb must be a whole number above 0 or auto, not -1",
+        "5:48: staging_mb must be a whole number from 1 to 294,912 or auto, not -1",
     ),
     "a batch that crashed": (
         rule(use="{backend: copy_engine, options: {max_copies_per_batch: 51828}}"),

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from policy_bad_files import BAD, rule
 from typer.testing import CliRunner, Result
 
 from sglang_hicache.bench.cli import app
+from sglang_hicache.io_backends import registry
 from sglang_hicache.io_backends.policy_files import default_policy
+from sglang_hicache.io_backends.registry import ENTRY_POINT_GROUP
 from sglang_hicache.policy.decide import decide
 from sglang_hicache.policy.fact_table import CONDITIONS, FACT_NAMES
 from sglang_hicache.policy.facts import Facts
@@ -274,6 +277,15 @@ def test_a_machines_own_facts_do_not_outlive_its_architecture():
     ]
     assert then["facts"]["gpu_name"]["value"] is None
     assert then["facts"]["device"]["value"] == "cpu"
+
+
+def test_a_backend_that_cannot_be_loaded_is_refused(monkeypatch: pytest.MonkeyPatch):
+    broken = EntryPoint("broken", "no_such_module:Backend", ENTRY_POINT_GROUP)
+    monkeypatch.setattr(registry, "_third_party", lambda: {"broken": broken})
+    shown = run("explain", *GIVEN, "--backend", "broken")
+    assert shown.exit_code == 1
+    said = " ".join(shown.stdout.split())
+    assert "would refuse this: backend broken cannot be loaded: ModuleNotFoundError" in said
 
 
 def test_explain_says_what_a_server_would_refuse():

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from sglang_hicache.bench.explain import launch_line
 from sglang_hicache.io_backends.device import gpu_facts
 from sglang_hicache.io_backends.sglang.handover import machine_facts
 from sglang_hicache.io_backends.sglang.handover.machine_facts import detect
 from sglang_hicache.policy.fact_spec import FactKind, FactSpec
-from sglang_hicache.policy.fact_table import FACT_NAMES
+from sglang_hicache.policy.fact_table import FACT_NAMES, MACHINE_FACTS, SERVER_FACTS
 from sglang_hicache.policy.facts import NOT_GIVEN, Fact, Facts
 from sglang_hicache.policy.names import NameProblem
 
@@ -39,6 +40,27 @@ def test_every_name_is_always_there():
 def test_a_fact_without_a_sentence_that_says_what_it_is_cannot_be_made(meaning: str):
     with pytest.raises(ValueError, match="meaning of fact page_size is no sentence"):
         FactSpec("page_size", FactKind.NUMBER, meaning)
+
+
+def test_what_sglangs_options_give_is_in_the_command_that_explain_prints():
+    """Another server would be started than the one that was explained."""
+    without = {name for name, spec in SERVER_FACTS.items() if not (spec.launched or spec.launched_as)}
+    others = {"verify_attention_backend", "kv_kind", "row_bytes", "pinned_memory"}
+    assert without == others | set(MACHINE_FACTS)
+    given = Facts.given(
+        **{"draft_attention_backend": "triton", "page_size": 16, "overlap": False, "speculative": "EAGLE"},
+        **{"tp": 2, "prefill_attention_backend": "fa3", "decode_attention_backend": "fa3", "dp": 4},
+    )
+    words = " ".join(launch_line.of_facts(given, backend="auto", policy=None))
+    for option in (
+        *("--attention-backend fa3", "--speculative-draft-attention-backend triton", "--page-size 16"),
+        *("--disable-overlap-schedule", "--speculative-algorithm EAGLE", "--tp-size 2", "--dp-size 4"),
+    ):
+        assert f" {option} " in words
+    plain = Facts.given(overlap=True, speculative="none", device="cuda")
+    assert launch_line.of_facts(plain, backend="auto", policy=None)[4:-2] == [
+        *("--device", "cuda", "--enable-hierarchical-cache"),
+    ]
 
 
 def test_attention_backend_sets_both_where_they_are_not_set():

@@ -27,7 +27,7 @@ from ....policy.format.lint import warnings
 from ....policy.terminal import working
 from ...device import unavailable
 from ...policy_files import policy_in_force
-from ...registry import BACKENDS, OWN_NAMES, available_backends, get_backend
+from ...registry import BACKENDS, OWN_NAMES, available_backends, ignored_spec, loading_problem
 from .. import versions
 from ..no_gpu import fake_libcuda
 from .dry_run import Server
@@ -193,11 +193,11 @@ def machine(facts: Facts) -> Iterator[Finding]:
 def _backends(device: str, facts: Facts) -> Iterator[Finding]:
     reason = unavailable(device) or (facts["gpu_arch"].source if facts.value("gpu_arch") is None else None)
     for name in available_backends():
-        try:
-            get_backend(name)
-        # A third party's module may fail in any way when it is imported.
-        except Exception as error:
-            yield Finding(name, WARNING, f"cannot be loaded: {error!r}", "reinstall what provides it")
+        if (problem := loading_problem(name)) is not None:
+            yield Finding(name, WARNING, problem, "reinstall what provides it")
+            continue
+        if (problem := ignored_spec(name)) is not None:
+            yield Finding(name, WARNING, problem, "name the entry point as the spec is named")
             continue
         spec = BACKENDS[name]
         where = f"layouts {_listed(spec.layouts)}"

@@ -6,7 +6,7 @@ from ....policy.backend_spec import spec_of
 from ....policy.decide import Decision
 from ....policy.facts import Facts
 from ....policy.names import AUTO, UPSTREAM_NAMES
-from ...registry import BACKENDS
+from ...registry import BACKENDS, loading_problem
 from ..pools.geometry import OTHER_KINDS
 from ..versions import problem_with
 
@@ -18,6 +18,9 @@ def refusal(decision: Decision, facts: Facts, *, backend: str) -> str | None:
     version = facts.value("sglang")
     if version is not None and (problem := problem_with(str(version))) is not None:
         return problem
+    for name in dict.fromkeys(route.backend for route in decision.routes):
+        if (problem := loading_problem(name)) is not None:
+            return f"backend {name} {problem}"
     if backend == AUTO:
         return None
     reason = spec_of(BACKENDS, decision.backend).cannot_serve(
