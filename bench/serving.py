@@ -99,13 +99,16 @@ def free_port() -> int:
             return port
 
 
-def open_url(url: str, *, method: str = "GET", timeout_s: float = 60) -> Any:
-    """Send a request without a body and return the open answer, past any proxy.
+def open_url(url: str, *, method: str = "GET", body: object | None = None, timeout_s: float = 60) -> Any:
+    """Send a request, with `body` as JSON if there is one, and return the open answer, past any proxy.
 
     Raises:
         OSError: nothing answered within `timeout_s` seconds, or the answer was an HTTP error.
     """
-    return _opener.open(urllib.request.Request(url, method=method), timeout=timeout_s)
+    data = None if body is None else json.dumps(body).encode()
+    headers = {} if body is None else {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, data=data, headers=headers, method=method)
+    return _opener.open(request, timeout=timeout_s)
 
 
 def get_json(url: str, body: object | None = None, *, timeout_s: float = 60) -> Any:

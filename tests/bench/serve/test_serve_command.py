@@ -17,7 +17,7 @@ pytest.importorskip("aiohttp")
 
 from sglang_hicache.bench import damaged
 from sglang_hicache.bench.cli import app
-from sglang_hicache.bench.lab import gpu_plan, gpu_plans, gpu_stress
+from sglang_hicache.bench.lab import cell_server, gpu_plan, gpu_plans, gpu_stress
 from sglang_hicache.bench.serve import arms, models, null_backend, public, result, run, workloads
 from sglang_hicache.bench.serve.arms import Cell
 from sglang_hicache.bench.serve.models import ServedModel
@@ -39,7 +39,7 @@ def this_process_ends_as_before() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("serve.command", "lab.gpu_plan", "lab.gpu_stress"):
+    for module in ("serve.command", "lab.gpu_plan", "lab.cell_server"):
         monkeypatch.setattr(f"sglang_hicache.bench.{module}.gpu_missing", lambda: "none here")
 
 
@@ -251,9 +251,9 @@ def test_stress_of_a_planned_cell(
         def terminate(self) -> None:
             ended.append(self)
 
-    monkeypatch.setattr(gpu_stress, "gpu_missing", lambda: None)
-    monkeypatch.setattr(gpu_stress, "make_room", lambda *_: None)
-    monkeypatch.setattr(gpu_stress, "ServerProcess", Server)
+    monkeypatch.setattr(cell_server, "gpu_missing", lambda: None)
+    monkeypatch.setattr(cell_server, "make_room", lambda *_: None)
+    monkeypatch.setattr(cell_server, "ServerProcess", Server)
     monkeypatch.setattr(gpu_stress.subprocess, "Popen", Stress)
     config = {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 128}
     (tmp_path / "config.json").write_text(json.dumps(config))
