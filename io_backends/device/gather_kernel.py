@@ -87,6 +87,7 @@ def gather_rows(  # type: ignore[no-untyped-def]
         if INDEX_STEP == 1:
             slot = tl.load(slots + start + token, mask=live, other=0).to(tl.int64)
         else:
+            # Division truncates here and floors elsewhere: of a negative index, which nobody writes.
             index = (start + token) * INDEX_STEP + INDEX_OFFSET
             slot = tl.load(slots + index, mask=live, other=0).to(tl.int64) // INDEX_STEP
         source = tl.load(table + row) + piece.to(tl.int64) * PIECE_BYTES + slot * row_stride

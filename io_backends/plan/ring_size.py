@@ -50,12 +50,14 @@ def staging_size(
         free: bytes of device memory that are free; None where nobody counts them.
         sharers: rings that divide the share of it among them.
     """
-    per_token = sum(pool.bytes_per_token for pool in pools if pool.by_token)
+    by_token = [pool for pool in pools if pool.by_token]
+    rows = sum(-(-step_tokens // pool.index_step) * pool.bytes_per_token for pool in by_token)
+    per_token = sum(pool.bytes_per_token / pool.index_step for pool in by_token)
     # A state is written for a prompt, not for a token: room for the two that a ring must hold.
     states = sum(2 * pool.unit_bytes for pool in pools if not pool.by_token)
-    step = step_tokens * per_token + states
+    step = rows + states
     wanted = max(DEFAULT_STAGING_MB * _MIB, step + step // (RING_PARTS - 1) + LEAD_BYTES)
-    because = f"the rows of a step of {step_tokens:,} tokens, {per_token:,} bytes each"
+    because = f"the rows of a step of {step_tokens:,} tokens, {per_token:,.0f} bytes each"
     if states:
         because += f", and {states:,} bytes of states"
     if free is not None and wanted > (share := free // (FREE_SHARE * sharers)):

@@ -141,7 +141,8 @@ class Release:
         index_pools: host pools of pages and keys beside the rows, by class, whose copies are those of the
             release that ours were compared with on a GPU (0.5.23).
         index_steps: pools of which several indices stand for one row (DeepSeek-V4, context-parallel decode)
-            are given to backends: not before that was compared with SGLang's own copies on a GPU.
+            are given to backends: not before that was compared with SGLang's own copies on a GPU, release by
+            release, and windows of DeepSeek-V4 only where they are held.
         states_held: a state (Mamba, linear attention) that a write was given is not given away or written
             before SGLang takes the write as done. Before 0.5.22 a forward that verifies drafts may write a
             state that the cache holds: the request that handed it over still counts in the batch, and

@@ -134,8 +134,8 @@ def test_explain_prints_the_command_to_run() -> None:
     line = found[found.index("sglang serve") : found.index("--verbose")]
     argv = command_line.read(line).argv
     assert argv == [
-        *("--model-path", "MODEL", "--attention-backend", "fa3", "--page-size", "64"),
-        *("--hicache-mem-layout", "layer_first", "--enable-hierarchical-cache"),
+        *("--model-path", "MODEL", "--attention-backend", "fa3", "--hicache-mem-layout", "layer_first"),
+        *("--page-size", "64", "--enable-hierarchical-cache"),
         *("--hicache-io-backend", "hybrid"),
     ]
     as_json = json.loads(run("explain", "--gpu-arch", "sm90", "--json").stdout)

@@ -6,7 +6,7 @@ For a process that only predicts: its groups have a size and nobody in them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,10 +28,9 @@ def first_rank(server_args: Any) -> Iterator[None]:
     if versions.current().widths_of_groups:
         values = _place(config)
     if sharded:
-        _without_scratch()
         parallel = get_parallel()
         values |= _groups(attn_cp=parallel.attn_cp_size, attn_tp=parallel.attn_tp_size)
-    with get_parallel().override(**values):
+    with get_parallel().override(**values), _without_scratch() if sharded else nullcontext():
         yield
 
 
@@ -61,11 +60,18 @@ def _groups(**sizes: int) -> dict[str, Any]:
     }
 
 
-def _without_scratch() -> None:
+@contextmanager
+def _without_scratch() -> Iterator[None]:
     """Sharded rows: without memory to collect the pages of other ranks in, as long as eight contexts."""
     from sglang.srt.mem_cache.page_interleave_pool import PageInterleaveKVPoolMixin
 
-    setattr(PageInterleaveKVPoolMixin, "_init_page_shard_state", _shard_state)  # noqa: B010 (not ours)
+    name = "_init_page_shard_state"
+    before = getattr(PageInterleaveKVPoolMixin, name)
+    setattr(PageInterleaveKVPoolMixin, name, _shard_state)
+    try:
+        yield
+    finally:
+        setattr(PageInterleaveKVPoolMixin, name, before)
 
 
 def _shard_state(pool: Any, shard_spec: Any, shard_group: Any) -> None:

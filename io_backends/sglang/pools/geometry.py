@@ -74,6 +74,12 @@ def refuse_lost_index(cache: Any, kinds: Collection[str]) -> None:
         )
 
 
+def label_of(host_pool: Any, otherwise: str | None = None) -> str:
+    """SGLang's name for a pool (``kv``, ``swa``, ...); without one, ``otherwise`` or its class."""
+    named = getattr(host_pool, "pool_label", None) or getattr(host_pool, "pool_name", None)
+    return str(named or otherwise or type(host_pool).__name__)
+
+
 def describe_pool(host_pool: Any) -> PoolGeometry:
     """Geometry of an SGLang host pool and the device buffers it mirrors.
 
@@ -81,7 +87,7 @@ def describe_pool(host_pool: Any) -> PoolGeometry:
         UnsupportedPoolError: the pool is of a kind, layout or placement that the backends do not cover.
     """
     kind = type(host_pool).__name__
-    label = str(getattr(host_pool, "pool_label", "kv"))
+    label = label_of(host_pool, "kv")
     # By exact class: a subclass may hold its rows differently (MXFP8 scales, HiSparse).
     describe_kind = _ROWS.get(kind)
     release = versions.current()
@@ -96,19 +102,24 @@ def describe_pool(host_pool: Any) -> PoolGeometry:
                 f"{kind}: this SGLang may write a state that its cache holds before a later gap between "
                 "forwards has read it (speculative decoding with grammars); newer ones do not"
             )
+        _refuse_windows(label, release)
         _refuse_translated(host_pool)
         return _RECORDS[kind](host_pool)
-    if label in _WINDOWS and not release.windows_held:
-        raise UnsupportedPoolError(
-            "this SGLang is not known to hold rows of sliding layers until a later gap between forwards has "
-            "read them; newer ones do"
-        )
+    _refuse_windows(label, release)
     if host_pool.layout not in LAYOUTS:
         raise UnsupportedPoolError(f"layout {host_pool.layout} is not covered")
     _refuse_translated(host_pool)
     if getattr(host_pool, "kv_buffer", None) is None:
         raise UnsupportedPoolError("it holds no host buffer (allocator only)")
     return describe_kind(host_pool, label)
+
+
+def _refuse_windows(label: str, release: versions.Release) -> None:
+    if label in _WINDOWS and not release.windows_held:
+        raise UnsupportedPoolError(
+            "this SGLang is not known to hold rows of sliding layers until a later gap between forwards has "
+            "read them; newer ones do"
+        )
 
 
 def _refuse_translated(host_pool: Any) -> None:

@@ -133,17 +133,7 @@ def _pool(name: str, pool: Any, device_pool: Any, window: int | None) -> HostPoo
         raise ShortHostRowsError(f"pool {name}, {error}") from error
     except UnsupportedPoolError as error:
         undescribed = str(error)
-    in_pages = hasattr(pool, "item_bytes")  # the pages of DeepSeek-V4 and QSA: of one layer
-    record = "state" if kind in records.STATES else "token"
-    if in_pages or kind == "DSAIndexerPoolHost":
-        record = "page"
-    per_token = int(getattr(pool, "size_per_token", 0))
-    ranks = int(getattr(pool, "dcp_size", 1))
-    if record == "token" and ranks > 1:
-        record = "row"
-    nbytes = per_token * page if record == "page" else per_token
-    if in_pages:
-        nbytes = int(pool.item_bytes) * int(pool.layer_num)
+    record, nbytes, tokens = _record_of(pool)
     return HostPool(
         name=name,
         kind=kind,
@@ -151,11 +141,31 @@ def _pool(name: str, pool: Any, device_pool: Any, window: int | None) -> HostPoo
         kv_kind=kv_kind,
         record=record,
         bytes=nbytes,
-        tokens={"state": None, "page": page, "row": ranks}.get(record, 1),
+        tokens=tokens,
         window=None if window is None or "swa" not in name.lower() else -(-window // page) * page,
         undescribed=undescribed,
         index_step=step,
     )
+
+
+def _record_of(pool: Any) -> tuple[str, int, int | None]:
+    """:attr:`HostPool.record`, its bytes, and the tokens that it stands for."""
+    page, kind = int(getattr(pool, "page_size", 1)), type(pool).__name__
+    per_token = int(getattr(pool, "size_per_token", 0))
+    if kind in records.STATES:
+        return "state", per_token, None
+    if hasattr(pool, "item_bytes"):  # the pages of DeepSeek-V4 and QSA: of one layer
+        return "page", int(pool.item_bytes) * int(pool.layer_num), page
+    if kind == "DSAIndexerPoolHost":
+        return "page", per_token * page, page
+    ranks = int(getattr(pool, "dcp_size", 1))
+    return "token" if ranks == 1 else "row", per_token, ranks
+
+
+def bytes_of(pool: Any, indices: int) -> int:
+    """Bytes that so many indices of a host pool move, in all layers."""
+    _, nbytes, tokens = _record_of(pool)
+    return -(-indices // (tokens or 1)) * nbytes
 
 
 def _refuse_short_sidecars(entries: Sequence[tuple[str, Any, Any]]) -> None:

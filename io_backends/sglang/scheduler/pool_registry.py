@@ -13,7 +13,7 @@ from ...plan.geometry import PoolGeometry
 from ...registry import unsupported
 from ..errors import RefusedError
 from ..pools.errors import ShortHostRowsError, UnsupportedPoolError
-from ..pools.geometry import describe_pool, fingerprint, host_buffers
+from ..pools.geometry import describe_pool, fingerprint, host_buffers, label_of
 from . import kernels
 
 logger = logger_of(__name__)
@@ -140,8 +140,3 @@ class PoolRegistry:
 
 def _registered(host_pool: Any) -> list[tuple[int, int]]:
     return [extent for each in host_buffers(host_pool) for extent in getattr(each, _REGISTERED_RANGES, ())]
-
-
-def label_of(host_pool: Any) -> str:
-    """SGLang's name for a pool (``kv``, ``swa``, ...)."""
-    return str(getattr(host_pool, "pool_label", type(host_pool).__name__))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,11 +24,11 @@ from ..handover.decision_handover import ATTRIBUTE, is_ours
 from ..metrics import metrics_of
 from ..no_gpu import cpu_engine
 from ..pools.errors import ShortHostRowsError
+from ..pools.geometry import label_of
 from ..pools.host_pools import HostPool, assigned, host_pools
 from . import kernels
 from .fences import Fences, forwards_of
 from .indices import draft_pool_of
-from .pool_registry import label_of
 from .writeback import WriteBack
 
 logger = logger_of(__name__)
@@ -84,6 +86,8 @@ class Active:
 
 
 _active: Active | None = None
+_built = False
+"""A scheduler was built in this process, or is being built."""
 
 
 def active() -> Active | None:
@@ -100,10 +104,18 @@ def around_scheduler_init(
     original: Callable[..., None], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any
 ) -> None:
     """Hook around ``Scheduler.__init__``: nothing unless one of this project's backends was asked for."""
+    global _built
     carried = getattr(server_args, ATTRIBUTE, None)
+    another, _built = _built or _is_another_there(scheduler), True
+    if another and (carried is not None or _active is not None):
+        raise end_scheduler(
+            RefusedError(
+                "this process has a scheduler already, and one of the two is asked to run our write-back, "
+                "whose hooks are those of the process and whose fences of one scheduler: start each in a "
+                "process of its own, as SGLang does"
+            )
+        )
     if carried is None:
-        if _active is not None:
-            raise end_scheduler(_one_scheduler())
         if is_ours(_effective_io_backend(server_args)):
             raise end_scheduler(
                 RefusedError(
@@ -139,12 +151,12 @@ def around_scheduler_init(
     unsafe.warn(unsafe_fences)
 
 
-def _one_scheduler() -> RefusedError:
-    """Hooks are on the functions of a whole process, and fences between the streams of one scheduler."""
-    return RefusedError(
-        "this process has a scheduler already, whose writes and forwards the hooks here belong to. Start "
-        "each scheduler in a process of its own, as SGLang does"
-    )
+def _is_another_there(scheduler: Any) -> bool:
+    """Whether this process has built another scheduler, before its construction was hooked too."""
+    kind = getattr(sys.modules.get(versions.SCHEDULER.rpartition(".")[0]), "Scheduler", None)
+    if not isinstance(kind, type):
+        return False
+    return any(issubclass(type(each), kind) and each is not scheduler for each in gc.get_objects())
 
 
 def _effective_io_backend(server_args: Any) -> str | None:
@@ -157,8 +169,6 @@ def _effective_io_backend(server_args: Any) -> str | None:
 
 def _activate(scheduler: Any, decision: Decision, unsafe_fences: str | None) -> None:
     global _active
-    if _active is not None:
-        raise _one_scheduler()
     version = versions.installed()
     problem = versions.problem_with(version) or versions.check_points(
         versions.release_of(version).scheduler_points, version

@@ -27,19 +27,20 @@ from ...plan.staged_write import is_whole
 from ...routes import Route, distinct, write_facts
 from .. import versions
 from ..metrics import Metrics
-from ..pools.geometry import translated
+from ..pools.geometry import label_of, translated
+from ..pools.host_pools import bytes_of
 from . import kernels
 from .deferred_event import deferred
 from .fences import Fences
 from .indices import PlainIndices
-from .pool_registry import PoolRegistry, label_of
+from .pool_registry import PoolRegistry
 from .writes import UPSTREAM, Counters, PoolWrite, Write
 
 logger = logger_of(__name__)
 
 _NO_SLOTS = np.empty(0, dtype=np.int64)
 
-NOT_WHOLE = "a write to a paged layout was not whole pages, each in order"
+NOT_WHOLE = "a write was not whole pages, each in order"
 """Why a write takes SGLang's own path though a backend serves its pool. SGLang writes nothing else (0.5.18 to
 0.5.23, see :mod:`~sglang_hicache.io_backends.plan.staged_write`), so this is looked at, and never seen."""
 
@@ -150,7 +151,8 @@ class WriteBack:
         served = known.geometry is not None
         names = [each.name for each in self._backends if served and known.reason(each) is None]
         whys = [*([NOT_WHOLE] if served else []), known.reasons[0] if known.reasons else TRANSLATED]
-        self.metrics.expect(label_of(pool), list(dict.fromkeys(names)), whys)
+        label = known.geometry.label if known.geometry is not None else label_of(pool)
+        self.metrics.expect(label, list(dict.fromkeys(names)), whys)
 
     def before_forward(self) -> None:
         """A forward is about to be launched: the last chance for what runs in the gap before it.
@@ -306,6 +308,9 @@ class WriteBack:
             self._count_fallback(part, len(host))
             return
 
+        if geometry.index_step > 1 and len(host) != int(device.shape[0]):
+            raise ValueError(f"{len(host)} host indices for {int(device.shape[0])} device indices")
+
         def upstream_copy(*, block_quota: int | None = None) -> None:
             # Here, and not where indices are moved: sorting is SM work, and between this copy's fences.
             pairs = kernels.in_host_order(host, device) if part.by_host else (host, device)
@@ -342,10 +347,10 @@ class WriteBack:
         if self.metrics is not None:
             self.metrics.wrote(backend, geometry.label, submission, short=short)
 
-    def _count_fallback(self, part: PoolWrite, tokens: int) -> None:
+    def _count_fallback(self, part: PoolWrite, indices: int) -> None:
         self.counters.fallback_writes += 1
         self.counters.served_by(UPSTREAM)
-        self.counters.bytes += tokens * int(part.pool.size_per_token)
+        self.counters.bytes += bytes_of(part.pool, indices)
         if self.metrics is not None:
             reasons = self.pools[part.pool].reasons
             reason = part.why or (reasons[0] if reasons else TRANSLATED)

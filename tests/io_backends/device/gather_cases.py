@@ -210,6 +210,23 @@ class TestLaunch:
         with pytest.raises(ValueError, match="tokens up to 1 of 0 device indices"):
             self.launch(torch.zeros(0, dtype=torch.int64), 1)
 
+    def test_indices_that_stand_for_fewer_rows_are_refused(self) -> None:
+        pool = make_pool("page_first", layers=1, page_size=1, row_bytes=(16,))
+        geometry = replace(pool.geometry, index_step=4)
+        with pytest.raises(ValueError, match="tokens up to 2 of 7 device indices"):
+            Gather().launch(staged(geometry, 2), 0, torch.zeros(7, dtype=torch.int64), Chunk(0, 2), 1)
+
+    def test_only_one_index_of_a_row_counts(self) -> None:
+        pool = make_pool("page_first", layers=1, page_size=1, row_bytes=(16,), pages=8)
+        pool.geometry = replace(pool.geometry, index_step=4, index_offset=2)
+        rows = np.array([5, 3, 6])
+        indices = np.full((3, 4), 2**40)
+        indices[:, 2] = rows * 4 + 2
+        expected = pool.expected(np.arange(3), rows)
+        target = on_the_host(pool.geometry)
+        Gather().launch(target, 0, torch.from_numpy(indices.reshape(-1)), Chunk(0, 3), 1)
+        assert_host(pool, expected)
+
     def test_indices_with_gaps_between_them(self) -> None:
         pool = make_pool("page_first", layers=1, page_size=1, row_bytes=(16,), pages=8)
         slots = torch.arange(16)[::2]

@@ -111,6 +111,15 @@ class Free(CpuDevice):
         return 2**30
 
 
+def test_several_indices_of_one_row_are_one_row_of_a_step() -> None:
+    """DeepSeek-V4: pages of 256 tokens, 37,440 bytes in each of 21 layers."""
+    pool = make_pool("page_first", layers=21, page_size=1, row_bytes=(37_440,), pages=2).geometry
+    pages = replace(pool, index_step=256)
+    assert staging_size([pages], 256 * 4096, None).nbytes == staging_size([pool], 4096, None).nbytes > 2**31
+    assert staging_size([pages], 8192, None).nbytes == DEFAULT_STAGING_MB * MIB
+    assert "8,192 tokens, 3,071 bytes each" in staging_size([pages], 8192, None).because
+
+
 @pytest.mark.parametrize(
     ("options", "forwards_wait", "megabytes"),
     [

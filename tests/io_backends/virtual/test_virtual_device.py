@@ -113,8 +113,10 @@ def whole(memory: np.ndarray) -> ByteRanges:
     return ByteRanges.at(memory.ctypes.data, memory.nbytes)
 
 
-def small_pool() -> MemoryPool:
-    return make_pool("page_first", layers=3, page_size=4, row_bytes=(16, 16), pages=6, seed=1)
+def small_pool(step: int = 1) -> MemoryPool:
+    pool = make_pool("page_first", layers=3, page_size=4, row_bytes=(16, 16), pages=6, seed=1)
+    geometry = replace(pool.geometry, index_step=step, index_offset=step - 1)
+    return replace(pool, geometry=geometry)
 
 
 SLOTS = np.arange(16)[::-1].copy()
@@ -147,10 +149,17 @@ FENCES = {
 }
 
 
+@pytest.mark.parametrize("step", [1, 8])
 @pytest.mark.parametrize("fence", FENCES)
-def test_without_a_fence_bytes_go_wrong_and_every_seed_reports_it(fence: str) -> None:
+def test_without_a_fence_bytes_go_wrong_and_every_seed_reports_it(fence: str, step: int) -> None:
+    """Also where several indices stand for one row: none of them is in the pool's range."""
     backend, left_out, kinds = FENCES[fence]
-    results = [World(seed, backend, small_pool(), left_out).write(np.arange(16), SLOTS) for seed in SEEDS]
+    pools = [small_pool(step) for _ in SEEDS]
+    slots = SLOTS + 4
+    results = [
+        World(seed, backend, pool, left_out).write(np.arange(16), slots)
+        for seed, pool in zip(SEEDS, pools, strict=True)
+    ]
     assert not all(result.right for result in results)
     for result in results:
         # With the drain's end unknown, the index tensor goes too early as well.

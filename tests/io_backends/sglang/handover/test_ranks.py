@@ -122,6 +122,7 @@ def test_a_rank_whose_hooks_cannot_be_switched_on_still_meets_the_others(
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(decision_handover, "_taken_over", False)
     monkeypatch.setattr(scheduler_hooks, "_activate", fails)
+    monkeypatch.setattr(scheduler_hooks, "_built", False)
     monkeypatch.setattr(ranks, "alone", lambda server_args: False)
     monkeypatch.setattr(ranks, "agree", agree)
     decision = decide(default_policy(), Facts.given(gpu_arch="sm90"))
@@ -137,13 +138,23 @@ def test_a_rank_whose_hooks_cannot_be_switched_on_still_meets_the_others(
     assert "a hook is missing" in met[0][1]
 
 
-@pytest.mark.parametrize("asked_for", [True, False], ids=["ours", "sglangs"])
+@pytest.mark.parametrize("seen", [True, False], ids=["hooked", "before the hook"])
+@pytest.mark.parametrize(("first", "second"), [("ours", "ours"), ("ours", "sglangs"), ("sglangs", "ours")])
 def test_a_second_scheduler_in_a_process_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked_for: bool
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    first: str,
+    second: str,
+    seen: bool,
 ) -> None:
-    """Its forwards would wait by the first one's fences, or its rows be copied behind the first one's."""
-    first = object()
-    monkeypatch.setattr(scheduler_hooks, "_active", first)
+    """Forwards of one would wait by the other's fences, or its rows be copied behind the other's forwards."""
+    module = ModuleType("sglang.srt.managers.scheduler")
+    module.Scheduler = type("Scheduler", (), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    kept = module.Scheduler()  # the first one
+    active = object() if first == "ours" else None
+    monkeypatch.setattr(scheduler_hooks, "_active", active)
+    monkeypatch.setattr(scheduler_hooks, "_built", seen)
     monkeypatch.setattr(decision_handover, "_taken_over", True)
     monkeypatch.setattr(ranks, "alone", lambda server_args: True)
     decision = decide(default_policy(), Facts.given(gpu_arch="sm90"))
@@ -151,11 +162,25 @@ def test_a_second_scheduler_in_a_process_is_refused(
     built: list[object] = []
     with pytest.raises(SystemExit):
         scheduler_hooks.around_scheduler_init(
-            lambda *each: built.append(each), object(), SimpleNamespace(**(carried if asked_for else {}))
+            lambda *each: built.append(each),
+            module.Scheduler(),
+            SimpleNamespace(**(carried if second == "ours" else {})),
         )
     assert built == []
-    assert scheduler_hooks.active() is first
+    assert scheduler_hooks.active() is active
     assert "has a scheduler already" in capsys.readouterr().err
+    del kept
+
+
+def test_schedulers_of_sglangs_own_are_none_of_our_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_hooks, "_active", None)
+    monkeypatch.setattr(scheduler_hooks, "_built", False)
+    built: list[object] = []
+    for _ in range(2):
+        scheduler_hooks.around_scheduler_init(
+            lambda *each: built.append(each), object(), SimpleNamespace(hicache_io_backend="kernel")
+        )
+    assert len(built) == 2
 
 
 def test_a_scheduler_that_the_decision_reaches_without_the_plug_in_is_not_built(

@@ -28,6 +28,7 @@ from sglang_hicache.io_backends.sglang.pools.host_pools import (
     PROMPT_TOKENS,
     HostPool,
     assigned,
+    bytes_of,
     host_pools,
     share_of,
 )
@@ -65,6 +66,16 @@ class TestWriters:
         (row,) = assigned([pool(layout="page_head")], decision("copy_engine"))
         assert row.writer == ("SGLang",)
         assert str(row.why).startswith("copy_engine cannot serve --hicache-mem-layout page_head (it can: ")
+
+    def test_a_pool_of_steps_is_sglangs_where_the_backend_takes_none(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(
+            registry._specs, "copy_engine", replace(BACKENDS["copy_engine"], index_steps=False)
+        )
+        rows = assigned([pool(), pool("c4", index_step=256)], decision("copy_engine"))
+        assert [row.writer for row in rows] == [("copy_engine",), ("SGLang",)]
+        assert rows[1].why == "copy_engine cannot serve pools of which 256 indices stand for one row"
 
     def test_a_kind_that_the_backend_cannot_serve_is_sglangs_pool_by_pool(
         self, monkeypatch: pytest.MonkeyPatch
@@ -136,6 +147,7 @@ class TestRealPools:
         assert row.tokens == {"states": None, "keys_only": 1}.get(kind, built.per_record)
         assert row.undescribed is None
         assert pool_rows([row])[0][0] == "x"
+        assert bytes_of(built.host, built.per_record * 3) == 3 * nbytes
 
     def test_a_pool_that_follows_longer_indices_than_it_holds_ends_the_start(self) -> None:
         """With decode context parallelism ranks share the rows, not the indices."""

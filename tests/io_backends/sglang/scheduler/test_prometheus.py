@@ -7,6 +7,8 @@ import re
 import threading
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import pytest
 from launching import Machine
+from pools import make_pool
 from scraping import NEEDED, Prometheus
 
 from sglang_hicache.bench import serving, tiny_model, workload
@@ -215,12 +218,16 @@ def test_each_pool_starts_with_what_may_be_counted_of_it() -> None:
     """A pool that no backend serves has its fallbacks from the start, and no bytes of ours."""
     hybrid, other, again = (SimpleNamespace(name=name) for name in ("hybrid", "copy_engine", "hybrid"))
     pools = [SimpleNamespace(pool_label=name) for name in ("kv", "swa", "mamba")]
+    geometry = partial(replace, make_pool("page_first", layers=1, page_size=1, row_bytes=(16,)).geometry)
     known = {
-        "kv": KnownPool((), object(), ()),  # type: ignore[arg-type]
-        "swa": KnownPool((), object(), ("too small",), {id(other): "too small"}),  # type: ignore[arg-type]
+        "kv": KnownPool((), geometry(label="kv"), ()),
+        "swa": KnownPool((), geometry(label="swa"), ("too small",), {id(other): "too small"}),
         "mamba": KnownPool((), None, ("not a kind that is known",)),
     }
     counted = _Counted()
+    # What backends write is counted under the geometry's name.
+    pools[1].pool_label = "as SGLang calls it"
+    known["as SGLang calls it"] = known["swa"]
 
     class Pools:
         def __getitem__(self, pool: Any) -> KnownPool:

@@ -86,6 +86,36 @@ def test_half_a_page_is_left_to_sglang(kind: str, monkeypatch: pytest.MonkeyPatc
     assert writeback.counters.by_backend == {"upstream": 1}
 
 
+@pytest.mark.parametrize("kind", ["page_rows", "dcp"])
+def test_several_indices_for_a_row_wait_for_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = build(kind, "page_first").host
+    assert describe_pool(pool).index_step > 1
+    for release in versions.RELEASES:
+        assert not release.index_steps
+        monkeypatch.setattr(versions, "current", lambda release=release: release)
+        with pytest.raises(UnsupportedPoolError, match="on a GPU yet"):
+            describe_pool(pool)
+
+
+def test_windows_in_pages_are_left_to_sglang_where_they_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = build("page_rows", "page_first").host
+    pool.pool_name = "swa"
+    assert describe_pool(pool).label == "swa"
+    of_today = versions.current()
+    older = dataclasses.replace(of_today, windows_held=False)
+    monkeypatch.setattr(versions, "current", lambda: older)
+    with pytest.raises(UnsupportedPoolError, match="rows of sliding layers"):
+        describe_pool(pool)
+
+
+@pytest.mark.parametrize("kind", ["page_rows", "dcp"])
+def test_as_many_device_indices_as_host_indices(kind: str) -> None:
+    pool = build(kind, "page_first")
+    host, device = pool.slots(2)
+    with pytest.raises(ValueError, match=f"{len(host)} host indices for {len(host) + 1} device indices"):
+        submit(write_back("hybrid"), pool, host, np.append(device, 0))
+
+
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 def test_an_index_past_the_end_is_refused(kind: str, layout: str) -> None:
     pool = build(kind, layout)
