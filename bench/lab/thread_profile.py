@@ -42,7 +42,7 @@ _LIMIT_S = 120
 
 
 @dataclass(frozen=True)
-class Part:
+class FunctionTime:
     """What one function takes of a hook's calls.
 
     Attributes:
@@ -71,7 +71,7 @@ class HookTime:
     calls: int
     median_us: float
     most_us: float
-    parts: tuple[Part, ...]
+    parts: tuple[FunctionTime, ...]
 
 
 @dataclass
@@ -102,7 +102,7 @@ def hook_times(events: Iterable[Mapping[str, Any]]) -> list[HookTime]:
             tuple(
                 sorted(
                     (
-                        Part(name, len(own) / len(took), sum(own) / len(took))
+                        FunctionTime(name, len(own) / len(took), sum(own) / len(took))
                         for name, own in parts[hook].items()
                     ),
                     key=lambda part: -part.self_us,

@@ -296,6 +296,9 @@ class WriteBack:
             device_pool: as SGLang gives it to ``upstream``.
             host: host indices, int64 [n], likewise.
             device: device indices, int64 [n], likewise.
+
+        Raises:
+            ValueError: there are not as many of one as of the other, where several stand for one slot.
         """
         write, route = part.write, part.route
         engine = write.engine
