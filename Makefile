@@ -1,7 +1,7 @@
 # make demo        real SGLang servers, with and without HiCache: the outputs must not differ (no GPU needed)
 # make test        all tests; make test-fast: those that need neither SGLang nor a GPU, in 3 minutes
 # make properties  property tests ROUNDS (5) times, with examples that differ each time
-# make lint        ruff and mypy
+# make lint        ruff, mypy, and who may import whom
 # make stress      five minutes of load on each backend, with real servers (no GPU needed; not part of make test)
 # make tables      the tables of README.md and docs/ again from the saved runs that they name
 # make versions    the SGLang releases this project supports, unpacked for the tests
@@ -64,6 +64,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/python -m sglang_hicache.bench.lab.typecheck
+	$(BIN)/python -m pytest -q tests/test_import_rules.py tests/test_imports_resolve.py tests/test_where_sglang_is_known.py
 
 stress: $(VENV)/.test
 	$(BIN)/python -m sglang_hicache.bench.stress.on_cpu_engine --out .stress $(ARGS)
