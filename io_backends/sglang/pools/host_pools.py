@@ -43,7 +43,7 @@ class HostPool:
         layout: of its host memory, as backends are asked for it.
         kv_kind: what it holds, likewise (`PoolGeometry.kv_kind`); None: no backend is given it.
         record: what an index moves: ``token``, ``page`` or ``state``; ``row``, of which each rank of decode
-            context parallelism has its own.
+            context parallelism or of sharded KV has its own.
         bytes: of one record in all layers.
         tokens: that a record stands for; None: a state stands for a whole prefix.
         window: tokens that are written of any prompt at most; None: all.
@@ -158,7 +158,7 @@ def _record_of(pool: Any) -> tuple[str, int, int | None]:
         return "page", int(pool.item_bytes) * int(pool.layer_num), page
     if kind == "DSAIndexerPoolHost":
         return "page", per_token * page, page
-    ranks = int(getattr(pool, "dcp_size", 1))
+    ranks = int(getattr(pool, "dcp_size", 1)) * int(getattr(pool, "shard_size", 1))
     return "token" if ranks == 1 else "row", per_token, ranks
 
 

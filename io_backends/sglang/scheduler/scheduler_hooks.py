@@ -106,8 +106,9 @@ def around_scheduler_init(
     """Hook around ``Scheduler.__init__``: nothing unless one of this project's backends was asked for."""
     global _built
     carried = getattr(server_args, ATTRIBUTE, None)
-    another, _built = _built or _is_another_there(scheduler), True
-    if another and (carried is not None or _active is not None):
+    another, _built = _built, True
+    # Looked for where it matters only: a server without our backends pays nothing for it.
+    if _active is not None or (carried is not None and (another or _is_another_there(scheduler))):
         raise end_scheduler(
             RefusedError(
                 "this process has a scheduler already, and one of the two is asked to run our write-back, "

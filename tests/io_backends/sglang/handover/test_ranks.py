@@ -175,6 +175,8 @@ def test_a_second_scheduler_in_a_process_is_refused(
 def test_schedulers_of_sglangs_own_are_none_of_our_business(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler_hooks, "_active", None)
     monkeypatch.setattr(scheduler_hooks, "_built", False)
+    searched = "their objects are not searched either"
+    monkeypatch.setattr(scheduler_hooks, "_is_another_there", lambda _: pytest.fail(searched))
     built: list[object] = []
     for _ in range(2):
         scheduler_hooks.around_scheduler_init(

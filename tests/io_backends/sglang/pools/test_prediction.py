@@ -161,6 +161,7 @@ def test_kinds_of_pools_that_only_some_releases_have(sm100: Sm100, subtests: pyt
             assert bytes_of(answer) == answer["held"]
             if name == "sharded":
                 assert "indices SGLang translates" in answer["pools"][0]["undescribed"]
+                assert (answer["pools"][0]["record"], answer["pools"][0]["tokens"]) == ("row", 8)
             if name == "states":
                 assert answer["pools"][0]["undescribed"] == geometry.TRANSLATED
 
