@@ -85,6 +85,8 @@ SM100 = {
     "windows": ("gpt-oss-120b", UNIFIED),
     "states": ("Qwen3-Next-80B-A3B", "--tp 4 --enable-unified-memory"),
     "sharded": ("DeepSeek-R1", f"--tp 8 --page-size 64 --attention-backend trtllm_mla {SHARDED}"),
+    "attention dp": ("Qwen3-8B", "--tp 4 --dp 2 --enable-dp-attention"),
+    "tensor parallel": ("Qwen3-8B", "--tp 4"),
 }
 """Servers on sm100: a model and its options."""
 
@@ -131,6 +133,14 @@ def test_scales_are_held_on_the_host_or_no_server_starts(sm100: Sm100) -> None:
     assert fp4["pools"] is None
     refused = "MHA host transfers do not support KV scale layout" if release == "0.5.23" else lost
     assert refused in fp4["unknown"]
+
+
+def test_heads_are_divided_among_the_ranks_of_one_group(sm100: Sm100) -> None:
+    _, found = sm100
+    whole = EXPECTED[0]["pools"][0]["bytes"]
+    for name, ranks in (("attention dp", 2), ("tensor parallel", 4)):
+        (pool,) = found[name]["pools"]
+        assert pool["bytes"] == found[name]["held"]["kv"] == whole / ranks
 
 
 def test_kinds_of_pools_that_only_some_releases_have(sm100: Sm100, subtests: pytest.Subtests) -> None:
