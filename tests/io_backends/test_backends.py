@@ -15,7 +15,7 @@ from strategies import stepped_pools, whole_writes, writes
 from sglang_hicache.io_backends import Backend, Transfer, get_backend
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.interface import OptionsError
-from sglang_hicache.io_backends.plan.chunks import STAGING_ALIGNMENT
+from sglang_hicache.io_backends.plan.chunks import STAGING_ALIGNMENT, Room
 from sglang_hicache.io_backends.plan.ring import ANY_GAP, Ring
 from sglang_hicache.io_backends.registry import OWN_NAMES
 
@@ -572,21 +572,27 @@ def test_ring_memory_is_given_out_behind_everything_that_drains_from_it(data: st
         done |= set(range(data.draw(st.integers(0, drain))))
         gap += data.draw(st.integers(0, 1))
         size, before = data.draw(st.integers(1, units)), data.draw(st.sampled_from((0, gap, ANY_GAP)))
-        room = ring.has_room(size * alignment, before=before)
+        room = ring.room(size * alignment, before=before)
         short = data.draw(st.integers(0, alignment - 1))
         taken = ring.take(size * alignment - short, gap=gap, before=before)
-        assert room == (taken is not None)
-        if taken is None:
+        assert (room is None) == (taken is None)
+        if room is None or taken is None:
             assert before <= gap
             continue
         region, events = taken
+        behind = [drain_of.get(unit, -1) for unit in range(region.start // alignment, units)]
+        busy = [nth for nth, each in enumerate(behind) if each > waited and each not in done]
+        free = busy[0] if busy else len(behind)
+        first = free + behind.count(behind[free]) if busy else free
+        most = next((nth for nth in busy if gap_of[behind[nth]] >= before), len(behind))
+        assert room == Room(free * alignment, first * alignment, most * alignment)
         assert all(gap_of[event] < before for event in events)
         mine = range(region.start // alignment, region.stop // alignment)
         assert len(mine) == size
         assert 0 <= region.start < region.stop <= ring.nbytes
-        busy = {drain_of[unit] for unit in mine if unit in drain_of} - done
+        still = {drain_of[unit] for unit in mine if unit in drain_of} - done
         waited = max((waited, *events))
-        assert max(busy, default=-1) <= waited
+        assert max(still, default=-1) <= waited
         region.drained = drain
         gap_of[drain] = gap
         drain_of |= dict.fromkeys(mine, drain)

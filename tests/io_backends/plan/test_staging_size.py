@@ -16,24 +16,37 @@ from sglang_hicache.bench.measure.cases import MODELS, Case, pool_of
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.hybrid import HybridBackend
 from sglang_hicache.io_backends.interface import OptionsError
-from sglang_hicache.io_backends.plan.chunks import LEAD_BYTES, fine_lengths, ring_units
+from sglang_hicache.io_backends.plan.chunks import LEAD_BYTES, Room, gap_chunk, least_chunk, ring_units
 from sglang_hicache.io_backends.plan.ring import Ring
 from sglang_hicache.io_backends.plan.ring_size import DEFAULT_STAGING_MB, FREE_SHARE, staging_size
-from sglang_hicache.io_backends.plan.staged_write import WritePlan
+from sglang_hicache.io_backends.plan.staged_write import WritePlan, units_in_gap
 
 MIB = 2**20
 
 
 @settings(max_examples=300, deadline=None)
-@given(total=st.integers(1, 10_000), ring=st.integers(2, 3_000), lead=st.integers(1, 2_000))
-def test_fine_chunks_are_the_write_and_any_two_neighbours_fit(total: int, ring: int, lead: int) -> None:
-    lengths = fine_lengths(total, ring, lead)
-    assert sum(lengths) == total
-    assert min(lengths) >= 1
-    assert max(lengths) <= ring // 2
-    assert max(lengths) <= max(ring // 8, lead)
-    later = lengths[1:] if total >= max(lead, 8) else lengths
-    assert max(later) - min(later) <= 1
+@given(st.data())
+def test_a_chunk_in_a_gap_takes_what_is_drained_or_waits_for_no_more_than_it_must(
+    data: st.DataObject,
+) -> None:
+    ring, lead = data.draw(st.integers(2, 3_000)), data.draw(st.integers(1, 2_000))
+    left, idle = data.draw(st.integers(1, 10_000)), data.draw(st.booleans())
+    least = least_chunk(left, ring, lead)
+    assert 1 <= least <= min(left, ring // 2)
+    # The ring's contract: it was asked for the least, and has it.
+    most = data.draw(st.integers(least, max(least, ring)))
+    free = data.draw(st.integers(0, most))
+    room = Room(free, data.draw(st.integers(free, most)), most)
+    units = gap_chunk(left, ring, lead, room, idle=idle)
+    assert 1 <= units <= min(left, most, ring // 2), "two neighbours fit the ring"
+    if free >= least:
+        assert units <= free, "nothing to wait for"
+        if not idle or left < lead:
+            assert units == min(left, free, ring // 2)
+    else:
+        assert units <= max(least, room.first), "no second drain, unless for the least"
+        if not idle or left < lead:
+            assert units >= least
 
 
 @settings(max_examples=60, deadline=None)
@@ -60,11 +73,14 @@ def test_every_gap_takes_a_steps_rows_of_every_pool(data: st.DataObject) -> None
             cuts = data.draw(st.lists(st.integers(0, pages), max_size=2))
             edges = [0, *sorted(cuts), pages]
             for start, stop in pairwise(edges):
-                plan = WritePlan(pool, np.arange((stop - start) * 64), ring.nbytes, fine=True)
-                for nth in range(len(plan)):
-                    taken = ring.take(plan[nth].room, gap=gap, before=gap)
-                    assert taken is not None, (gap, size)
+                plan = WritePlan(pool, np.arange((stop - start) * 64))
+                while plan.left:
+                    units = units_in_gap(pool, plan.left, ring, before=gap)
+                    assert units, (gap, size)
+                    taken = ring.take(plan.cut(units).room, gap=gap, before=gap)
+                    assert taken is not None
                     taken[0].drained = object()
+                assert sum(each.chunk.tokens for each in plan) == (stop - start) * 64
 
 
 @settings(max_examples=200, deadline=None)
