@@ -83,5 +83,5 @@ class Explanation:
             "refused": self.refused,
             "fallback": self.fallback,
             "lost": list(self.lost),
-            "other_pools": serving.other_pools(self.decision),
+            "other_pools": serving.other_pools(self.decision, self.facts),
         }

@@ -127,7 +127,7 @@ def _summary(shown: Explanation) -> list[tuple[str, str]]:
         ("Decided by", sentences.decided_by(decision, shown.policy)),
         ("SGLang gets", sentences.upstream_sentence(decision)),
     ]
-    if not shown.pools and (others := serving.other_pools(decision)):
+    if not shown.pools and (others := serving.other_pools(decision, shown.facts)):
         waiting = " and ".join(decision.fences()) or "no forward"
         rows.append(("SGLang copies", f"pools of {', '.join(others)} itself; {waiting} would wait for that"))
     if memory := sentences.memory_sentence(decision, backends):

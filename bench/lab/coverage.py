@@ -12,6 +12,7 @@ bytes, not of speed.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -60,7 +61,31 @@ def table(saved: Path) -> str:
         backends = " or ".join(dict.fromkeys(name for pool in pools if pool.ours for name in pool.writer))
         ours = f"{share_of(pools):.0%} {backends}".strip() if pools else ""
         lines.append(f"| {each['model']}{options} | {shares} | {ours} | {left} |")
+    least, together = overall(saved)
+    lines += [
+        "",
+        f"Of the bytes of one prompt for each of these servers, {percent(together)} go through our backends; "
+        f"for no server fewer than {percent(least)}.",
+    ]
     return "\n".join(lines) + "\n"
+
+
+def overall(saved: Path) -> tuple[float, float]:
+    """The share of the bytes that go through our backends: the least of any server, and of all prompts
+    together, 0 to 1. A server whose pools are not known counts as none.
+    """
+    ours, written, shares = 0.0, 0, []
+    for each in json.loads(saved.read_text(encoding="utf-8")):
+        pools = [HostPool.from_dict(pool) for pool in each["pools"]]
+        shares.append(share_of(pools))
+        total = sum(pool.written() for pool in pools)
+        ours, written = ours + shares[-1] * total, written + total
+    return min(shares), ours / written
+
+
+def percent(share: float) -> str:
+    """Rounded down, so that what is left out is never rounded away."""
+    return f"{math.floor(share * 1000) / 10:.1f} %"
 
 
 def _here(listed: Path, out: Path) -> None:

@@ -141,8 +141,8 @@ class Release:
         index_pools: host pools of pages and keys beside the rows, by class, whose copies are those of the
             release that ours were compared with on a GPU (0.5.23).
         index_steps: pools of which several indices stand for one row (DeepSeek-V4, context-parallel decode)
-            are given to backends: not before that was compared with SGLang's own copies on a GPU, release by
-            release, and windows of DeepSeek-V4 only where they are held.
+            are given to backends: only where that was compared with SGLang's own copies on a GPU, release by
+            release (bench/results/2026-11-27-h200-index-steps).
         states_held: a state (Mamba, linear attention) that a write was given is not given away or written
             before SGLang takes the write as done. Before 0.5.22 a forward that verifies drafts may write a
             state that the cache holds: the request that handed it over still counts in the batch, and
@@ -163,7 +163,7 @@ class Release:
     index_pools: frozenset[str] = frozenset(
         {"DSAIndexerPoolHost", "QSAIndexerPoolHost", "MHATokenToKOnlyPoolHost"}
     )
-    index_steps: bool = False
+    index_steps: bool = True
     states_held: bool = True
     windows_held: bool = True
 
@@ -216,6 +216,7 @@ RELEASES = (
         host_memory_in_cgroups=False,
         widths_of_groups=True,
         index_pools=frozenset(),
+        index_steps=False,
         states_held=False,
         windows_held=False,
     ),
@@ -227,6 +228,7 @@ RELEASES = (
         host_memory_in_cgroups=False,
         widths_of_groups=True,
         index_pools=frozenset(),
+        index_steps=False,
         states_held=False,
         windows_held=False,
     ),
@@ -237,11 +239,12 @@ RELEASES = (
         host_memory_in_cgroups=False,
         widths_of_groups=True,
         index_pools=frozenset({"DSAIndexerPoolHost"}),
+        index_steps=False,
         states_held=False,
         windows_held=False,
     ),
-    Release("0.5.21", one_radix_cache=False, states_held=False, windows_held=False),
-    Release("0.5.22"),
+    Release("0.5.21", one_radix_cache=False, index_steps=False, states_held=False, windows_held=False),
+    Release("0.5.22", index_steps=False),
     Release("0.5.23"),
 )
 """Oldest first."""

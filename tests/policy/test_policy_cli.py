@@ -562,8 +562,17 @@ def test_pools_that_sglang_copies_itself_are_named_with_the_reason():
     shown = run("explain", "--attention-backend", "fa3", "--gpu-arch", "sm90", "--json")
     others = json.loads(shown.stdout)["other_pools"]
     assert others["MXFP8"] == "holds the scales of its blocks beside its rows"
-    assert {"DeepSeek V4", "NVFP4"} <= set(others)
+    assert {"DeepSeek V4 states", "NVFP4"} <= set(others)
     text = run("explain", "--attention-backend", "fa3", "--gpu-arch", "sm90", "--verbose").stdout
-    assert "pools of DeepSeek V4" in " ".join(text.split())
+    assert "pools of DeepSeek V4 states" in " ".join(text.split())
     own = run("explain", "--attention-backend", "fa3", "--gpu-arch", "sm90", "--backend", "kernel", "--json")
     assert json.loads(own.stdout)["other_pools"] == {}
+
+
+@pytest.mark.parametrize(("version", "ours"), [("0.5.22", False), ("0.5.23", True), ("0.5.23+cu130", True)])
+def test_pages_of_deepseek_v4_are_sglangs_where_no_gpu_has_compared(version, ours):
+    shown = run("explain", "--attention-backend", "fa3", "--gpu-arch", "sm90", "--sglang", version, "--json")
+    others = json.loads(shown.stdout)["other_pools"]
+    assert ("DeepSeek V4" not in others) == ours
+    if not ours:
+        assert others["DeepSeek V4"].endswith("compared with ours on a GPU in SGLang 0.5.23 only")

@@ -6,7 +6,6 @@ nothing of addresses or of this project's descriptions.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +14,9 @@ import numpy as np
 
 LAYERS = 3
 POISON = 0xA5
+STEPPED = ("page_rows", "dcp")
+"""Kinds of which several indices stand for one row."""
+
 KINDS = ("states", "index_pages", "packed_pages", "page_rows", "dcp", "keys_only")
 CASES = [
     ("states", "page_first"),
@@ -85,14 +87,6 @@ class RecordPool:
             moved = on_device.cpu().reshape(on_device.shape[0], -1).contiguous().view(torch.uint8)
             want[host] = moved[device]
             assert torch.equal(got, want)
-
-
-def serve_index_steps(monkeypatch: Any) -> None:
-    """As a release would whose pools of that kind were compared on a GPU."""
-    from sglang_hicache.io_backends.sglang import versions
-
-    known = versions.current
-    monkeypatch.setattr(versions, "current", lambda: dataclasses.replace(known(), index_steps=True))
 
 
 def build(kind: str, layout: str, *, strided: bool = False, device: str = "cpu") -> RecordPool:
@@ -215,7 +209,11 @@ def _page_rows(layout: str, strided: bool, on: str) -> RecordPool:
         "deepseek_v4_c4", buffers, nbytes, 20, page, layout, pin_memory=on != "cpu"
     )
     on_host = [
-        host.kv_buffer[:, layer] if layout == "page_first" else host.kv_buffer[:, layer, 0]
+        host.kv_buffer[layer]
+        if layout == "layer_first"
+        else host.kv_buffer[:, layer]
+        if layout == "page_first"
+        else host.kv_buffer[:, layer, 0]
         for layer in range(LAYERS)
     ]
     return RecordPool(

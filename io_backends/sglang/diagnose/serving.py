@@ -7,8 +7,8 @@ from ....policy.decide import Decision
 from ....policy.facts import Facts
 from ....policy.names import AUTO, UPSTREAM_NAMES
 from ...registry import BACKENDS, loading_problem
-from ..pools.geometry import OTHER_KINDS
-from ..versions import problem_with
+from ..pools.geometry import NOT_COMPARED, OTHER_KINDS
+from ..versions import problem_with, release_of
 
 
 def refusal(decision: Decision, facts: Facts, *, backend: str) -> str | None:
@@ -29,11 +29,15 @@ def refusal(decision: Decision, facts: Facts, *, backend: str) -> str | None:
     return None if reason is None else f"--hicache-io-backend {backend} {reason}"
 
 
-def other_pools(decision: Decision) -> dict[str, str]:
+def other_pools(decision: Decision, facts: Facts) -> dict[str, str]:
     """Kinds of pool that SGLang's own copy writes back whatever the backend, each with the reason; none where
-    SGLang copies everything.
+    SGLang copies everything. Without a version among the facts, those of any release.
     """
-    return dict(OTHER_KINDS.values()) if decision.backend not in UPSTREAM_NAMES else {}
+    if decision.backend in UPSTREAM_NAMES:
+        return {}
+    version = facts.value("sglang")
+    older = version is None or not release_of(str(version)).index_steps
+    return dict([*OTHER_KINDS.values(), *(NOT_COMPARED.values() if older else ())])
 
 
 def fallback(decision: Decision, facts: Facts, *, backend: str) -> str | None:

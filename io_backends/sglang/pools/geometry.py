@@ -11,9 +11,9 @@ from . import records
 from .errors import ShortHostRowsError, UnsupportedPoolError, check_rows
 
 OTHER_KINDS: Mapping[str, tuple[str, str]] = {
-    "DeepSeekV4PagedHostPool": (
-        "DeepSeek V4",
-        "holds pages of several sub-pools, which were not compared with ours on a GPU yet",
+    "DeepSeekV4StateHostPool": (
+        "DeepSeek V4 states",
+        "holds states that forwards write in place, which were not compared with ours on a GPU",
     ),
     "MHATokenToKVPoolMXFP8Host": ("MXFP8", "holds the scales of its blocks beside its rows"),
     "MiniMaxM3Nvfp4MainKVPoolHost": ("NVFP4", "holds packed pages of keys, values and scales"),
@@ -24,7 +24,18 @@ OTHER_KINDS: Mapping[str, tuple[str, str]] = {
 }
 """Host pools of SGLang (0.5.18 to 0.5.23) that its own copy writes back: class, what it holds, and why."""
 
-WITHOUT_BYTES = frozenset({"LogicalHostPool", "DeepSeekV4StateHostPool"})
+_COMPARED_IN = " and ".join(release.version for release in versions.RELEASES if release.index_steps)
+
+NOT_COMPARED: Mapping[str, tuple[str, str]] = {
+    "DeepSeekV4PagedHostPool": (
+        "DeepSeek V4",
+        f"holds pages of several sub-pools, which were compared with ours on a GPU in SGLang {_COMPARED_IN} "
+        "only",
+    ),
+}
+"""The same of releases without :attr:`~sglang_hicache.io_backends.sglang.versions.Release.index_steps`."""
+
+WITHOUT_BYTES = frozenset({"LogicalHostPool"})
 """Host pools that hold slots and nothing that is copied."""
 
 
@@ -92,7 +103,11 @@ def describe_pool(host_pool: Any) -> PoolGeometry:
     describe_kind = _ROWS.get(kind)
     release = versions.current()
     if describe_kind is None:
-        if kind not in _RECORDS or (kind in records.STEPPED and not release.index_steps):
+        if kind in WITHOUT_BYTES:
+            raise UnsupportedPoolError(f"{kind} holds slots and no bytes")
+        if kind in NOT_COMPARED and not release.index_steps:
+            raise UnsupportedPoolError(f"{kind} {NOT_COMPARED[kind][1]}")
+        if kind not in _RECORDS:
             _, why = OTHER_KINDS.get(kind, ("", "is not a plain MHA or MLA pool"))
             raise UnsupportedPoolError(f"{kind} {why}")
         if kind in records.FOLLOWING and kind not in release.index_pools:
@@ -129,7 +144,8 @@ def _refuse_translated(host_pool: Any) -> None:
             raise UnsupportedPoolError("decode context parallelism translates its indices inside the pool")
         if not versions.current().index_steps:
             raise UnsupportedPoolError(
-                "decode context parallelism shares its rows among ranks, which was not compared on a GPU yet"
+                "decode context parallelism shares its rows among ranks, whose copy was compared with ours "
+                f"on a GPU in SGLang {_COMPARED_IN} only"
             )
     if getattr(host_pool, "shared_allocation_domain", None) is not None:
         raise UnsupportedPoolError("its host memory is shared with other pools and may move")
@@ -157,6 +173,9 @@ def _mla(pool: Any, label: str) -> PoolGeometry:
     if getattr(pool, "_native_buffers", None) is not None:
         raise UnsupportedPoolError("its device buffers are split (Ascend)")
     rows = _device_buffers(pool, "kv")
+    if getattr(pool, "dcp_size", 1) > 1 and len({int(each.shape[0]) for each in rows}) > 1:
+        # A draft's rows are not shared among ranks: an index is a row of its own there.
+        raise UnsupportedPoolError("not all of its layers share their rows among ranks")
     row = pool.kv_cache_dim * pool.dtype.itemsize
     part = _component(pool, "kv", rows, pool.kv_buffer, row, 1)
     return _geometry(pool, label, "mla", rows, (part,), 1)

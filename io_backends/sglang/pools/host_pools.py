@@ -142,10 +142,15 @@ def _pool(name: str, pool: Any, device_pool: Any, window: int | None) -> HostPoo
         record=record,
         bytes=nbytes,
         tokens=tokens,
-        window=None if window is None or "swa" not in name.lower() else -(-window // page) * page,
+        window=-(-window // page) * page if window is not None and _of_a_window(name, kind) else None,
         undescribed=undescribed,
         index_step=step,
     )
+
+
+def _of_a_window(name: str, kind: str) -> bool:
+    """Whether it is given the indices of sliding layers, of which a write has one window."""
+    return "swa" in name.lower() or kind == "DeepSeekV4StateHostPool"
 
 
 def _record_of(pool: Any) -> tuple[str, int, int | None]:
@@ -156,6 +161,8 @@ def _record_of(pool: Any) -> tuple[str, int, int | None]:
         return "state", per_token, None
     if hasattr(pool, "item_bytes"):  # the pages of DeepSeek-V4 and QSA: of one layer
         return "page", int(pool.item_bytes) * int(pool.layer_num), page
+    if hasattr(pool, "state_page_bytes"):  # DeepSeek-V4's states: of a page and layer
+        return "page", int(pool.state_page_bytes) * int(pool.layer_num), page
     if kind == "DSAIndexerPoolHost":
         return "page", per_token * page, page
     ranks = int(getattr(pool, "dcp_size", 1)) * int(getattr(pool, "shard_size", 1))

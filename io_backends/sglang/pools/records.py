@@ -21,9 +21,6 @@ STATE, INDEX = "state", "index"
 FOLLOWING = frozenset({"DSAIndexerPoolHost", "QSAIndexerPoolHost", "MHATokenToKOnlyPoolHost"})
 """Host pools that are given the indices of the pool of keys and values, by class."""
 
-STEPPED = frozenset({"DeepSeekV4PagedHostPool"})
-"""Host pools of which a page is one row, by class."""
-
 STATES = frozenset({"MambaPoolHost"})
 """Host pools of states, by class. Forwards write a state in place: a copy may read it later only where SGLang
 holds its slot for that long (:attr:`~sglang_hicache.io_backends.sglang.versions.Release.states_held`).

@@ -27,7 +27,7 @@ from ...plan.staged_write import is_whole
 from ...routes import Route, distinct, write_facts
 from .. import versions
 from ..metrics import Metrics
-from ..pools.geometry import label_of, translated
+from ..pools.geometry import WITHOUT_BYTES, label_of, translated
 from ..pools.host_pools import bytes_of
 from . import kernels
 from .deferred_event import deferred
@@ -305,6 +305,9 @@ class WriteBack:
         stream = engine.device_to_host_stream
         known = self.pools[part.pool]
         geometry = known.geometry
+        if type(part.pool).__name__ in WITHOUT_BYTES:
+            upstream(device_pool, host, device, engine.io_backend)  # nothing that a forward could wait for
+            return
         if geometry is None or route is None:
             upstream(device_pool, host, device, engine.io_backend)
             self.fences.sm_work(None, self._forwards, self._device.record(stream), engine)

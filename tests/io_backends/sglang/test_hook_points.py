@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from repository import VERSIONS
 
-from sglang_hicache.io_backends.sglang.pools.geometry import OTHER_KINDS
+from sglang_hicache.io_backends.sglang.pools.geometry import NOT_COMPARED, OTHER_KINDS, WITHOUT_BYTES
 from sglang_hicache.io_backends.sglang.versions import (
     HOST_POOL,
     RELEASES,
@@ -161,7 +161,7 @@ class TestRunningSglang:
         assert "takes ('self', 'jobs'), expected ('self', 'transfers')" in message
 
 
-@pytest.mark.parametrize("kind", OTHER_KINDS)
+@pytest.mark.parametrize("kind", [*OTHER_KINDS, *NOT_COMPARED, *WITHOUT_BYTES])
 def test_every_kind_of_pool_that_is_left_to_sglang_exists(kind: str) -> None:
     found = [
         version

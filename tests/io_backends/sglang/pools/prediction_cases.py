@@ -40,7 +40,8 @@ def held(pool: Any) -> float:
         if ours and "device" not in name and "staging" not in name:
             count(value)
     # An index pool has a page more than its size says.
-    pages = pool.size // pool.page_size if hasattr(pool, "item_bytes") else pool.size
+    paged = hasattr(pool, "item_bytes") or hasattr(pool, "state_page_bytes")
+    pages = pool.size // pool.page_size if paged else pool.size
     return sum(storages.values()) / int(getattr(pool, "indexer_page_num", pages))
 
 

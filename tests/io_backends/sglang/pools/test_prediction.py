@@ -16,7 +16,7 @@ from sglang_hicache.bench import server_options, serving
 from sglang_hicache.bench.lab import coverage
 from sglang_hicache.io_backends.sglang.diagnose import dry_run
 from sglang_hicache.io_backends.sglang.pools import geometry
-from sglang_hicache.io_backends.sglang.versions import SUPPORTED
+from sglang_hicache.io_backends.sglang.versions import SUPPORTED, release_of
 
 CASES = Path(__file__).with_name("prediction_cases.py")
 MODELS = ROOT / "tests" / "support" / "models"
@@ -53,6 +53,10 @@ def test_each_release_predicts_what_its_pools_hold_or_says_why_not(
             assert bytes_of(answer) == answer["held"]
             # What a pool of a model holds does not differ between these releases.
             assert list(map(what_it_is, answer["pools"])) == list(map(what_it_is, saved["pools"]))
+            for pool in answer["pools"]:
+                if pool["kind"] == "DeepSeekV4PagedHostPool" or pool["record"] == "row":
+                    assert (pool["index_step"] > 1) == (pool["undescribed"] is None)
+                    assert (pool["index_step"] > 1) == release_of(release).index_steps
 
 
 def bytes_of(answer: dict[str, Any]) -> dict[str, float]:

@@ -13,7 +13,6 @@ from typing import Any
 import emulation
 import pytest
 import torch
-from record_pools import serve_index_steps
 from test_pools import CASES, DCP_CASES, Pools, host_buffers, random_slots
 
 from sglang_hicache.io_backends import get_backend
@@ -238,10 +237,7 @@ def check(world: World) -> None:
 
 @pytest.mark.parametrize("backend", ["hybrid", "copy_engine", "fenced_kernel"])
 @pytest.mark.parametrize(("kind", "layout"), CASES + DCP_CASES)
-def test_byte_for_byte_in_any_order(
-    driver: Any, monkeypatch: pytest.MonkeyPatch, kind: str, layout: str, backend: str
-) -> None:
-    serve_index_steps(monkeypatch)
+def test_byte_for_byte_in_any_order(driver: Any, kind: str, layout: str, backend: str) -> None:
     pools = Pools(kind, layout, 16)
     upstream_stand_in(pools)
     for seed in SEEDS:

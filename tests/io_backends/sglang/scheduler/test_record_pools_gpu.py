@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from gpu import why_not
-from record_pools import CASES, POISON, RecordPool, build, serve_index_steps
+from record_pools import CASES, POISON, RecordPool, build
 from stand_in_scheduler import fences
 
 from sglang_hicache.io_backends import get_backend
@@ -27,11 +27,6 @@ def published() -> None:
     from sglang.srt.server_args import ServerArgs
 
     publish(ServerArgs(model_path="dummy"), role="scheduler")
-
-
-@pytest.fixture(autouse=True)
-def index_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    serve_index_steps(monkeypatch)
 
 
 @pytest.fixture
@@ -83,6 +78,7 @@ def test_the_bytes_are_those_of_sglangs_own_copy(name: str, pool: RecordPool, re
     writeback = WriteBack(seam, one_route(get_backend(name)(seam, {"staging_mb": 8}), ()), fences(seam))
     found = copied(pool, writeback, host, device)
     assert writeback.pools.fallbacks() == []
+    assert writeback.counters.by_backend == {name: 1}
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     pool.assert_copied(host, device.cpu())
 
