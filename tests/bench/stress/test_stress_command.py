@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,39 @@ def test_a_good_server(server: FakeServer, tmp_path: Path, incremental: bool) ->
     assert result["ok"] is True
     saved = json.loads(out.read_text())
     assert {**saved, "said": ""} == {**result, "said": ""}
+
+
+def test_what_there_is_is_saved_after_each_wave(tmp_path: Path) -> None:
+    """Whoever ends the process, after hours, loses one wave."""
+    out = tmp_path / "result.json"
+    found: list[dict[str, Any]] = []
+
+    def looking(prompt: list[int], count: int, before: int) -> list[int]:
+        if out.exists():
+            found.append(json.loads(out.read_text()))
+        return right(prompt, count, before)
+
+    with FakeServer(looking) as server:
+        result = stress(server.url, "--waves", "3", "--out", str(out))
+    assert [each["finished"] for each in found] == [False] * len(found)
+    assert {of_one(each)["requests"] for each in found} == {8, 24}, "after the first wave, and the second"
+    assert all(each["ok"] for each in found)
+    saved = json.loads(out.read_text())
+    assert saved["finished"] is result["finished"] is True
+    assert of_one(saved)["requests"] == 40
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_pipe_gets_one_result(server: FakeServer, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    stress(server.url, "--waves", "2", "--out", str(pipe))
+    reader.join(10)
+    assert json.loads(read[0])["finished"] is True
+    assert pipe.is_fifo()
 
 
 def test_the_prompts_are_the_same_whenever_and_whoever_is_asked() -> None:
