@@ -44,9 +44,9 @@ and 264 of them, launch included. Short gathers disturb less than narrow ones: a
 
 FENCED_GATHER_CTAS = 192
 """The same where forwards wait for the gather, so that no SM has anything better to do: as many as the
-largest GPU has SMs (a full GB202). For 1.2 GB a forward waits 1.16 ms with 64 blocks, 0.94 with 132, 0.98
-with 192, on H100s whose memory would take 0.82 to read and write that
-(bench/results/2026-11-26-h100-sustained, -ctas132 and -ctas192)."""
+largest GPU has SMs (a full GB202); the device takes no more than the GPU's. For 1.2 GB a forward waits 1.16
+ms with 64 blocks, 0.94 with 132, 0.98 with 192, on H100s with 132 SMs whose memory would take 0.82 to read
+and write that (bench/results/2026-11-26-h100-sustained, -ctas132 and -ctas192)."""
 
 
 AUTO = "auto"
