@@ -83,6 +83,28 @@ def test_every_gap_takes_a_steps_rows_of_every_pool(data: st.DataObject) -> None
                 assert sum(each.chunk.tokens for each in plan) == (stop - start) * 64
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_step_is_a_few_chunks(data: st.DataObject) -> None:
+    """Each costs the scheduler's thread: a short one for a link that idles, one to the ring's end, and two
+    from its beginning, as none is longer than half of it."""
+    model = data.draw(st.sampled_from(sorted(MODELS)))
+    pool = pool_of(Case(model, "page_first", 64, 16384, True))
+    ring = Ring(staging_size([pool], 8192, None).nbytes, lambda event: event in drained)
+    drained: set[int] = set()
+    for gap in range(1, 12):
+        plan = WritePlan(pool, np.arange(64 * data.draw(st.integers(1, 128))))
+        while plan.left:
+            taken = ring.take(
+                plan.cut(units_in_gap(pool, plan.left, ring, before=gap)).room, gap=gap, before=gap
+            )
+            assert taken is not None
+            taken[0].drained = gap
+        assert len(plan) <= 4
+        # It is drained before the next one begins, or while that is gathered: a forward lies between.
+        drained |= set(range(gap + data.draw(st.integers(0, 1))))
+
+
 @settings(max_examples=200, deadline=None)
 @given(tokens=st.integers(1, 2**26), free=st.integers(0, 2**37))
 def test_it_takes_its_share_of_what_is_free_at_most_and_two_units_at_least(tokens: int, free: int) -> None:
