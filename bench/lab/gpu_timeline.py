@@ -38,8 +38,6 @@ GATHER = "gather_rows"
 _LARGE = 2**16
 """Bytes of a copy that is no token id."""
 
-Span = tuple[float, float]
-
 
 @dataclass(frozen=True)
 class StepTime:
@@ -94,13 +92,13 @@ def step_times(events: Iterable[Mapping[str, Any]]) -> list[StepTime]:
     return steps
 
 
-def _span(event: Mapping[str, Any]) -> Span:
+def _span(event: Mapping[str, Any]) -> tuple[float, float]:
     """When it began and ended, ms."""
     begin = float(event["ts"]) / 1e3
     return begin, begin + float(event["dur"]) / 1e3
 
 
-def _busy(spans: Iterable[Span], begin: float, end: float) -> float:
+def _busy(spans: Iterable[tuple[float, float]], begin: float, end: float) -> float:
     """How much of a time any of these covers."""
     covered, until = 0.0, begin
     for start, stop in sorted(spans):

@@ -144,7 +144,7 @@ RING_PARTS = 8
 ring long, if so much is left."""
 
 
-class Room(NamedTuple):
+class RingRoom(NamedTuple):
     """What a ring has in one piece where the next chunk would begin, in bytes or in a pool's units.
 
     Attributes:
@@ -158,14 +158,13 @@ class Room(NamedTuple):
     most: int
 
 
-def gap_chunk(left: int, ring: int, lead: int, room: Room, *, idle: bool) -> int:
+def gap_chunk(left: int, ring: int, lead: int, room: RingRoom, *, idle: bool) -> int:
     """Units of the next chunk of a write whose gathers forwards wait for.
 
-    Each chunk costs the scheduler's thread a launch, four events and two batches of copies, 0.1 ms in all,
-    and in a server that computes prompts that thread is what everything waits for
-    (bench/results/2026-11-27-h200-pace). So a chunk is as long as the memory that is drained at this place.
-    Where too little is, it waits for a drain, and then takes all that comes with it, so that its forward
-    waits for no more of the link than it must. Of two neighbours both fit the ring, as in
+    Each chunk costs the scheduler's thread a launch, its events, and planning its copies: some 0.1 ms, as its
+    profiler tells (bench/results/2026-11-27-h200-alone/thread-auto.txt). So a chunk is as long as the memory
+    that is drained at this place. Where too little is, it waits for a drain, and takes all that comes with
+    it: its forward waits for no more of the link than it must. Of two neighbours both fit the ring, as in
     :func:`chunk_lengths`.
 
     Args:

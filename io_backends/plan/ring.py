@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .chunks import STAGING_ALIGNMENT, Room
+from .chunks import STAGING_ALIGNMENT, RingRoom
 
 DrainEvent = Any
 """Whatever the ring's ``done`` understands."""
@@ -82,7 +82,7 @@ class Ring:
         self._regions.append(region)
         return region, events
 
-    def room(self, least: int, *, before: int) -> Room | None:
+    def room(self, least: int, *, before: int) -> RingRoom | None:
         """What :meth:`take` would hand out now where it would put ``least`` bytes; None if it would not."""
         start, _, last = self._place(least)
         if last is not None and last.gap >= before:
@@ -94,7 +94,7 @@ class Ring:
                 free, first = begin, region.stop - start
             if 0 <= begin < most and region.gap >= before:
                 most = begin
-        return Room(free, first, most)
+        return RingRoom(free, first, most)
 
     def _place(self, nbytes: int) -> tuple[int, int, Region | None]:
         """Where a region would begin and end, and the last of those in use that it would lie on."""

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from .chunks import (
     Chunk,
-    Room,
+    RingRoom,
     Staged,
     gap_chunk,
     least_chunk,
@@ -104,7 +104,11 @@ class WritePlan:
         return (self._given.size - self._edges[-1]) // self._geometry.unit_slots
 
     def cut(self, units: int) -> PlannedChunk:
-        """One more chunk, of the next ``units`` of those that are :attr:`left`, from 1 up."""
+        """One more chunk, of the next ``units`` of those that are :attr:`left`, from 1 up.
+
+        Raises:
+            ValueError: there are not so many.
+        """
         if not 0 < units <= self.left:
             raise ValueError(f"a chunk of {units} units, of which {self.left} are left")
         self._edges.append(self._edges[-1] + units * self._geometry.unit_slots)
@@ -190,7 +194,7 @@ def units_in_gap(geometry: PoolGeometry, left: int, ring: Ring, *, before: int) 
     room = ring.room(staged_bytes(geometry, least_chunk(left, units, lead)), before=before)
     if room is None:
         return 0
-    in_units = Room(*(staged_units(geometry, nbytes) for nbytes in room))
+    in_units = RingRoom(*(staged_units(geometry, nbytes) for nbytes in room))
     return gap_chunk(left, units, lead, in_units, idle=not ring.used)
 
 

@@ -15,7 +15,7 @@ from strategies import stepped_pools, whole_writes, writes
 from sglang_hicache.io_backends import Backend, Transfer, get_backend
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.interface import OptionsError
-from sglang_hicache.io_backends.plan.chunks import STAGING_ALIGNMENT, Room
+from sglang_hicache.io_backends.plan.chunks import STAGING_ALIGNMENT, RingRoom
 from sglang_hicache.io_backends.plan.ring import ANY_GAP, Ring
 from sglang_hicache.io_backends.registry import OWN_NAMES
 
@@ -585,7 +585,7 @@ def test_ring_memory_is_given_out_behind_everything_that_drains_from_it(data: st
         free = busy[0] if busy else len(behind)
         first = free + behind.count(behind[free]) if busy else free
         most = next((nth for nth in busy if gap_of[behind[nth]] >= before), len(behind))
-        assert room == Room(free * alignment, first * alignment, most * alignment)
+        assert room == RingRoom(free * alignment, first * alignment, most * alignment)
         assert all(gap_of[event] < before for event in events)
         mine = range(region.start // alignment, region.stop // alignment)
         assert len(mine) == size

@@ -16,7 +16,7 @@ from sglang_hicache.bench.measure.cases import MODELS, Case, pool_of
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.hybrid import HybridBackend
 from sglang_hicache.io_backends.interface import OptionsError
-from sglang_hicache.io_backends.plan.chunks import LEAD_BYTES, Room, gap_chunk, least_chunk, ring_units
+from sglang_hicache.io_backends.plan.chunks import LEAD_BYTES, RingRoom, gap_chunk, least_chunk, ring_units
 from sglang_hicache.io_backends.plan.ring import Ring
 from sglang_hicache.io_backends.plan.ring_size import DEFAULT_STAGING_MB, FREE_SHARE, staging_size
 from sglang_hicache.io_backends.plan.staged_write import WritePlan, units_in_gap
@@ -36,7 +36,7 @@ def test_a_chunk_in_a_gap_takes_what_is_drained_or_waits_for_no_more_than_it_mus
     # The ring's contract: it was asked for the least, and has it.
     most = data.draw(st.integers(least, max(least, ring)))
     free = data.draw(st.integers(0, most))
-    room = Room(free, data.draw(st.integers(free, most)), most)
+    room = RingRoom(free, data.draw(st.integers(free, most)), most)
     units = gap_chunk(left, ring, lead, room, idle=idle)
     assert 1 <= units <= min(left, most, ring // 2), "two neighbours fit the ring"
     if free >= least:
