@@ -39,6 +39,8 @@ def test_a_chunk_in_a_gap_takes_what_is_drained_or_waits_for_no_more_than_it_mus
     room = Room(free, data.draw(st.integers(free, most)), most)
     units = gap_chunk(left, ring, lead, room, idle=idle)
     assert 1 <= units <= min(left, most, ring // 2), "two neighbours fit the ring"
+    if idle and left >= lead:
+        assert units <= max(1, left // 8), "a link that idles waits for a short gather"
     if free >= least:
         assert units <= free, "nothing to wait for"
         if not idle or left < lead:
