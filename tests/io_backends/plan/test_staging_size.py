@@ -10,13 +10,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pools import make_pool
+from pools import MemoryPool, make_pool
+from strategies import pools
 
 from sglang_hicache.bench.measure.cases import MODELS, Case, pool_of
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.hybrid import HybridBackend
 from sglang_hicache.io_backends.interface import OptionsError
-from sglang_hicache.io_backends.plan.chunks import LEAD_BYTES, Room, gap_chunk, least_chunk, ring_units
+from sglang_hicache.io_backends.plan.chunks import (
+    LEAD_BYTES,
+    Room,
+    gap_chunk,
+    least_chunk,
+    ring_units,
+    staged,
+    staged_bytes,
+    staged_units,
+)
 from sglang_hicache.io_backends.plan.ring import Ring
 from sglang_hicache.io_backends.plan.ring_size import DEFAULT_STAGING_MB, FREE_SHARE, staging_size
 from sglang_hicache.io_backends.plan.staged_write import WritePlan, units_in_gap
@@ -49,6 +59,20 @@ def test_a_chunk_in_a_gap_takes_what_is_drained_or_waits_for_no_more_than_it_mus
         assert units <= max(least, room.first), "no second drain, unless for the least"
         if not idle or left < lead:
             assert units >= least
+
+
+@settings(max_examples=200, deadline=None)
+@given(pool=pools(), units=st.integers(1, 300), more=st.integers(0, 300_000))
+def test_a_chunk_is_known_to_be_as_long_in_staging_as_it_is_laid_out(
+    pool: MemoryPool, units: int, more: int
+) -> None:
+    """With its padding, which is many units where these are tiny."""
+    geometry = pool.geometry
+    nbytes = staged_bytes(geometry, units)
+    assert nbytes == staged(geometry, units * geometry.unit_slots).nbytes
+    assert staged_units(geometry, nbytes - 1) < units <= staged_units(geometry, nbytes)
+    longest = staged_units(geometry, more)
+    assert staged_bytes(geometry, longest) <= more < staged_bytes(geometry, longest + 1)
 
 
 @settings(max_examples=60, deadline=None)
