@@ -245,3 +245,15 @@ def test_where_memory_is_short_it_takes_what_there_is(monkeypatch: pytest.Monkey
     backend.prepare(pool)
     with pytest.raises(OptionsError, match=r"no GPU memory is left .* --mem-fraction-static"):
         backend.start(step_tokens=8192, forwards_wait=True)
+
+
+def test_a_write_gives_no_chunk_of_what_it_does_not_have() -> None:
+    plan = WritePlan(pool_of(Case("Qwen3-8B", "page_first", 64, 16384, True)), np.arange(128))
+    total = plan.left
+    for units in (0, -1, total + 1):
+        with pytest.raises(ValueError, match="chunk of"):
+            plan.cut(units)
+    assert plan.cut(total).chunk == (0, 128)
+    with pytest.raises(ValueError, match="0 are left"):
+        plan.cut(1)
+    assert len(plan) == 1
