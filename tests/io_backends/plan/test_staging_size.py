@@ -257,3 +257,13 @@ def test_a_write_gives_no_chunk_of_what_it_does_not_have() -> None:
     with pytest.raises(ValueError, match="0 are left"):
         plan.cut(1)
     assert len(plan) == 1
+
+
+def test_what_is_in_no_chunk_yet_counts_as_one() -> None:
+    plan = WritePlan(pool_of(Case("Qwen3-8B", "page_first", 64, 16384, True)), np.arange(128))
+    whole = plan.copies()
+    assert whole > 0
+    plan.cut(1)
+    assert plan.copies() == 2 * whole
+    plan.cut(plan.left)
+    assert plan.copies() == 2 * whole
