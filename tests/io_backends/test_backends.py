@@ -454,6 +454,31 @@ class TestWriteLargerThanTheRing:
         assert hybrid.submit(31, wait=True).pending is None
         assert hybrid.gathers() == gathers + 3
 
+    @pytest.mark.parametrize("how", ["its last wait", "giving it up too"])
+    def test_nor_does_one_whose_stream_cannot_wait_any_more(
+        self, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        """Whatever fails, and in whosever call: what SGLang records on that stream would come too early."""
+        hybrid = Hybrid()
+        first, second = hybrid.submit(64, wait=True), hybrid.submit(7, wait=True)
+        wait = hybrid.device.wait
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("CUDA error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                hybrid.device,
+                "wait",
+                lambda stream, event: fail() if stream == "d2h" else wait(stream, event),
+            )
+            if how == "giving it up too":
+                patch.setattr(hybrid.device, "copy", fail)
+            with pytest.raises(RuntimeError, match="CUDA error"):
+                second.pending.advance((LATER,), wait=True)
+        with pytest.raises(RuntimeError, match="failed half-way"):
+            first.pending.enqueued()
+
     def test_abandon_leaves_nothing_behind(self) -> None:
         hybrid = Hybrid()
         done = hybrid.submit(64, wait=True)

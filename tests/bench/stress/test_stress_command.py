@@ -94,6 +94,24 @@ def test_a_pipe_gets_one_result(server: FakeServer, tmp_path: Path) -> None:
     assert pipe.is_fifo()
 
 
+def test_what_out_names_stays_what_it_is(server: FakeServer, tmp_path: Path) -> None:
+    """Replaced as a whole is only what is a file by itself."""
+    target, link, private = tmp_path / "target", tmp_path / "link", tmp_path / "private"
+    target.touch()
+    link.symlink_to(target)
+    private.touch(mode=0o600)
+    long = tmp_path / ("n" * 252)  # no room for another name beside it
+    for out in (link, private, long):
+        stress(server.url, "--waves", "2", "--out", str(out))
+        assert json.loads(out.read_text())["finished"] is True
+    assert link.is_symlink()
+    assert json.loads(target.read_text())["finished"] is True
+    assert private.stat().st_mode & 0o777 == 0o600
+    with (tmp_path / "opened").open("w") as file:
+        stress(server.url, "--waves", "2", "--out", f"/proc/self/fd/{file.fileno()}")
+    assert json.loads((tmp_path / "opened").read_text())["finished"] is True
+
+
 def test_the_prompts_are_the_same_whenever_and_whoever_is_asked() -> None:
     seen: list[set[tuple[int, ...]]] = []
     for _ in range(2):

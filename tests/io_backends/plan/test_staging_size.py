@@ -10,13 +10,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pools import make_pool
+from pools import MemoryPool, make_pool
+from strategies import pools
 
 from sglang_hicache.bench.measure.cases import MODELS, Case, pool_of
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.hybrid import HybridBackend
 from sglang_hicache.io_backends.interface import OptionsError
-from sglang_hicache.io_backends.plan.chunks import LEAD_BYTES, RingRoom, gap_chunk, least_chunk, ring_units
+from sglang_hicache.io_backends.plan.chunks import (
+    LEAD_BYTES,
+    RingRoom,
+    gap_chunk,
+    least_chunk,
+    ring_units,
+    staged,
+    staged_bytes,
+    staged_units,
+)
 from sglang_hicache.io_backends.plan.ring import Ring
 from sglang_hicache.io_backends.plan.ring_size import DEFAULT_STAGING_MB, FREE_SHARE, staging_size
 from sglang_hicache.io_backends.plan.staged_write import WritePlan, units_in_gap
@@ -39,6 +49,8 @@ def test_a_chunk_in_a_gap_takes_what_is_drained_or_waits_for_no_more_than_it_mus
     room = RingRoom(free, data.draw(st.integers(free, most)), most)
     units = gap_chunk(left, ring, lead, room, idle=idle)
     assert 1 <= units <= min(left, most, ring // 2), "two neighbours fit the ring"
+    if idle and left >= lead:
+        assert units <= max(1, left // 8), "a link that idles waits for a short gather"
     if free >= least:
         assert units <= free, "nothing to wait for"
         if not idle or left < lead:
@@ -47,6 +59,20 @@ def test_a_chunk_in_a_gap_takes_what_is_drained_or_waits_for_no_more_than_it_mus
         assert units <= max(least, room.first), "no second drain, unless for the least"
         if not idle or left < lead:
             assert units >= least
+
+
+@settings(max_examples=200, deadline=None)
+@given(pool=pools(), units=st.integers(1, 300), more=st.integers(0, 300_000))
+def test_a_chunk_is_known_to_be_as_long_in_staging_as_it_is_laid_out(
+    pool: MemoryPool, units: int, more: int
+) -> None:
+    """With its padding, which is many units where these are tiny."""
+    geometry = pool.geometry
+    nbytes = staged_bytes(geometry, units)
+    assert nbytes == staged(geometry, units * geometry.unit_slots).nbytes
+    assert staged_units(geometry, nbytes - 1) < units <= staged_units(geometry, nbytes)
+    longest = staged_units(geometry, more)
+    assert staged_bytes(geometry, longest) <= more < staged_bytes(geometry, longest + 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -219,3 +245,25 @@ def test_where_memory_is_short_it_takes_what_there_is(monkeypatch: pytest.Monkey
     backend.prepare(pool)
     with pytest.raises(OptionsError, match=r"no GPU memory is left .* --mem-fraction-static"):
         backend.start(step_tokens=8192, forwards_wait=True)
+
+
+def test_a_write_gives_no_chunk_of_what_it_does_not_have() -> None:
+    plan = WritePlan(pool_of(Case("Qwen3-8B", "page_first", 64, 16384, True)), np.arange(128))
+    total = plan.left
+    for units in (0, -1, total + 1):
+        with pytest.raises(ValueError, match="chunk of"):
+            plan.cut(units)
+    assert plan.cut(total).chunk == (0, 128)
+    with pytest.raises(ValueError, match="0 are left"):
+        plan.cut(1)
+    assert len(plan) == 1
+
+
+def test_what_is_in_no_chunk_yet_counts_as_one() -> None:
+    plan = WritePlan(pool_of(Case("Qwen3-8B", "page_first", 64, 16384, True)), np.arange(128))
+    whole = plan.copies()
+    assert whole > 0
+    plan.cut(1)
+    assert plan.copies() == 2 * whole
+    plan.cut(plan.left)
+    assert plan.copies() == 2 * whole
