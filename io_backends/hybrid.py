@@ -325,19 +325,20 @@ class HybridBackend(Backend):
         gathered: Event | None = None
         while until in self._waiting:
             write = self._waiting[0]
-            while write.left_tokens:
-                try:
+            try:
+                while write.left_tokens:
                     planned = self._next_chunk(write, before)
                     if planned is None:
                         return gathered
                     gathered = self._enqueue_chunk(write, planned, before)
-                except BaseException as error:
-                    # The transfer fails as a whole: SGLang sees the error and acknowledges nothing.
-                    self.abandon(write)
-                    write.error = error
-                    raise
-                write.went(planned.chunk)
-            self._device.wait(write.stream, self._device.record(self._drain_stream))
+                    write.went(planned.chunk)
+                self._device.wait(write.stream, self._device.record(self._drain_stream))
+            except BaseException as error:
+                # The transfer fails as a whole: SGLang sees the error and acknowledges nothing. Said first:
+                # where CUDA has failed, what follows fails too.
+                write.error = error
+                self.abandon(write)
+                raise
             self._waiting.popleft()
             write.finish()
         return gathered

@@ -104,7 +104,7 @@ def stress(
     about = _about(began)
 
     def keep(outcome: run.Outcome) -> None:
-        if out is not None and (out.is_file() or not out.exists()):
+        if out is not None and _is_plain(out):
             _save(out, _text(report.as_json(outcome, limits, about)))  # whether that works is said at the end
 
     try:
@@ -140,13 +140,23 @@ def _text(result: dict[str, Any]) -> str:
     return json.dumps(result, indent=1, allow_nan=False)
 
 
+def _is_plain(out: Path) -> bool:
+    """Whether it may be replaced, and again: no link, no pipe, nothing that stands for a descriptor."""
+    if out.is_symlink() or out.resolve().is_relative_to("/dev") or out.resolve().is_relative_to("/proc"):
+        return False
+    return out.is_file() or not out.exists()
+
+
 def _save(out: Path, text: str) -> str:
     """What became of it, in a sentence."""
     try:
-        if out.exists() and not out.is_file():  # a pipe: there is nothing to replace
+        if not _is_plain(out):
             out.write_text(text + "\n", encoding="utf-8")
-        else:
+            return f"Saved as {out}."
+        try:
             write_whole(out, text + "\n")
+        except OSError:  # a folder that takes no other file, or no longer name; a file mounted by itself
+            out.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         return f"NOT saved as {out}: {error.strerror}; --json prints the same."
     return f"Saved as {out}."

@@ -185,12 +185,12 @@ class Metrics:
         told = (dict(staged), oldest)
         if told == self._told:
             return  # asked before every forward, and mostly the same: a decode step would pay four writes
-        self._told = told
         for backend, (used, total, waiting) in staged.items():
             self._of(self._staging, backend=backend).set(used)
             self._of(self._staging_size, backend=backend).set(total)
             self._of(self._waiting, backend=backend).set(waiting)
         self._of(self._oldest).set(oldest)
+        self._told = told  # last: what could not be set is set again
 
     def fell_back(self, pool: str, reason: str) -> None:
         """SGLang's own copy wrote a pool."""
