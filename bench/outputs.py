@@ -52,7 +52,7 @@ def check_file(option: str, path: Path | None) -> None:
         with path.open("ab"):
             pass
         if not existed:
-            path.unlink()
+            path.resolve().unlink()  # of a link that led nowhere, what it leads to now
     except OSError as error:
         refuse(f"{option} {path}: cannot be written: {error.strerror}")
 

@@ -30,11 +30,11 @@ from ..policy.backend_spec import BackendSpec, Option, SmWork
 from .copy_engine import MAX_COPIES_PER_BATCH
 from .device.base import Device, Event, Staging, Stream
 from .interface import Backend, OptionsError, Submission, Transfer
-from .plan.chunks import ring_units
+from .plan.chunks import Chunk, ring_units
 from .plan.geometry import PoolGeometry
 from .plan.ring import ANY_GAP, Ring
 from .plan.ring_size import DEFAULT_STAGING_MB, FREE_SHARE, least_staging, staging_size
-from .plan.staged_write import PlannedChunk, WritePlan
+from .plan.staged_write import PlannedChunk, WritePlan, units_in_gap
 
 DEFAULT_GATHER_CTAS = 64
 """Thread blocks of the gather. An H100 gathers 134 MB in 320, 191, 134, 115 and 114 us with 16, 32, 64, 132
@@ -44,9 +44,9 @@ and 264 of them, launch included. Short gathers disturb less than narrow ones: a
 
 FENCED_GATHER_CTAS = 192
 """The same where forwards wait for the gather, so that no SM has anything better to do: as many as the
-largest GPU has SMs (a full GB202). For 1.2 GB a forward waits 1.16 ms with 64 blocks, 0.94 with 132, 0.98
-with 192, on H100s whose memory would take 0.82 to read and write that
-(bench/results/2026-11-26-h100-sustained, -ctas132 and -ctas192)."""
+largest GPU has SMs (a full GB202); the device takes no more than the GPU's. For 1.2 GB a forward waits 1.16
+ms with 64 blocks, 0.94 with 132, 0.98 with 192, on H100s with 132 SMs whose memory would take 0.82 to read
+and write that (bench/results/2026-11-26-h100-sustained, -ctas132 and -ctas192)."""
 
 
 AUTO = "auto"
@@ -60,9 +60,8 @@ class _Write:
     def __init__(self, backend: HybridBackend, transfer: Transfer, plan: WritePlan, stream: Stream) -> None:
         self.transfer = transfer
         self.plan = plan
-        self._left = range(len(plan))
         self.left_tokens = transfer.tokens
-        self._next: PlannedChunk | None = None
+        self.enqueued_chunks = 0
         self.stream = stream
         self._backend = backend
         self._then: list[Callable[[], None]] = []
@@ -71,23 +70,16 @@ class _Write:
     def enqueued(self) -> bool:
         if self.error is not None:
             raise RuntimeError("a write to host memory failed half-way") from self.error
-        return not self._left
+        return not self.left_tokens
 
-    def next(self) -> PlannedChunk | None:
-        """The chunk that comes next, or None after the last one."""
-        if self._next is None and self._left:
-            self._next = self.plan[self._left[0]]
-        return self._next
-
-    def went(self) -> None:
+    def went(self, chunk: Chunk) -> None:
         """That chunk is enqueued."""
-        if self._next is not None:
-            self.left_tokens -= self._next.chunk.tokens
-        self._next, self._left = None, self._left[1:]
+        self.left_tokens -= chunk.tokens
+        self.enqueued_chunks += 1
 
     def drop(self) -> None:
         """Forget all that is left."""
-        self._next, self._left = None, self._left[:0]
+        self.left_tokens = 0
 
     def can_advance(self) -> bool:
         return self._backend.can_advance(self)
@@ -96,7 +88,7 @@ class _Write:
         return None if self.enqueued() else self._backend.advance(self, ready, wait=wait)
 
     def abandon(self) -> None:
-        if self._left:
+        if self.left_tokens:
             self._backend.abandon(self)
             self.finish()
 
@@ -273,7 +265,9 @@ class HybridBackend(Backend):
         if tokens != len(transfer.host_slots):
             raise ValueError(f"{len(transfer.host_slots)} host indices for {tokens} device indices")
         self._allocate()  # not before where nobody starts it: the ring may still get another size
-        plan = WritePlan(geometry, transfer.host_slots, self._ring.nbytes, fine=transfer.forwards_wait)
+        # Where forwards wait chunks are cut as the ring has room, else so that two of them fill it.
+        ring_bytes = None if transfer.forwards_wait else self._ring.nbytes
+        plan = WritePlan(geometry, transfer.host_slots, ring_bytes)
         for event in transfer.ready:
             self._device.wait(self._gather_stream, event)
         write = _Write(self, transfer, plan, stream)
@@ -298,10 +292,7 @@ class HybridBackend(Backend):
 
     def can_advance(self, write: _Write) -> bool:
         """Whether ``write`` is the oldest that waits, and there is memory for its next chunk."""
-        if not self._waiting or self._waiting[0] is not write:
-            return False
-        planned = write.next()
-        return planned is not None and self._ring.has_room(planned.room, before=self._gap)
+        return bool(self._waiting) and self._waiting[0] is write and self._units(write, self._gap) > 0
 
     def advance(self, write: _Write, ready: tuple[Event, ...], *, wait: bool) -> Event | None:
         """See :meth:`~.interface.Pending.advance`."""
@@ -334,28 +325,39 @@ class HybridBackend(Backend):
         gathered: Event | None = None
         while until in self._waiting:
             write = self._waiting[0]
-            while (planned := write.next()) is not None:
-                try:
-                    event = self._enqueue_chunk(write, planned, before)
-                except BaseException as error:
-                    # The transfer fails as a whole: SGLang sees the error and acknowledges nothing.
-                    self.abandon(write)
-                    write.error = error
-                    raise
-                if event is None:
-                    return gathered
-                gathered = event
-                write.went()
-            self._device.wait(write.stream, self._device.record(self._drain_stream))
+            try:
+                while write.left_tokens:
+                    planned = self._next_chunk(write, before)
+                    if planned is None:
+                        return gathered
+                    gathered = self._enqueue_chunk(write, planned, before)
+                    write.went(planned.chunk)
+                self._device.wait(write.stream, self._device.record(self._drain_stream))
+            except BaseException as error:
+                # The transfer fails as a whole: SGLang sees the error and acknowledges nothing. Said first:
+                # where CUDA has failed, what follows fails too.
+                write.error = error
+                self.abandon(write)
+                raise
             self._waiting.popleft()
             write.finish()
         return gathered
 
-    def _enqueue_chunk(self, write: _Write, planned: PlannedChunk, before: int) -> Event | None:
+    def _next_chunk(self, write: _Write, before: int) -> PlannedChunk | None:
+        """The chunk that comes next; None where forwards wait and there is no memory for one now."""
+        if not write.transfer.forwards_wait:
+            return write.plan[write.enqueued_chunks]
+        units = self._units(write, before)
+        return write.plan.cut(units) if units else None
+
+    def _units(self, write: _Write, before: int) -> int:
+        """Of the next chunk of a write that forwards wait for; 0: there is no memory for it now."""
+        return units_in_gap(write.transfer.geometry, write.plan.left, self._ring, before=before)
+
+    def _enqueue_chunk(self, write: _Write, planned: PlannedChunk, before: int) -> Event:
         device = self._device
         taken = self._ring.take(planned.room, gap=self._gap, before=before)
-        if taken is None:
-            return None
+        assert taken is not None, "a chunk is cut where there is room for it"
         region, drained = taken
         base = self._allocate().address + region.start
         try:

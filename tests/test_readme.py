@@ -20,7 +20,7 @@ TABLES = {
         "serve_verified",
         "serve_chat",
         "serve_prefill",
-        *["serve_arms"] * 7,
+        *["serve_arms"] * 8,
         "gpu_table",
         "gpu_table",
         "gpu_fence",

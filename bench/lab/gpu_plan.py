@@ -13,19 +13,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
+from ...io_backends.registry import AUTO
 from ..measure.devices import gpu_missing
 from ..measure.environment import describe_environment
 from ..serve import report, result, run, tables
+from ..serve.arms import OTHER_CODE
+from . import gpu_bundle
 from .gpu_plans import GIB, PLANS, PlannedCell, host_bytes, kv_bytes_per_token
 
 _MOST_TOUCHED = 100 * GIB
@@ -74,6 +79,7 @@ def run_plan(
     *,
     cpu: bool,
     turns_lock: Path | None = None,
+    code: Mapping[str, Path] = MappingProxyType({}),
 ) -> bool:
     """Run the steps as far as the time allows; returns whether all is well.
 
@@ -84,7 +90,7 @@ def run_plan(
         work: for models and logs.
         budget_s: for all of it.
         cpu: on SGLang's CPU engine.
-        turns_lock: see `run.ServeOptions`.
+        turns_lock, code: see `run.ServeOptions`.
     """
     budget = run.Budget(budget_s)
     out.mkdir(parents=True, exist_ok=True)
@@ -116,6 +122,7 @@ def run_plan(
                 logs,
                 enough_s=step.enough_s,
                 turns_lock=turns_lock,
+                code=code,
             )
             save(run.run_cell(cell, given, budget, say, save))
         except Exception:  # the steps after it still run
@@ -169,6 +176,13 @@ def main(given: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="the same for plans on other GPUs of this machine: of all, one server is loaded at a time",
     )
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        default=[],
+        metavar="NAME=CHECKOUT",
+        help="another checkout of this project, whose auto is one more arm, auto@NAME",
+    )
     parser.add_argument("--rehearse", action="store_true", help="on SGLang's CPU engine, small")
     args = parser.parse_args(given)
     if args.list or args.plan is None:
@@ -185,6 +199,15 @@ def main(given: Sequence[str] | None = None) -> int:
     steps = [step for step in PLANS[args.plan] if not args.cell or step.name in args.cell]
     if not steps:
         parser.error(f"--cell: of {', '.join(step.name for step in PLANS[args.plan])}")
+    code = {}
+    for name, _, checkout in (given.partition("=") for given in args.beside):
+        if not (Path(checkout) / "pyproject.toml").is_file():
+            parser.error(f"--beside {name}={checkout}: no checkout is there")
+        site = (args.work / "code" / name).resolve()
+        shutil.rmtree(site, ignore_errors=True)
+        gpu_bundle.link_project(site, Path(checkout).resolve())
+        code[name] = site / "project"
+        steps = [replace(step, arms=[*step.arms, f"{AUTO}{OTHER_CODE}{name}"]) for step in steps]
     if args.arm:
         steps = [replace(step, arms=[arm for arm in step.arms if arm in args.arm]) for step in steps]
     if args.rounds:
@@ -193,7 +216,10 @@ def main(given: Sequence[str] | None = None) -> int:
         steps = [step.rehearsal() for step in steps]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped on the way out
     ok = run_plan(
-        *(args.plan, steps, args.out, args.work, args.budget), cpu=args.rehearse, turns_lock=args.turns_lock
+        *(args.plan, steps, args.out, args.work, args.budget),
+        cpu=args.rehearse,
+        turns_lock=args.turns_lock,
+        code=code,
     )
     return 0 if ok else 1
 

@@ -3,6 +3,7 @@
     python -m sglang_hicache.bench.lab.profile --out profile.json [--cpu]
 
 gather     how long the gather of one chunk takes from before its launch, by thread blocks
+shape      the longest of them by warps a thread block, accesses a thread, and thread blocks
 sm_store   the same kernel writing straight to pinned host memory: what any SM kernel can reach on the link
 order      SGLang's SM kernel on short rows of layer_first, in the order given and by host slot, over host
            pools of several sizes, sorting included

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ...io_backends.device.gather import Gather
 from ...io_backends.plan.chunks import Chunk, staged
 from ...io_backends.plan.copies import CopyBatch, run_starts
 from ...io_backends.plan.staged_write import drain_runs
@@ -21,10 +22,13 @@ from ..measure.memory import KvBuffers
 from ..measure.one_write import Setting
 from ..measure.results import Spread
 
-CTAS = (8, 16, 32, 64, 132, 264)
+CTAS = (8, 16, 32, 64, 132, 192, 264)
 
-GATHERED = (2**23, 2**27)
+GATHERED = (2**23, 2**27, 2**30)
 """Bytes of the chunks that are gathered."""
+
+SHAPES = tuple(itertools.product((4, 8, 16), (4, 8, 16), (132, 192, 264, 528)))
+"""Warps a thread block, accesses a thread, thread blocks."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class ProfiledPart:
     """One part.
 
     Attributes:
-        part: ``gather``, ``sm_store``, ``order``, ``drain``, ``write``, ``small_copy``, ``turns`` or
-            ``beside``.
+        part: ``gather``, ``shape``, ``sm_store``, ``order``, ``drain``, ``write``, ``small_copy``,
+            ``turns`` or ``beside``.
         what: what was varied, in words.
         metrics: ``ms``, ``gb_per_s`` (of bytes written), ``thread_us`` where it was asked for; of ``write``
             those of ``profile._trace``; of ``small_copy`` and ``turns`` ``ms``, ``gb_per_s`` and
@@ -66,26 +70,45 @@ class ProfiledPart:
 
 
 def gathers(device: Bench, memory: KvBuffers, size: Size) -> Iterator[ProfiledPart]:
-    """``gather`` and ``sm_store``."""
+    """``gather`` and ``sm_store``; and ``shape``, the longest gather by the shape of its thread blocks."""
     geometry = memory.geometry("page_first", 1)
     device.prepare_gather(geometry)
     stream = device.new_stream()
     slots = np.random.default_rng(0).permutation(size.slots)
     rows = device.indices(slots.astype(np.int64))
     staging = device.allocate_staging(GATHERED[-1] + 2**20)
-    for nbytes in GATHERED:
+
+    def timed(what: Gather | Bench, nbytes: int, base: int, ctas: int) -> dict[str, Spread]:
         tokens = min(nbytes // geometry.bytes_per_token, size.slots)
         place, chunk = staged(geometry, tokens), Chunk(0, tokens)
+        if isinstance(what, Gather):  # takes as many blocks as it is told to, unlike the device
+
+            def run() -> None:
+                what.launch(place, base, rows, chunk, ctas, stream)
+
+        else:
+
+            def run() -> None:
+                what.gather(place, base, rows, chunk, stream, ctas)
+
+        run()  # compiles
+        return _timed(device, stream, run, tokens * geometry.bytes_per_token, size.repeats)
+
+    def megabytes(nbytes: int) -> str:
+        tokens = min(nbytes // geometry.bytes_per_token, size.slots)
+        return f"{tokens * geometry.bytes_per_token / 1e6:.1f} MB"
+
+    on_gpu = device.where != "cpu"
+    for nbytes in GATHERED:
         for name, base in (("gather", staging.address), ("sm_store", memory.pinned.data_ptr())):
             for ctas in CTAS:
-
-                def run(base: int = base, place: Any = place, chunk: Chunk = chunk, ctas: int = ctas) -> None:
-                    device.gather(place, base, rows, chunk, stream, ctas)
-
-                done = _timed(device, stream, run, tokens * geometry.bytes_per_token, size.repeats)
-                yield ProfiledPart(
-                    name, f"{tokens * geometry.bytes_per_token / 1e6:.1f} MB, {ctas} blocks", done
-                )
+                done = timed(Gather() if on_gpu else device, nbytes, base, ctas)
+                yield ProfiledPart(name, f"{megabytes(nbytes)}, {ctas} blocks", done)
+    if on_gpu:
+        for warps, units, ctas in SHAPES:
+            done = timed(Gather(warps=warps, units_per_thread=units), GATHERED[-1], staging.address, ctas)
+            what = f"{megabytes(GATHERED[-1])}, {warps} warps, {units} accesses a thread, {ctas} blocks"
+            yield ProfiledPart("shape", what, done)
 
 
 def drains(device: Bench, memory: KvBuffers, size: Size) -> Iterator[ProfiledPart]:

@@ -38,7 +38,8 @@ _HOOKS_FILE = "scheduler_hooks.py"
 _PYTHON = re.compile(r"(?:.*[/\\])?([^/\\]+)\((\d+)\): (.+)")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _SHOWN = 16
-_LIMIT_S = 120
+LIMIT_S = 120
+"""Seconds for one load, and for its trace to be written."""
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,23 @@ def read(trace: Path) -> list[HookTime]:
 
 
 def profiled(
-    server: ServerProcess, load: workloads.Workload, out: Path, prefix: str, *, steps: int, cpu: bool = False
+    server: ServerProcess,
+    load: workloads.Workload,
+    out: Path,
+    prefix: str,
+    *,
+    steps: int,
+    activities: Sequence[str] = ("CPU", "GPU"),
 ) -> Path:
     """Profile ``steps`` forwards of a server under load. Returns the first rank's trace.
+
+    Args:
+        server: that is up.
+        load: asked meanwhile.
+        out: for the trace.
+        prefix: of its name.
+        steps: forwards.
+        activities: of SGLang's profiler; with ``CPU``, Python's functions too.
 
     Raises:
         ServerError: the server would not, or wrote none.
@@ -189,14 +204,14 @@ def profiled(
     wanted = {
         "output_dir": str(out.resolve()),
         "num_steps": steps,
-        "activities": ["CPU"] if cpu else ["CPU", "GPU"],
-        "with_stack": True,
+        "activities": list(activities),
+        "with_stack": "CPU" in activities,
         "profile_prefix": prefix,
     }
-    with open_url(server.url + "/start_profile", method="POST", body=wanted, timeout_s=_LIMIT_S) as answer:
+    with open_url(server.url + "/start_profile", method="POST", body=wanted, timeout_s=LIMIT_S) as answer:
         answer.read()
-    asyncio.run(ask(server.url, load, limit_s=_LIMIT_S))
-    until = time.monotonic() + _LIMIT_S
+    asyncio.run(ask(server.url, load, limit_s=LIMIT_S))
+    until = time.monotonic() + LIMIT_S
     while time.monotonic() < until:
         for trace in sorted(out.glob(f"{prefix}-*TP-0*.trace.json.gz")):
             try:
@@ -205,7 +220,7 @@ def profiled(
                 continue
             return trace
         time.sleep(1)
-    raise server.error("profile", f"no trace of {steps} forwards within {_LIMIT_S} s")
+    raise server.error("profile", f"no trace of {steps} forwards within {LIMIT_S} s")
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -222,7 +237,7 @@ def main(given: Sequence[str] | None = None) -> int:
             for number in (1_000_000, 0):
                 load = make(cell.pool_tokens, cell.model.vocab_size, number)
                 if number:
-                    asyncio.run(ask(server.url, load, limit_s=_LIMIT_S))
+                    asyncio.run(ask(server.url, load, limit_s=LIMIT_S))
             say(f"{name}: profiling {args.steps} forwards")
             times = read(profiled(server, load, args.out, name, steps=args.steps))
     except ServerError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from ...io_backends.registry import AUTO, OWN_NAMES
 from ...io_backends.sglang import unsafe
@@ -23,6 +25,9 @@ FENCED_KERNEL = "fenced_kernel"
 SGLANGS = ("kernel", "direct")
 EXPERIMENTS = {f"unsafe-{fences}": fences for fences in unsafe.CHOICES}
 """``fenced_kernel`` with that many of its fences: experiments A, B and C, see its option's module."""
+
+OTHER_CODE = "@"
+"""``auto@NAME``: ``auto`` as another checkout of this project, called NAME, has it."""
 
 ARMS = (NONE, *SGLANGS, *OWN_NAMES, AUTO, NULL, damaged.NAME, *EXPERIMENTS)
 """``null`` copies nothing, ``damaged`` loses a layer: a limit for times, and a proof for outputs."""
@@ -71,18 +76,24 @@ class Cell:
 def check_arms(names: Sequence[str]) -> None:
     """Raises NameProblem for an arm that there is none of."""
     for name in names:
-        check_name("arm", name, ARMS)
+        check_name("arm", plain(name), ARMS)
+
+
+def plain(arm: str) -> str:
+    """An arm without the name of the code that serves it."""
+    return arm.partition(OTHER_CODE)[0]
 
 
 def unserved(arm: str, *, cpu: bool) -> str | None:
     """Why an arm cannot be served here, or None."""
-    if cpu and arm in SGLANGS:
+    if cpu and plain(arm) in SGLANGS:
         return f"arm {arm}: SGLang's own write-back needs CUDA, and this is its CPU engine"
     return None
 
 
 def server_args(cell: Cell, arm: str) -> list[str]:
     """Options of the arm's server."""
+    arm = plain(arm)
     hicache = None
     if arm != NONE:
         backend = FENCED_KERNEL if arm in EXPERIMENTS else arm
@@ -109,10 +120,24 @@ def server_args(cell: Cell, arm: str) -> list[str]:
     return [*options, *cell.more]
 
 
-def server_env(arm: str, folder: Path) -> dict[str, str]:
-    """Variables that make an arm known to its server which is in no installation; written into ``folder``."""
-    if arm == NULL:
-        return null_backend.environment(folder.resolve())
-    if arm == damaged.NAME:
-        return damaged.environment(folder.resolve())
-    return {}
+def server_env(arm: str, folder: Path, code: Mapping[str, Path] = MappingProxyType({})) -> dict[str, str]:
+    """Variables that make an arm known to its server which is in no installation; written into ``folder``.
+
+    Args:
+        arm: its name.
+        folder: for what must lie somewhere.
+        code: where other checkouts are importable, by name; they come before what is importable already,
+            and in place of a checkout that is so by ``PYTHONPATH``.
+    """
+    if plain(arm) == NULL:
+        env = null_backend.environment(folder.resolve())
+    elif plain(arm) == damaged.NAME:
+        env = damaged.environment(folder.resolve())
+    else:
+        env = {}
+    name = arm.partition(OTHER_CODE)[2]
+    if name:
+        paths = env.get("PYTHONPATH", os.environ.get("PYTHONPATH", "")).split(os.pathsep)
+        kept = [path for path in paths if path and not (Path(path) / "sglang_hicache").exists()]
+        env["PYTHONPATH"] = os.pathsep.join([str(code[name]), *kept])
+    return env

@@ -47,6 +47,7 @@ class ServeOptions:
         logs: folder for the servers' logs.
         start_timeout_s: of one server.
         turn_timeout_s: of one turn.
+        code: where other checkouts of this project are importable, by name: see `arms.OTHER_CODE`.
         enough_s: of all turns of an arm at a workload; after them it gets no further one.
         turns_lock: a file that is locked while a server is loaded, so that of several cells on one machine,
             each on a GPU of its own, one is loaded at a time; None: this is the only one.
@@ -61,6 +62,7 @@ class ServeOptions:
     turn_timeout_s: float = 300
     turns_lock: Path | None = None
     enough_s: float = float("inf")
+    code: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Budget:
@@ -166,7 +168,8 @@ def _start(
     def start(arm: str) -> serving.ServerProcess:
         args = server_args(cell, arm)
         result.arms[arm] = ArmFacts(args=args)
-        env = {**_engine_env(cell, given.logs), **server_env(arm, given.logs / "third-party" / arm)}
+        third_party = given.logs / "third-party" / arm
+        env = {**_engine_env(cell, given.logs), **server_env(arm, third_party, given.code)}
 
         def progress(what: str, seconds: float) -> None:
             with lock:

@@ -20,6 +20,7 @@ from ...policy.text import answer, say
 from ..json_option import Json
 from ..measure import environment
 from ..outputs import check_file, refuse, result_console
+from ..saved import write_whole
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -100,15 +101,21 @@ def stress(
         "clients": clients,
     }
     began = datetime.now(UTC)
+    about = _about(began)
+
+    def keep(outcome: run.Outcome) -> None:
+        if out is not None and _is_plain(out):
+            _save(out, _text(report.as_json(outcome, limits, about)))  # whether that works is said at the end
+
     try:
         with report.LiveLines(limits) as lines:
             outcome = asyncio.run(
-                run.stress(urls, _url(reference) if reference else None, limits, sizes, lines.show)
+                run.stress(urls, _url(reference) if reference else None, limits, sizes, lines.show, keep)
             )
     except run.UnusableError as error:
         _refuse(str(error))
-    result = report.as_json(outcome, limits, _about(began))
-    text = json.dumps(result, indent=1, allow_nan=False)
+    result = report.as_json(outcome, limits, about)
+    text = _text(result)
     # Before anything is printed: hours of load must not be lost to a terminal.
     saved = None if out is None else _save(out, text)
     shown = result_console(json_)
@@ -129,10 +136,27 @@ def stress(
         raise typer.Exit(1)
 
 
+def _text(result: dict[str, Any]) -> str:
+    return json.dumps(result, indent=1, allow_nan=False)
+
+
+def _is_plain(out: Path) -> bool:
+    """Whether it may be replaced, and again: no link, no pipe, nothing that stands for a descriptor."""
+    if out.is_symlink() or out.resolve().is_relative_to("/dev") or out.resolve().is_relative_to("/proc"):
+        return False
+    return out.is_file() or not out.exists()
+
+
 def _save(out: Path, text: str) -> str:
     """What became of it, in a sentence."""
     try:
-        out.write_text(text + "\n", encoding="utf-8")
+        if not _is_plain(out):
+            out.write_text(text + "\n", encoding="utf-8")
+            return f"Saved as {out}."
+        try:
+            write_whole(out, text + "\n")
+        except OSError:  # a folder that takes no other file, or no longer name; a file mounted by itself
+            out.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         return f"NOT saved as {out}: {error.strerror}; --json prints the same."
     return f"Saved as {out}."

@@ -98,6 +98,7 @@ def as_json(outcome: Outcome, limits: Limits, about: dict[str, Any]) -> dict[str
         "engine": "cpu" if any(side.facts.on_cpu for side in outcome.sides) else "gpu",
         "limits": asdict(limits),
         "load": asdict(outcome.load),
+        "finished": outcome.finished,
         "interrupted": outcome.interrupted,
         "reference": outcome.reference.to_dict() if outcome.reference else None,
         "reference_problem": outcome.reference_problem,

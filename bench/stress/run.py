@@ -55,6 +55,7 @@ class Outcome:
         interrupted: by Ctrl-C.
         reference: the reference server's account, if there was one.
         reference_problem: why the test had to stop for want of references, or None.
+        finished: False while there is more to ask, and for ever if the process was ended then.
     """
 
     load: Load
@@ -63,6 +64,7 @@ class Outcome:
     interrupted: bool = False
     reference: ServerFacts | None = None
     reference_problem: str | None = None
+    finished: bool = False
 
 
 LoadProgress = Callable[[Sequence[LoadedServer]], None]
@@ -74,6 +76,7 @@ async def stress(
     limits: Limits,
     sizes: dict[str, Any],
     progress: LoadProgress,
+    keep: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Outcome:
     """Run it.
 
@@ -84,6 +87,7 @@ async def stress(
         limits: when to stop.
         sizes: arguments of `sized_for`, except the server's own.
         progress: called about four times a second.
+        keep: called after each wave with what there is so far. Whoever ends this process may not wait.
 
     Raises:
         UnusableError: a server is not there, is none of SGLang's, or cannot take the load.
@@ -118,17 +122,22 @@ async def stress(
         stop = _on_interrupt(outcome)
         painter = asyncio.create_task(_paint(lambda: progress(sides)))
         try:
-            await _waves(outcome, asked, limits, stop)
+            await _waves(outcome, asked, limits, stop, keep)
         finally:
             painter.cancel()
             await asyncio.gather(painter, return_exceptions=True)
         progress(sides)
         outcome.ends = [await _facts_if_there(side) for side in sides]
+        outcome.finished = True
         return outcome
 
 
 async def _waves(
-    outcome: Outcome, asked: LoadedServer | None, limits: Limits, stop: Callable[[], bool]
+    outcome: Outcome,
+    asked: LoadedServer | None,
+    limits: Limits,
+    stop: Callable[[], bool],
+    keep: Callable[[Outcome], None],
 ) -> None:
     load, sides = outcome.load, outcome.sides
     number = 0
@@ -148,6 +157,8 @@ async def _waves(
             side.book.forget_before(number)
         if stop() or all(side.end is not None or _time_is_up(side, limits) for side in sides):
             return
+        outcome.ends = [await _facts_if_there(side) for side in sides]
+        keep(outcome)
         number += 1
 
 

@@ -6,6 +6,7 @@ device its process has not chosen a GPU yet.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -266,11 +267,20 @@ class CudaDevice:
             ValueError, TypeError: see :meth:`~.gather.Gather.launch`.
         """
         self._driver.refuse_capture(stream.cuda_stream)
-        self._gather.launch(staged, base, device_slots, chunk, ctas, stream)
+        self._gather.launch(staged, base, device_slots, chunk, min(ctas, self._multiprocessors), stream)
         if not chunk.start:
             # Once a transfer: torch's allocator looks at the stream when the tensor is freed, which is after
             # the last chunk was asked for.
             device_slots.record_stream(stream)
+
+    @functools.cached_property
+    def _multiprocessors(self) -> int:
+        """SMs. More thread blocks of a gather are not faster, and a few more are slower, as some SMs get two:
+        1.2 GB take 0.68 ms with 132 on the 132 SMs of an H200, 0.74 with 192, 0.69 with 264
+        (bench/results/2026-11-27-h200-alone/gather.json), and likewise on an H100.
+        """
+        properties = self._torch.cuda.get_device_properties(self._torch.cuda.current_device())
+        return int(properties.multi_processor_count)
 
     def copy(self, batch: CopyBatch, stream: Stream) -> None:
         """Copy-engine work, as the seam says; what is behind it on ``stream`` waits for it.

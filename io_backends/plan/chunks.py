@@ -59,8 +59,12 @@ def staged(geometry: PoolGeometry, slots: int) -> Staged:
             )
         )
         # Every component begins aligned.
-        base += -(-geometry.layers * slots * part.row_bytes // STAGING_ALIGNMENT) * STAGING_ALIGNMENT
+        base += _aligned(geometry.layers * slots * part.row_bytes)
     return Staged(geometry, slots, tuple(parts), base)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // STAGING_ALIGNMENT) * STAGING_ALIGNMENT
 
 
 LEAD_BYTES = 64 * 2**20
@@ -72,6 +76,21 @@ thread."""
 def ring_units(geometry: PoolGeometry, ring_bytes: int) -> int:
     """Tokens (pages, in a paged layout) that two chunks which fill a ring hold together."""
     return max(0, ring_bytes - 2 * STAGING_ALIGNMENT * len(geometry.components)) // geometry.unit_bytes
+
+
+def staged_bytes(geometry: PoolGeometry, units: int) -> int:
+    """Bytes of staging that a chunk of ``units`` takes: :attr:`Staged.nbytes`, by itself."""
+    slots = geometry.layers * geometry.unit_slots * units
+    return sum(_aligned(slots * part.row_bytes) for part in geometry.components)
+
+
+def staged_units(geometry: PoolGeometry, nbytes: int) -> int:
+    """Units of the longest chunk that fits ``nbytes`` of staging."""
+    units = nbytes // geometry.unit_bytes
+    # Padding of a chunk is below STAGING_ALIGNMENT a component: of tiny units that may be several.
+    while units and staged_bytes(geometry, units) > nbytes:
+        units -= 1
+    return units
 
 
 def chunk_units(total: int, ring: int) -> tuple[int, int]:
@@ -121,40 +140,61 @@ def chunk_lengths(total: int, ring: int, lead: int) -> list[int]:
 
 
 RING_PARTS = 8
-"""Chunks of a ring at least where forwards wait."""
+"""Where forwards wait a chunk that needs memory which is not drained is at least one part in so many of the
+ring long, if so much is left."""
 
 
-def fine_lengths(total: int, ring: int, lead: int) -> list[int]:
-    """Units of each chunk of a write whose gathers forwards wait for; any two neighbours fit the ring.
+class RingRoom(NamedTuple):
+    """What a ring has in one piece where the next chunk would begin, in bytes or in a pool's units.
 
-    There a forward's gap takes what fits the ring, and what does not waits for the next: a chunk that is left
-    out because it does not fit between the place where the last one ends and the end of the ring costs a
-    forward's time, and the ring must be larger by the longest chunk than what is to fit. So none is longer
-    than an eighth of it, nor are they made shorter than ``lead`` for that, since each costs the host a launch
-    and a batch of copies. The link idles while the first one is gathered, which is short as in
+    Attributes:
+        free: as far as no drain has to be waited for that is not waited for already.
+        first: as far as the end of the oldest memory beyond, whose drain is the next to end.
+        most: as far as memory is handed out.
+    """
+
+    free: int
+    first: int
+    most: int
+
+
+def gap_chunk(left: int, ring: int, lead: int, room: RingRoom, *, idle: bool) -> int:
+    """Units of the next chunk of a write whose gathers forwards wait for.
+
+    Each chunk costs the scheduler's thread a launch, its events, and planning its copies: some 0.1 ms, as its
+    profiler tells (bench/results/2026-11-27-h200-alone/thread-auto.txt). So a chunk is as long as the memory
+    that is drained at this place. Where too little is, it waits for a drain, and takes all that comes with
+    it: its forward waits for no more of the link than it must. Of two neighbours both fit the ring, as in
     :func:`chunk_lengths`.
 
     Args:
-        total: units in the write, at least 1.
+        left: units of the write, at least 1.
         ring: units that fit the ring, at least 2.
-        lead: units from which a write is worth a chunk more, and which a chunk may have at least.
+        lead: units from which a write is worth a chunk more.
+        room: where a chunk of :func:`least_chunk` units would begin.
+        idle: nothing is being drained: the link waits for the first gather, which is a short one then.
     """
-    most = min(max(ring // RING_PARTS, lead), ring // 2)
-    first = min(total // 8, most) if total >= lead else 0
-    rest = total - first
-    count = -(-rest // most)
-    later = [rest // count + (nth < rest % count) for nth in range(count)]
-    return [first, *later] if first else later
+    least = least_chunk(left, ring, lead)
+    units = room.free if room.free >= least else min(room.most, max(least, room.first))
+    if idle and left >= lead:
+        units = min(units, max(1, left // 8))
+    return min(units, left, ring // 2)
 
 
-def write_chunks(geometry: PoolGeometry, units: int, ring_bytes: int, *, fine: bool = False) -> list[int]:
-    """:func:`chunk_lengths`, or :func:`fine_lengths`, of a write to a pool.
+def least_chunk(left: int, ring: int, lead: int) -> int:
+    """Units that :func:`gap_chunk` must have room for. What is left at the ring's end is shorter than that,
+    so that the ring must be longer by as much than what a gap is to take.
+    """
+    return min(left, max(ring // RING_PARTS, lead), ring // 2)
+
+
+def write_chunks(geometry: PoolGeometry, units: int, ring_bytes: int) -> list[int]:
+    """:func:`chunk_lengths` of a write to a pool.
 
     Args:
         geometry: the pool.
         units: tokens in the write (pages, in a paged layout), at least 1.
         ring_bytes: size of the staging ring.
-        fine: whether forwards wait for its gathers.
 
     Returns:
         Units of each chunk, in order.
@@ -162,13 +202,16 @@ def write_chunks(geometry: PoolGeometry, units: int, ring_bytes: int, *, fine: b
     Raises:
         ValueError: not even two units fit the ring.
     """
-    ring, lead = _ring_and_lead(geometry, ring_bytes)
-    return (fine_lengths if fine else chunk_lengths)(units, ring, lead)
+    return chunk_lengths(units, *ring_and_lead(geometry, ring_bytes))
 
 
 @functools.lru_cache(maxsize=64)
-def _ring_and_lead(geometry: PoolGeometry, ring_bytes: int) -> tuple[int, int]:
-    """:func:`ring_units`, at least 2, and :data:`LEAD_BYTES` in units."""
+def ring_and_lead(geometry: PoolGeometry, ring_bytes: int) -> tuple[int, int]:
+    """:func:`ring_units`, at least 2, and :data:`LEAD_BYTES` in units.
+
+    Raises:
+        ValueError: not even two units fit the ring.
+    """
     ring = ring_units(geometry, ring_bytes)
     if ring < 2:
         raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .chunks import STAGING_ALIGNMENT
+from .chunks import STAGING_ALIGNMENT, RingRoom
 
 DrainEvent = Any
 """Whatever the ring's ``done`` understands."""
@@ -82,10 +82,19 @@ class Ring:
         self._regions.append(region)
         return region, events
 
-    def has_room(self, nbytes: int, *, before: int) -> bool:
-        """Whether :meth:`take` would find memory for ``nbytes`` now."""
-        last = self._place(nbytes)[2]
-        return last is None or last.gap < before
+    def room(self, least: int, *, before: int) -> RingRoom | None:
+        """What :meth:`take` would hand out now where it would put ``least`` bytes; None if it would not."""
+        start, _, last = self._place(least)
+        if last is not None and last.gap >= before:
+            return None
+        free = first = most = self.nbytes - start
+        for region in self._regions:
+            begin = region.start - start
+            if 0 <= begin < free:
+                free, first = begin, region.stop - start
+            if 0 <= begin < most and region.gap >= before:
+                most = begin
+        return RingRoom(free, first, most)
 
     def _place(self, nbytes: int) -> tuple[int, int, Region | None]:
         """Where a region would begin and end, and the last of those in use that it would lie on."""

@@ -40,9 +40,9 @@ def staging_size(
 ) -> StagingSize:
     """The ring that takes the rows of one step in one gap, wherever in the ring the last one ended.
 
-    A chunk is at most one part in :data:`~.chunks.RING_PARTS` of the ring, or :data:`~.chunks.LEAD_BYTES`,
-    and what is left at the ring's end is shorter than a chunk: that much more than a step's rows it must
-    hold. Never less than :data:`DEFAULT_STAGING_MB`, but for memory.
+    What is left at the ring's end unused is shorter than the least chunk (:func:`~.chunks.least_chunk`), one
+    part in :data:`~.chunks.RING_PARTS` of the ring or :data:`~.chunks.LEAD_BYTES`: that much more than a
+    step's rows it must hold. Never less than :data:`DEFAULT_STAGING_MB`, but for memory.
 
     Args:
         pools: that are written through the ring; a step writes its tokens to each that is by token.

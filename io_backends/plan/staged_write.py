@@ -19,7 +19,19 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .chunks import Chunk, Staged, ring_units, staged, write_chunks
+from .chunks import (
+    Chunk,
+    RingRoom,
+    Staged,
+    gap_chunk,
+    least_chunk,
+    ring_and_lead,
+    ring_units,
+    staged,
+    staged_bytes,
+    staged_units,
+    write_chunks,
+)
 from .copies import (
     Addresses,
     CopyBatch,
@@ -32,6 +44,7 @@ from .copies import (
     run_starts,
 )
 from .geometry import HostStrides, PoolGeometry
+from .ring import Ring
 
 
 class PlannedChunk(NamedTuple):
@@ -51,7 +64,8 @@ class PlannedChunk(NamedTuple):
 
 
 class WritePlan:
-    """A write cut into chunks. A sequence of :class:`PlannedChunk`, each made when it is asked for.
+    """A write cut into chunks. A sequence of :class:`PlannedChunk`, each made when it is asked for, or when
+    it is cut.
 
     Only what the first gather needs is done when it is made: a link that idles waits for it. ``host_slots``
     may be changed as soon as :meth:`copies` or :meth:`drain` was called, not before.
@@ -59,8 +73,8 @@ class WritePlan:
     Args:
         geometry: the pool.
         host_slots: int64 [n]; where each token goes.
-        ring_bytes: any two neighbouring chunks fit this.
-        fine: by :func:`~.chunks.fine_lengths`, for a write whose gathers forwards wait for.
+        ring_bytes: any two neighbouring chunks fit this. None: there are no chunks but those that
+            :meth:`cut` makes.
 
     Raises:
         ValueError: the ring is too small, or the tokens are not whole pages in number. That each page is
@@ -68,7 +82,7 @@ class WritePlan:
     """
 
     def __init__(
-        self, geometry: PoolGeometry, host_slots: npt.ArrayLike, ring_bytes: int, *, fine: bool = False
+        self, geometry: PoolGeometry, host_slots: npt.ArrayLike, ring_bytes: int | None = None
     ) -> None:
         self._geometry = geometry
         self._given = np.asarray(host_slots)
@@ -76,13 +90,29 @@ class WritePlan:
         units, rest = divmod(self._given.size, unit)
         if rest:
             raise _not_whole(geometry)
-        lengths = write_chunks(geometry, units, ring_bytes, fine=fine) if units else []
+        lengths = write_chunks(geometry, units, ring_bytes) if units and ring_bytes is not None else []
         self._edges = [edge * unit for edge in itertools.accumulate(lengths, initial=0)]
-        self._wraps = not fine and units > ring_units(geometry, ring_bytes)
+        self._wraps = ring_bytes is not None and units > ring_units(geometry, ring_bytes)
         self._places: dict[int, Staged] = {}
 
     def __len__(self) -> int:
         return len(self._edges) - 1
+
+    @property
+    def left(self) -> int:
+        """Units (tokens; pages, in a paged layout) that are in no chunk yet."""
+        return (self._given.size - self._edges[-1]) // self._geometry.unit_slots
+
+    def cut(self, units: int) -> PlannedChunk:
+        """One more chunk, of the next ``units`` of those that are :attr:`left`, from 1 up.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        if not 0 < units <= self.left:
+            raise ValueError(f"a chunk of {units} units, of which {self.left} are left")
+        self._edges.append(self._edges[-1] + units * self._geometry.unit_slots)
+        return self[len(self) - 1]
 
     def __getitem__(self, index: int) -> PlannedChunk:
         start, stop = self._edges[index], self._edges[index + 1]
@@ -95,14 +125,16 @@ class WritePlan:
         return PlannedChunk(Chunk(start, stop), place, room)
 
     def copies(self) -> int:
-        """How many copies drain all chunks: every run is cut where a chunk after the first begins inside it.
+        """How many copies drain it: every run is cut where a chunk after the first begins inside it.
+
+        What is in no chunk yet counts as one.
 
         Raises:
             ValueError: a host slot is out of range, or a page is not whole.
         """
-        if not len(self):
+        if not self._given.size:
             return 0
-        (_, breaks), cuts = self._runs, self._edges[1:-1]
+        (_, breaks), cuts = self._runs, [edge for edge in self._edges if 0 < edge < self._given.size]
         count = 1 + len(cuts)
         if breaks is not None:
             count += int(np.count_nonzero(breaks)) - sum(bool(breaks[cut - 1]) for cut in cuts)
@@ -146,6 +178,24 @@ class WritePlan:
         if not _at_pages(geometry.unit_slots, slots, breaks):
             raise _not_whole(geometry)
         return slots[: 1 if one else None].copy(), breaks
+
+
+def units_in_gap(geometry: PoolGeometry, left: int, ring: Ring, *, before: int) -> int:
+    """Units of the next chunk of a write whose gathers forwards wait for: :func:`~.chunks.gap_chunk` of what
+    ``ring`` has now. 0: it has no memory for one.
+
+    Args:
+        geometry: the pool.
+        left: units of the write, at least 1.
+        ring: what stages them.
+        before: memory that was handed out before this gap may be again, see :meth:`~.ring.Ring.take`.
+    """
+    units, lead = ring_and_lead(geometry, ring.nbytes)
+    room = ring.room(staged_bytes(geometry, least_chunk(left, units, lead)), before=before)
+    if room is None:
+        return 0
+    in_units = RingRoom(*(staged_units(geometry, nbytes) for nbytes in room))
+    return gap_chunk(left, units, lead, in_units, idle=not ring.used)
 
 
 def _not_whole(geometry: PoolGeometry) -> ValueError:

@@ -130,6 +130,7 @@ class Metrics:
         self._children: dict[tuple[Any, ...], Any] = {}
         self._timed: deque[tuple[Event, Event]] = deque()
         self._fences_seen = 0
+        self._told: tuple[object, float] | None = None
 
     def runs(self, backend: str, *, rule: str, fence_forward: str, version: str, unsafe_fences: str) -> None:
         """One route of the decision that holds here, in the words of ``/server_info``."""
@@ -181,11 +182,15 @@ class Metrics:
                 instances together.
             oldest: when the oldest write began, seconds since 1970; 0: there is none.
         """
+        told = (dict(staged), oldest)
+        if told == self._told:
+            return  # asked before every forward, and mostly the same: a decode step would pay four writes
         for backend, (used, total, waiting) in staged.items():
             self._of(self._staging, backend=backend).set(used)
             self._of(self._staging_size, backend=backend).set(total)
             self._of(self._waiting, backend=backend).set(waiting)
         self._of(self._oldest).set(oldest)
+        self._told = told  # last: what could not be set is set again
 
     def fell_back(self, pool: str, reason: str) -> None:
         """SGLang's own copy wrote a pool."""

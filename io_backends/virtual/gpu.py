@@ -15,6 +15,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from . import sites
@@ -326,6 +327,11 @@ def is_available() -> bool:
 def current_device() -> int:
     """The only device's number."""
     return 0
+
+
+def get_device_properties(device: object = None) -> SimpleNamespace:
+    """As :func:`torch.cuda.get_device_properties`, of which one is known: a Hopper's SMs."""
+    return SimpleNamespace(multi_processor_count=132)
 
 
 def _without_references(operation: Operation) -> Operation:

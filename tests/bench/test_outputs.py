@@ -88,6 +88,14 @@ def test_what_is_there_is_left_until_there_is_a_result(tmp_path: Path) -> None:
     assert (file.read_text(), sorted(os.listdir(tmp_path))) == ("mine", ["a", "file"])
 
 
+def test_a_link_that_leads_nowhere_yet_stays(tmp_path: Path) -> None:
+    link, target = tmp_path / "link", tmp_path / "later.json"
+    link.symlink_to(target)
+    outputs.check_file("--out", link)
+    assert link.is_symlink()
+    assert not target.exists()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_file_of_somebody_else(tmp_path: Path) -> None:
     file = tmp_path / "file"

@@ -15,7 +15,7 @@ from strategies import stepped_pools, whole_writes, writes
 from sglang_hicache.io_backends import Backend, Transfer, get_backend
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.interface import OptionsError
-from sglang_hicache.io_backends.plan.chunks import STAGING_ALIGNMENT
+from sglang_hicache.io_backends.plan.chunks import STAGING_ALIGNMENT, RingRoom
 from sglang_hicache.io_backends.plan.ring import ANY_GAP, Ring
 from sglang_hicache.io_backends.registry import OWN_NAMES
 
@@ -454,6 +454,31 @@ class TestWriteLargerThanTheRing:
         assert hybrid.submit(31, wait=True).pending is None
         assert hybrid.gathers() == gathers + 3
 
+    @pytest.mark.parametrize("how", ["its last wait", "giving it up too"])
+    def test_nor_does_one_whose_stream_cannot_wait_any_more(
+        self, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        """Whatever fails, and in whosever call: what SGLang records on that stream would come too early."""
+        hybrid = Hybrid()
+        first, second = hybrid.submit(64, wait=True), hybrid.submit(7, wait=True)
+        wait = hybrid.device.wait
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("CUDA error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                hybrid.device,
+                "wait",
+                lambda stream, event: fail() if stream == "d2h" else wait(stream, event),
+            )
+            if how == "giving it up too":
+                patch.setattr(hybrid.device, "copy", fail)
+            with pytest.raises(RuntimeError, match="CUDA error"):
+                second.pending.advance((LATER,), wait=True)
+        with pytest.raises(RuntimeError, match="failed half-way"):
+            first.pending.enqueued()
+
     def test_abandon_leaves_nothing_behind(self) -> None:
         hybrid = Hybrid()
         done = hybrid.submit(64, wait=True)
@@ -572,21 +597,27 @@ def test_ring_memory_is_given_out_behind_everything_that_drains_from_it(data: st
         done |= set(range(data.draw(st.integers(0, drain))))
         gap += data.draw(st.integers(0, 1))
         size, before = data.draw(st.integers(1, units)), data.draw(st.sampled_from((0, gap, ANY_GAP)))
-        room = ring.has_room(size * alignment, before=before)
+        room = ring.room(size * alignment, before=before)
         short = data.draw(st.integers(0, alignment - 1))
         taken = ring.take(size * alignment - short, gap=gap, before=before)
-        assert room == (taken is not None)
-        if taken is None:
+        assert (room is None) == (taken is None)
+        if room is None or taken is None:
             assert before <= gap
             continue
         region, events = taken
+        behind = [drain_of.get(unit, -1) for unit in range(region.start // alignment, units)]
+        busy = [nth for nth, each in enumerate(behind) if each > waited and each not in done]
+        free = busy[0] if busy else len(behind)
+        first = free + behind.count(behind[free]) if busy else free
+        most = next((nth for nth in busy if gap_of[behind[nth]] >= before), len(behind))
+        assert room == RingRoom(free * alignment, first * alignment, most * alignment)
         assert all(gap_of[event] < before for event in events)
         mine = range(region.start // alignment, region.stop // alignment)
         assert len(mine) == size
         assert 0 <= region.start < region.stop <= ring.nbytes
-        busy = {drain_of[unit] for unit in mine if unit in drain_of} - done
+        still = {drain_of[unit] for unit in mine if unit in drain_of} - done
         waited = max((waited, *events))
-        assert max(busy, default=-1) <= waited
+        assert max(still, default=-1) <= waited
         region.drained = drain
         gap_of[drain] = gap
         drain_of |= dict.fromkeys(mine, drain)

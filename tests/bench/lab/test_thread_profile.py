@@ -79,7 +79,7 @@ def test_a_real_servers_writes(machine: Machine, tmp_path: Path) -> None:
         args, log=tmp_path / "log", env=machine.env(), launch=machine.launcher
     ) as server:
         load = maker("prefill")(512, 512, 0)
-        trace = thread_profile.profiled(server, load, tmp_path, "mine", steps=4, cpu=True)
+        trace = thread_profile.profiled(server, load, tmp_path, "mine", steps=4, activities=("CPU",))
     found = {each.hook: each for each in thread_profile.read(trace)}
     assert found["_before_run_batch"].calls >= 3
     submit = found["_around_submit"]

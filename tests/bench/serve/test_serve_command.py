@@ -25,6 +25,7 @@ from sglang_hicache.bench.serve.result import CellResult
 from sglang_hicache.io_backends.interface import Backend
 from sglang_hicache.io_backends.registry import available_backends
 from sglang_hicache.io_backends.sglang import unsafe
+from sglang_hicache.policy.names import NameProblem
 
 MODEL = ServedModel("kvheavy", "/models/kvheavy", 512)
 
@@ -113,6 +114,26 @@ def test_what_copies_nothing_is_in_no_installation(tmp_path: Path) -> None:
     device: Any = None
     backend = null_backend.NullBackend(device, {})
     assert isinstance(backend, Backend)
+
+
+def test_an_arm_can_be_served_by_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, site, other = tmp_path / "mine", tmp_path / "site", tmp_path / "other"
+    (mine / "sglang_hicache").mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", f"{mine}{os.pathsep}{site}")
+    env = arms.server_env("auto@old", tmp_path, {"old": other})
+    assert env == {"PYTHONPATH": f"{other}{os.pathsep}{site}"}
+    cell = Cell("x", MODEL)
+    assert arms.server_args(cell, "auto@old") == arms.server_args(cell, "auto")
+    arms.check_arms(["auto@old"])
+    with pytest.raises(NameProblem):
+        arms.check_arms(["atuo@old"])
+    assert arms.unserved("kernel@old", cpu=True)
+
+
+def test_other_code_is_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_plan.main(["first", "--rehearse", "--beside", f"old={tmp_path}"])
+    assert "no checkout is there" in capsys.readouterr().err
 
 
 def test_a_model_is_taken_from_a_folder(tmp_path: Path) -> None:

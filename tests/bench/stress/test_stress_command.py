@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,57 @@ def test_a_good_server(server: FakeServer, tmp_path: Path, incremental: bool) ->
     assert result["ok"] is True
     saved = json.loads(out.read_text())
     assert {**saved, "said": ""} == {**result, "said": ""}
+
+
+def test_what_there_is_is_saved_after_each_wave(tmp_path: Path) -> None:
+    """Whoever ends the process, after hours, loses one wave."""
+    out = tmp_path / "result.json"
+    found: list[dict[str, Any]] = []
+
+    def looking(prompt: list[int], count: int, before: int) -> list[int]:
+        if out.exists():
+            found.append(json.loads(out.read_text()))
+        return right(prompt, count, before)
+
+    with FakeServer(looking) as server:
+        result = stress(server.url, "--waves", "3", "--out", str(out))
+    assert [each["finished"] for each in found] == [False] * len(found)
+    assert {of_one(each)["requests"] for each in found} == {8, 24}, "after the first wave, and the second"
+    assert all(each["ok"] for each in found)
+    saved = json.loads(out.read_text())
+    assert saved["finished"] is result["finished"] is True
+    assert of_one(saved)["requests"] == 40
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_pipe_gets_one_result(server: FakeServer, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    stress(server.url, "--waves", "2", "--out", str(pipe))
+    reader.join(10)
+    assert json.loads(read[0])["finished"] is True
+    assert pipe.is_fifo()
+
+
+def test_what_out_names_stays_what_it_is(server: FakeServer, tmp_path: Path) -> None:
+    """Replaced as a whole is only what is a file by itself."""
+    target, link, private = tmp_path / "target", tmp_path / "link", tmp_path / "private"
+    target.touch()
+    link.symlink_to(target)
+    private.touch(mode=0o600)
+    long = tmp_path / ("n" * 252)  # no room for another name beside it
+    for out in (link, private, long):
+        stress(server.url, "--waves", "2", "--out", str(out))
+        assert json.loads(out.read_text())["finished"] is True
+    assert link.is_symlink()
+    assert json.loads(target.read_text())["finished"] is True
+    assert private.stat().st_mode & 0o777 == 0o600
+    with (tmp_path / "opened").open("w") as file:
+        stress(server.url, "--waves", "2", "--out", f"/proc/self/fd/{file.fileno()}")
+    assert json.loads((tmp_path / "opened").read_text())["finished"] is True
 
 
 def test_the_prompts_are_the_same_whenever_and_whoever_is_asked() -> None:

@@ -10,30 +10,69 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pools import make_pool
+from pools import MemoryPool, make_pool
+from strategies import pools
 
 from sglang_hicache.bench.measure.cases import MODELS, Case, pool_of
 from sglang_hicache.io_backends.device.cpu import CpuDevice
 from sglang_hicache.io_backends.hybrid import HybridBackend
 from sglang_hicache.io_backends.interface import OptionsError
-from sglang_hicache.io_backends.plan.chunks import LEAD_BYTES, fine_lengths, ring_units
+from sglang_hicache.io_backends.plan.chunks import (
+    LEAD_BYTES,
+    RingRoom,
+    gap_chunk,
+    least_chunk,
+    ring_units,
+    staged,
+    staged_bytes,
+    staged_units,
+)
 from sglang_hicache.io_backends.plan.ring import Ring
 from sglang_hicache.io_backends.plan.ring_size import DEFAULT_STAGING_MB, FREE_SHARE, staging_size
-from sglang_hicache.io_backends.plan.staged_write import WritePlan
+from sglang_hicache.io_backends.plan.staged_write import WritePlan, units_in_gap
 
 MIB = 2**20
 
 
 @settings(max_examples=300, deadline=None)
-@given(total=st.integers(1, 10_000), ring=st.integers(2, 3_000), lead=st.integers(1, 2_000))
-def test_fine_chunks_are_the_write_and_any_two_neighbours_fit(total: int, ring: int, lead: int) -> None:
-    lengths = fine_lengths(total, ring, lead)
-    assert sum(lengths) == total
-    assert min(lengths) >= 1
-    assert max(lengths) <= ring // 2
-    assert max(lengths) <= max(ring // 8, lead)
-    later = lengths[1:] if total >= max(lead, 8) else lengths
-    assert max(later) - min(later) <= 1
+@given(st.data())
+def test_a_chunk_in_a_gap_takes_what_is_drained_or_waits_for_no_more_than_it_must(
+    data: st.DataObject,
+) -> None:
+    ring, lead = data.draw(st.integers(2, 3_000)), data.draw(st.integers(1, 2_000))
+    left, idle = data.draw(st.integers(1, 10_000)), data.draw(st.booleans())
+    least = least_chunk(left, ring, lead)
+    assert 1 <= least <= min(left, ring // 2)
+    # The ring's contract: it was asked for the least, and has it.
+    most = data.draw(st.integers(least, max(least, ring)))
+    free = data.draw(st.integers(0, most))
+    room = RingRoom(free, data.draw(st.integers(free, most)), most)
+    units = gap_chunk(left, ring, lead, room, idle=idle)
+    assert 1 <= units <= min(left, most, ring // 2), "two neighbours fit the ring"
+    if idle and left >= lead:
+        assert units <= max(1, left // 8), "a link that idles waits for a short gather"
+    if free >= least:
+        assert units <= free, "nothing to wait for"
+        if not idle or left < lead:
+            assert units == min(left, free, ring // 2)
+    else:
+        assert units <= max(least, room.first), "no second drain, unless for the least"
+        if not idle or left < lead:
+            assert units >= least
+
+
+@settings(max_examples=200, deadline=None)
+@given(pool=pools(), units=st.integers(1, 300), more=st.integers(0, 300_000))
+def test_a_chunk_is_known_to_be_as_long_in_staging_as_it_is_laid_out(
+    pool: MemoryPool, units: int, more: int
+) -> None:
+    """With its padding, which is many units where these are tiny."""
+    geometry = pool.geometry
+    nbytes = staged_bytes(geometry, units)
+    assert nbytes == staged(geometry, units * geometry.unit_slots).nbytes
+    assert staged_units(geometry, nbytes - 1) < units <= staged_units(geometry, nbytes)
+    longest = staged_units(geometry, more)
+    assert staged_bytes(geometry, longest) <= more < staged_bytes(geometry, longest + 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -60,11 +99,36 @@ def test_every_gap_takes_a_steps_rows_of_every_pool(data: st.DataObject) -> None
             cuts = data.draw(st.lists(st.integers(0, pages), max_size=2))
             edges = [0, *sorted(cuts), pages]
             for start, stop in pairwise(edges):
-                plan = WritePlan(pool, np.arange((stop - start) * 64), ring.nbytes, fine=True)
-                for nth in range(len(plan)):
-                    taken = ring.take(plan[nth].room, gap=gap, before=gap)
-                    assert taken is not None, (gap, size)
+                plan = WritePlan(pool, np.arange((stop - start) * 64))
+                while plan.left:
+                    units = units_in_gap(pool, plan.left, ring, before=gap)
+                    assert units, (gap, size)
+                    taken = ring.take(plan.cut(units).room, gap=gap, before=gap)
+                    assert taken is not None
                     taken[0].drained = object()
+                assert sum(each.chunk.tokens for each in plan) == (stop - start) * 64
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_step_is_a_few_chunks(data: st.DataObject) -> None:
+    """Each costs the scheduler's thread: a short one for a link that idles, one to the ring's end, and two
+    from its beginning, as none is longer than half of it."""
+    model = data.draw(st.sampled_from(sorted(MODELS)))
+    pool = pool_of(Case(model, "page_first", 64, 16384, True))
+    ring = Ring(staging_size([pool], 8192, None).nbytes, lambda event: event in drained)
+    drained: set[int] = set()
+    for gap in range(1, 12):
+        plan = WritePlan(pool, np.arange(64 * data.draw(st.integers(1, 128))))
+        while plan.left:
+            taken = ring.take(
+                plan.cut(units_in_gap(pool, plan.left, ring, before=gap)).room, gap=gap, before=gap
+            )
+            assert taken is not None
+            taken[0].drained = gap
+        assert len(plan) <= 4
+        # It is drained before the next one begins, or while that is gathered: a forward lies between.
+        drained |= set(range(gap + data.draw(st.integers(0, 1))))
 
 
 @settings(max_examples=200, deadline=None)
@@ -181,3 +245,25 @@ def test_where_memory_is_short_it_takes_what_there_is(monkeypatch: pytest.Monkey
     backend.prepare(pool)
     with pytest.raises(OptionsError, match=r"no GPU memory is left .* --mem-fraction-static"):
         backend.start(step_tokens=8192, forwards_wait=True)
+
+
+def test_a_write_gives_no_chunk_of_what_it_does_not_have() -> None:
+    plan = WritePlan(pool_of(Case("Qwen3-8B", "page_first", 64, 16384, True)), np.arange(128))
+    total = plan.left
+    for units in (0, -1, total + 1):
+        with pytest.raises(ValueError, match="chunk of"):
+            plan.cut(units)
+    assert plan.cut(total).chunk == (0, 128)
+    with pytest.raises(ValueError, match="0 are left"):
+        plan.cut(1)
+    assert len(plan) == 1
+
+
+def test_what_is_in_no_chunk_yet_counts_as_one() -> None:
+    plan = WritePlan(pool_of(Case("Qwen3-8B", "page_first", 64, 16384, True)), np.arange(128))
+    whole = plan.copies()
+    assert whole > 0
+    plan.cut(1)
+    assert plan.copies() == 2 * whole
+    plan.cut(plan.left)
+    assert plan.copies() == 2 * whole

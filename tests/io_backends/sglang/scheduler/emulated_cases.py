@@ -18,6 +18,7 @@ from test_pools import CASES, DCP_CASES, Pools, host_buffers, random_slots
 from sglang_hicache.io_backends import get_backend
 from sglang_hicache.io_backends.device.cuda import CudaDevice
 from sglang_hicache.io_backends.device.driver import CopyRefusedError
+from sglang_hicache.io_backends.plan.chunks import Chunk
 from sglang_hicache.io_backends.routes import one_route
 from sglang_hicache.io_backends.sglang.scheduler.fences import Fences
 from sglang_hicache.io_backends.sglang.scheduler.scheduler_hooks import Active
@@ -242,6 +243,16 @@ def test_byte_for_byte_in_any_order(driver: Any, kind: str, layout: str, backend
     upstream_stand_in(pools)
     for seed in SEEDS:
         check(World(seed, backend, [pools], pages=10))
+
+
+def test_a_gather_takes_no_more_blocks_than_the_gpu_has_multiprocessors(
+    driver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, asked = NamedDevice(), []
+    monkeypatch.setattr(device._gather, "launch", lambda *args: asked.append(args[4]))
+    for ctas in (64, 192):
+        device.gather(None, 0, None, Chunk(1, 2), device.new_stream(), ctas)  # type: ignore[arg-type]
+    assert asked == [64, virtual_cuda.get_device_properties().multi_processor_count] == [64, 132]
 
 
 @pytest.mark.parametrize("forwards_wait", [False, True])

@@ -102,6 +102,33 @@ def test_what_is_on_its_way_is_set_by_backend(metrics: Metrics, registry: Any) -
     assert samples(registry) == {"staging_total_bytes hybrid": 8}
 
 
+def test_whatever_changes_of_what_is_on_its_way_is_set(metrics: Metrics, registry: Any) -> None:
+    """Also where it is the only one that does, and the others are what was told before."""
+    staged = {"hybrid": (3, 8, 5)}
+    metrics.on_its_way(staged, 1.5)
+    for changed, oldest in (((3, 8, 5), 2.5), ((4, 8, 5), 2.5), ((4, 9, 5), 2.5), ((4, 9, 6), 2.5)):
+        staged["hybrid"] = changed
+        metrics.on_its_way(staged, oldest)
+        assert samples(registry) == {
+            "staging_used_bytes hybrid": changed[0],
+            "staging_total_bytes hybrid": changed[1],
+            "waiting_bytes hybrid": changed[2],
+            "oldest_write_timestamp_seconds": oldest,
+        }
+
+
+def test_what_could_not_be_set_is_set_again(metrics: Metrics, registry: Any, monkeypatch: Any) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prometheus_client.Gauge, "set", full)
+        with pytest.raises(OSError, match="No space"):
+            metrics.on_its_way({"hybrid": (3, 8, 5)}, 1.5)
+    metrics.on_its_way({"hybrid": (3, 8, 5)}, 1.5)
+    assert samples(registry)["oldest_write_timestamp_seconds"] == 1.5
+
+
 def test_a_label_of_the_operators_with_a_name_of_ours_gives_way(registry: Any) -> None:
     """`--extra-metric-labels '{"pool": "a"}'`: not a scheduler that dies at its first write."""
 

@@ -1,0 +1,156 @@
+"""What a GPU does in each step of a whole server that computes prompts: forward, gather, nothing.
+
+    python -m sglang_hicache.bench.lab.gpu_timeline kvheavy-page64 --workload prefill --out DIR
+
+As :mod:`~.thread_profile`, but SGLang's profiler looks at the GPU only, which hardly slows the server. Saves
+CELL-ARM and the rank in a .trace.json.gz, and CELL-ARM-gpu.json: of each step (from one forward's first
+kernel to the next one's) how long it is, and how much of it the forward's stream is busy, this project's
+gathers run, copies to the host run, and neither the forward's stream nor a gather does anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ..measure.environment import describe_environment
+from ..saved import write_json
+from ..serve import workloads
+from ..serve.load import ask
+from ..serving import ServerError
+from .cell_server import name_of, need_gpu, parser_of, server_of
+from .gpu_plan import say
+from .thread_profile import LIMIT_S, profiled
+
+FIRST_KERNEL = "compute_position_kernel"
+"""Of each prefill, SGLang 0.5.23."""
+
+GATHER = "gather_rows"
+
+_LARGE = 2**16
+"""Bytes of a copy that is no token id."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step, milliseconds.
+
+    Attributes:
+        length: from its first kernel to the next step's.
+        forward: in which the stream of forwards is busy.
+        gather: in which a gather runs.
+        gathers: how many.
+        copies: in which copies to the host run.
+        nothing: in which neither of the first two does.
+    """
+
+    length: float
+    forward: float
+    gather: float
+    gathers: int
+    copies: float
+    nothing: float
+
+
+def step_times(events: Iterable[Mapping[str, Any]]) -> list[StepTime]:
+    """Of a Chrome trace's events, as torch writes them."""
+    work = [
+        event
+        for event in events
+        if event.get("ph") == "X" and event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    ]
+    firsts = sorted((_span(each)[0], each["args"]["stream"]) for each in work if FIRST_KERNEL in each["name"])
+    if not firsts:
+        return []
+    stream = firsts[0][1]
+    forward = [_span(each) for each in work if each["args"]["stream"] == stream]
+    gathers = [_span(each) for each in work if each["name"] == GATHER]
+    copies = [
+        _span(each) for each in work if "DtoH" in each["name"] and each["args"].get("bytes", 0) >= _LARGE
+    ]
+    steps = []
+    for (begin, _), (end, _) in pairwise(firsts):
+        took = end - begin
+        steps.append(
+            StepTime(
+                took,
+                _busy(forward, begin, end),
+                _busy(gathers, begin, end),
+                sum(begin <= start < end for start, _ in gathers),
+                _busy(copies, begin, end),
+                took - _busy([*forward, *gathers], begin, end),
+            )
+        )
+    return steps
+
+
+def _span(event: Mapping[str, Any]) -> tuple[float, float]:
+    """When it began and ended, ms."""
+    begin = float(event["ts"]) / 1e3
+    return begin, begin + float(event["dur"]) / 1e3
+
+
+def _busy(spans: Iterable[tuple[float, float]], begin: float, end: float) -> float:
+    """How much of a time any of these covers."""
+    covered, until = 0.0, begin
+    for start, stop in sorted(spans):
+        start, stop = max(start, until), min(stop, end)
+        if stop > start:
+            covered, until = covered + stop - start, stop
+    return covered
+
+
+def text(steps: Sequence[StepTime]) -> str:
+    """Medians, and the longest step."""
+    if not steps:
+        return "no steps"
+    middle = {name: median(getattr(each, name) for each in steps) for name in asdict(steps[0])}
+    return (
+        f"{len(steps)} steps, medians in ms: {middle['length']:.2f} each; forward's stream busy "
+        f"{middle['forward']:.2f}, gathers {middle['gather']:.2f} ({middle['gathers']:.0f}), copies to the "
+        f"host {middle['copies']:.2f}, neither forward nor gather {middle['nothing']:.2f}"
+    )
+
+
+def read(trace: Path) -> list[StepTime]:
+    """Of a file that SGLang wrote."""
+    with gzip.open(trace, "rt", encoding="utf-8") as file:
+        return step_times(json.load(file)["traceEvents"])
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Run it."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--workload", choices=workloads.NAMES, default="prefill")
+    parser.add_argument("--steps", type=int, default=60, help="forwards that are looked at")
+    args = parser.parse_args(given)
+    need_gpu(parser)
+    name = name_of(args)
+    try:
+        with server_of(args) as (cell, server):
+            make = workloads.maker(args.workload)
+            for number in (1_000_000, 0):
+                load = make(cell.pool_tokens, cell.model.vocab_size, number)
+                if number:
+                    asyncio.run(ask(server.url, load, limit_s=LIMIT_S))
+            say(f"{name}: looking at {args.steps} forwards")
+            steps = read(profiled(server, load, args.out, name, steps=args.steps, activities=("GPU",)))
+    except ServerError as error:
+        say(f"{name}: {error}")
+        return 2
+    print(text(steps))
+    saved = {"environment": describe_environment(cpu=False), "steps": [asdict(each) for each in steps]}
+    write_json(args.out / f"{name}-gpu.json", saved)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

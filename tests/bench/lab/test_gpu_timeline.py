@@ -1,0 +1,43 @@
+"""What a GPU does in a step, from a trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_hicache.bench.lab.gpu_timeline import FIRST_KERNEL, StepTime, step_times, text
+
+
+def event(name: str, stream: int, begin_ms: float, took_ms: float, **args: Any) -> dict[str, Any]:
+    kind = "gpu_memcpy" if name.startswith("Memcpy") else "kernel"
+    about = {"ph": "X", "cat": kind, "name": name, "ts": begin_ms * 1e3, "dur": took_ms * 1e3}
+    return {**about, "args": {"stream": stream, **args}}
+
+
+TO_HOST = "Memcpy DtoH (Device -> Pinned)"
+
+
+def test_a_step_goes_from_its_first_kernel_to_the_next_ones() -> None:
+    events = [
+        {"ph": "X", "cat": "cuda_runtime", "name": FIRST_KERNEL, "ts": 0, "dur": 5},  # of the host
+        event(FIRST_KERNEL, 7, 10, 1),
+        event("gemm", 7, 11, 5),
+        event("attention", 7, 15, 3),  # begins before the other ends
+        event("gather_rows", 9, 19, 2),
+        event("gather_rows", 9, 22, 1),
+        event(TO_HOST, 10, 21, 6, bytes=2**25),
+        event(TO_HOST, 8, 12, 3, bytes=64),  # token ids
+        event(FIRST_KERNEL, 7, 25, 1),
+        event("gemm", 7, 26, 4),
+        event("gather_rows", 9, 28, 4),  # beside the forward, and into the next step
+        event(FIRST_KERNEL, 7, 31, 1),
+    ]
+    for order in (events, events[::-1]):
+        first, second = step_times(order)
+        assert first == StepTime(length=15, forward=8, gather=3, gathers=2, copies=4, nothing=4)
+        assert second == StepTime(length=6, forward=5, gather=3, gathers=1, copies=2, nothing=0)
+    assert "2 steps, medians in ms: 10.50 each; forward's stream busy 6.50" in text([first, second])
+
+
+def test_a_trace_without_prefills_has_no_steps() -> None:
+    assert step_times([event("gemm", 7, 1, 1)]) == []
+    assert text([]) == "no steps"
