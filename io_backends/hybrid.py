@@ -352,7 +352,8 @@ class HybridBackend(Backend):
 
     def _units(self, write: _Write, before: int) -> int:
         """Of the next chunk of a write that forwards wait for; 0: there is no memory for it now."""
-        return units_in_gap(write.transfer.geometry, write.plan.left, self._ring, before=before)
+        first = not write.enqueued_chunks
+        return units_in_gap(write.transfer.geometry, write.plan.left, self._ring, before=before, first=first)
 
     def _enqueue_chunk(self, write: _Write, planned: PlannedChunk, before: int) -> Event:
         device = self._device

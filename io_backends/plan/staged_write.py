@@ -180,7 +180,7 @@ class WritePlan:
         return slots[: 1 if one else None].copy(), breaks
 
 
-def units_in_gap(geometry: PoolGeometry, left: int, ring: Ring, *, before: int) -> int:
+def units_in_gap(geometry: PoolGeometry, left: int, ring: Ring, *, before: int, first: bool) -> int:
     """Units of the next chunk of a write whose gathers forwards wait for: :func:`~.chunks.gap_chunk` of what
     ``ring`` has now. 0: it has no memory for one.
 
@@ -189,13 +189,14 @@ def units_in_gap(geometry: PoolGeometry, left: int, ring: Ring, *, before: int) 
         left: units of the write, at least 1.
         ring: what stages them.
         before: memory that was handed out before this gap may be again, see :meth:`~.ring.Ring.take`.
+        first: it is the write's first. Later ones are not short, also where all drains are done by then.
     """
     units, lead = ring_and_lead(geometry, ring.nbytes)
     room = ring.room(staged_bytes(geometry, least_chunk(left, units, lead)), before=before)
     if room is None:
         return 0
     in_units = RingRoom(*(staged_units(geometry, nbytes) for nbytes in room))
-    return gap_chunk(left, units, lead, in_units, idle=not ring.used)
+    return gap_chunk(left, units, lead, in_units, idle=first and not ring.used)
 
 
 def _not_whole(geometry: PoolGeometry) -> ValueError:
