@@ -109,9 +109,11 @@ def _forked(argv: Sequence[str], gpu_arch: str, size: int, cuda: str) -> dict[st
     """The answer of another machine; empty where its process ended without one."""
     with tempfile.NamedTemporaryFile() as file:
         if (child := os.fork()) == 0:
-            stand_in_gpu(gpu_arch, size, cuda)
-            Path(file.name).write_text(json.dumps(_answer(argv, gpu_arch)[0]), encoding="utf-8")
-            os._exit(0)
+            try:
+                stand_in_gpu(gpu_arch, size, cuda)
+                Path(file.name).write_text(json.dumps(_answer(argv, gpu_arch)[0]), encoding="utf-8")
+            finally:
+                os._exit(0)  # whatever happened: this is a copy of a program that goes on elsewhere
         os.waitpid(child, 0)
         found: dict[str, Any] = json.loads(Path(file.name).read_text(encoding="utf-8") or "{}")
     return found

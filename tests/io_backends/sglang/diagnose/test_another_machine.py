@@ -97,3 +97,15 @@ def test_cuda_is_that_of_the_other_machine_or_unknown() -> None:
     with pytest.raises(CommandLineError, match=r"requires CUDA 13\+, got CUDA 12\.8"):
         dry_run.server_facts_of(line, {"gpu_arch": "sm100", "cuda": "12.8"})
     assert dry_run.server_facts_of(line, {"gpu_arch": "sm100", "cuda": "13.0"}).facts.value("cuda") == "13.0"
+
+
+def test_a_policy_that_is_refused_is_named(model: Path, tmp_path: Path) -> None:
+    """Not what became of the processes that asked for GPUs of other sizes."""
+    policy = tmp_path / "open.yaml"
+    policy.write_text("rules: []\n")
+    line = (
+        f"env SGLANG_HICACHE_IO_POLICY={policy} sglang serve {model} --skip-tokenizer-init "
+        "--enable-hierarchical-cache --hicache-io-backend auto"
+    )
+    with pytest.raises(CommandLineError, match=r"open\.yaml:1:1: 'version' is missing; SGLANG_HICACHE"):
+        dry_run.server_facts_of(line, {"gpu_arch": "sm90"})
