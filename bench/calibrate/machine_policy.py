@@ -185,7 +185,7 @@ def check(text: str) -> Policy:
 
 
 def install(text: str, path: Path, environment: Mapping[str, Any]) -> None:
-    """Write the file, whole or not at all.
+    """Write the file, whole or not at all; of a link, what it leads to.
 
     Raises:
         NotInstallableError: it was measured on a CPU and ``path`` is the machine's.
@@ -193,6 +193,7 @@ def install(text: str, path: Path, environment: Mapping[str, Any]) -> None:
     """
     if environment["ran_on"] != "GPU" and path.resolve() == machine_path().resolve():
         raise NotInstallableError(f"{path} is the machine's policy file: {CPU_WATERMARK}")
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     _write(part, text)

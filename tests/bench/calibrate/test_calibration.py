@@ -320,3 +320,12 @@ def test_rules_from_a_cpu_say_so_hold_for_no_gpu_and_are_not_installed(
     assert machine.read_text() == good
     assert policy_in_force().layer("calibrated-layer-first-copy-engine") == "machine file"
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_link_to_the_machines_file_stays_one(tmp_path: Any) -> None:
+    link, kept = tmp_path / "machine.yaml", tmp_path / "kept" / "machine.yaml"
+    link.symlink_to(kept)
+    for rules in ("rules: []\n", "rules: [{}]\n"):
+        machine_policy.install(rules, link, GPU)
+        assert link.is_symlink()
+        assert kept.read_text() == rules
