@@ -96,6 +96,7 @@ class _Torch(ModuleType):
             Event=_Event,
             is_available=lambda: True,
             current_device=lambda: 0,
+            get_device_properties=lambda _: SimpleNamespace(multi_processor_count=132),
             current_stream=lambda: here,
             stream=nullcontext,
         )

@@ -140,7 +140,9 @@ def flushes_without_fresh_events(active: scheduler_hooks.Active) -> None:
 
 @pytest.mark.parametrize("mode", ["pipeline", "synchronize"])
 def test_a_flush_beside_a_forward_is_found(mode: str) -> None:
-    run = is_found(experiment("hybrid", mode=mode), keep_all, mutate=flushes_without_fresh_events)
+    made = experiment("hybrid", mode=mode)
+    # 17 and 25 of 120 seeds show it: nothing is left to flush where a gap takes all of a write.
+    run = is_found(made, keep_all, range(60), mutate=flushes_without_fresh_events)
     assert run is not None
     assert {race.kind for race in run.races} == {"sm_overlap"}
 
