@@ -10,25 +10,19 @@ gathers run, copies to the host run, and neither the forward's stream nor a gath
 
 from __future__ import annotations
 
-import asyncio
-import gzip
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from ..measure.environment import describe_environment
 from ..saved import write_json
-from ..serve import workloads
-from ..serve.load import ask
 from ..serving import ServerError
-from .cell_server import name_of, need_gpu, parser_of, server_of
+from .cell_server import name_of, need_gpu
 from .gpu_plan import say
-from .thread_profile import LIMIT_S, profiled
+from .profiled_server import events_of, profile_parser
 
 FIRST_KERNEL = "compute_position_kernel"
 """Of each prefill, SGLang 0.5.23."""
@@ -120,29 +114,14 @@ def text(steps: Sequence[StepTime]) -> str:
     )
 
 
-def read(trace: Path) -> list[StepTime]:
-    """Of a file that SGLang wrote."""
-    with gzip.open(trace, "rt", encoding="utf-8") as file:
-        return step_times(json.load(file)["traceEvents"])
-
-
 def main(given: Sequence[str] | None = None) -> int:
     """Run it."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--workload", choices=workloads.NAMES, default="prefill")
-    parser.add_argument("--steps", type=int, default=60, help="forwards that are looked at")
+    parser = profile_parser(__doc__, steps=60)
     args = parser.parse_args(given)
     need_gpu(parser)
     name = name_of(args)
     try:
-        with server_of(args) as (cell, server):
-            make = workloads.maker(args.workload)
-            for number in (1_000_000, 0):
-                load = make(cell.pool_tokens, cell.model.vocab_size, number)
-                if number:
-                    asyncio.run(ask(server.url, load, limit_s=LIMIT_S))
-            say(f"{name}: looking at {args.steps} forwards")
-            steps = read(profiled(server, load, args.out, name, steps=args.steps, activities=("GPU",)))
+        steps = step_times(events_of(args, ("GPU",)))
     except ServerError as error:
         say(f"{name}: {error}")
         return 2

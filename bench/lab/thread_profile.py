@@ -11,25 +11,19 @@ of CUDA hardly: their parts, and how many there are, are what this is for.
 
 from __future__ import annotations
 
-import asyncio
-import gzip
-import json
 import re
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from ..measure.environment import describe_environment
 from ..saved import write_json
-from ..serve import workloads
-from ..serve.load import ask
-from ..serving import ServerError, ServerProcess, open_url
-from .cell_server import name_of, need_gpu, parser_of, server_of
+from ..serving import ServerError
+from .cell_server import name_of, need_gpu
 from .gpu_plan import say
+from .profiled_server import events_of, profile_parser
 
 HOOKS = ("_around_submit", "_around_move", "_before_run_batch")
 """Functions of ``scheduler_hooks`` that SGLang's scheduler thread comes through."""
@@ -38,8 +32,6 @@ _HOOKS_FILE = "scheduler_hooks.py"
 _PYTHON = re.compile(r"(?:.*[/\\])?([^/\\]+)\((\d+)\): (.+)")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _SHOWN = 16
-LIMIT_S = 120
-"""Seconds for one load, and for its trace to be written."""
 
 
 @dataclass(frozen=True)
@@ -173,73 +165,14 @@ def text(times: Sequence[HookTime]) -> str:
     return "\n".join(lines)
 
 
-def read(trace: Path) -> list[HookTime]:
-    """Of a file that SGLang wrote."""
-    with gzip.open(trace, "rt", encoding="utf-8") as file:
-        return hook_times(json.load(file)["traceEvents"])
-
-
-def profiled(
-    server: ServerProcess,
-    load: workloads.Workload,
-    out: Path,
-    prefix: str,
-    *,
-    steps: int,
-    activities: Sequence[str] = ("CPU", "GPU"),
-) -> Path:
-    """Profile ``steps`` forwards of a server under load. Returns the first rank's trace.
-
-    Args:
-        server: that is up.
-        load: asked meanwhile.
-        out: for the trace.
-        prefix: of its name.
-        steps: forwards.
-        activities: of SGLang's profiler; with ``CPU``, Python's functions too.
-
-    Raises:
-        ServerError: the server would not, or wrote none.
-    """
-    wanted = {
-        "output_dir": str(out.resolve()),
-        "num_steps": steps,
-        "activities": list(activities),
-        "with_stack": "CPU" in activities,
-        "profile_prefix": prefix,
-    }
-    with open_url(server.url + "/start_profile", method="POST", body=wanted, timeout_s=LIMIT_S) as answer:
-        answer.read()
-    asyncio.run(ask(server.url, load, limit_s=LIMIT_S))
-    until = time.monotonic() + LIMIT_S
-    while time.monotonic() < until:
-        for trace in sorted(out.glob(f"{prefix}-*TP-0*.trace.json.gz")):
-            try:
-                read(trace)
-            except (EOFError, OSError, ValueError):  # it is being written
-                continue
-            return trace
-        time.sleep(1)
-    raise server.error("profile", f"no trace of {steps} forwards within {LIMIT_S} s")
-
-
 def main(given: Sequence[str] | None = None) -> int:
     """Run it."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--workload", choices=workloads.NAMES, default="prefill")
-    parser.add_argument("--steps", type=int, default=40, help="forwards that are profiled")
+    parser = profile_parser(__doc__, steps=40)
     args = parser.parse_args(given)
     need_gpu(parser)
     name = name_of(args)
     try:
-        with server_of(args) as (cell, server):
-            make = workloads.maker(args.workload)
-            for number in (1_000_000, 0):
-                load = make(cell.pool_tokens, cell.model.vocab_size, number)
-                if number:
-                    asyncio.run(ask(server.url, load, limit_s=LIMIT_S))
-            say(f"{name}: profiling {args.steps} forwards")
-            times = read(profiled(server, load, args.out, name, steps=args.steps))
+        times = hook_times(events_of(args, ("CPU", "GPU")))
     except ServerError as error:
         say(f"{name}: {error}")
         return 2

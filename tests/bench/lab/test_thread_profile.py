@@ -10,7 +10,7 @@ import pytest
 from launching import Machine
 
 from sglang_hicache.bench import serving
-from sglang_hicache.bench.lab import thread_profile
+from sglang_hicache.bench.lab import profiled_server, thread_profile
 from sglang_hicache.bench.serve.workloads import maker
 
 HOOK = "/site/io_backends/sglang/scheduler/scheduler_hooks.py(265): _around_submit"
@@ -79,8 +79,8 @@ def test_a_real_servers_writes(machine: Machine, tmp_path: Path) -> None:
         args, log=tmp_path / "log", env=machine.env(), launch=machine.launcher
     ) as server:
         load = maker("prefill")(512, 512, 0)
-        trace = thread_profile.profiled(server, load, tmp_path, "mine", steps=4, activities=("CPU",))
-    found = {each.hook: each for each in thread_profile.read(trace)}
+        trace = profiled_server.profiled(server, load, tmp_path, "mine", steps=4, activities=("CPU",))
+    found = {each.hook: each for each in thread_profile.hook_times(profiled_server.read(trace))}
     assert found["_before_run_batch"].calls >= 3
     submit = found["_around_submit"]
     assert submit.calls > 0
