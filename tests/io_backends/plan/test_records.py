@@ -64,6 +64,14 @@ def test_a_write_is_of_all_indices_of_a_row(rows: list[int], step: int, data: st
     assert (facts.entries, facts.runs) == (count_runs(np.array(rows)) * 2, count_runs(np.array(rows)))
 
 
+def test_the_row_is_that_of_one_of_its_indices_as_in_sglang() -> None:
+    """``maybe_dcp_kernel_indices`` looks at a rank's own; in what is written all of a group say the same."""
+    made = make_pool("layer_first", layers=2, page_size=4, row_bytes=(12,)).geometry
+    for offset, rows in ((0, [0, 3]), (1, [10, 4]), (2, [30, 1])):
+        geometry = dataclasses.replace(made, index_step=3, index_offset=offset)
+        assert geometry.slots_of(np.array([0, 30, 90, 9, 12, 3])).tolist() == rows
+
+
 def test_an_index_that_stands_for_no_row_is_no_pool() -> None:
     made = make_pool("layer_first", layers=2, page_size=4, row_bytes=(12,)).geometry
     for step, offset in ((0, 0), (2, 2), (2, -1)):
