@@ -7,14 +7,15 @@
     python -m sglang_hicache.bench.lab.serve_table --verified FILE...
 
 Of several runs with a cell of the same name the last one counts. With ``--verified``, which combinations have
-served without an error, and for how many answers it was compared that they are the same as without HiCache.
+served without an error, and for how many answers it was compared that they are the same as without HiCache;
+where SGLang's own write-back answers otherwise than that too, how many are the same as its.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ...io_backends.registry import AUTO
 from ...io_backends.sglang.unsafe import NULL
 from ..measure.tables import markdown_row
 from ..serve.account import ArmSummary
-from ..serve.arms import NONE
+from ..serve.arms import DEFAULT, NONE
 from ..serve.result import CellResult, ServeResult, load
 
 OWN = ("kernel", "direct")
@@ -252,11 +253,9 @@ def verified_table(runs: Iterable[ServeResult]) -> str:
 def _verified(cell: CellResult) -> list[str] | None:
     sums = [each for each in cell.sums() if each.arm == AUTO]
     server: dict[str, Any] | None = cell.arms[AUTO].server if AUTO in cell.arms else None
-    bad = any(each.errors or each.same != each.compared for each in sums)
+    bad = any(problem.startswith((f"{AUTO}:", f"{AUTO},")) for problem in cell.problems())
     if server is None or bad or not sum(each.requests for each in sums):
         return None
-    compared = [each for each in sums if each.compared is not None]
-    same = sum(each.same or 0 for each in compared)
     return [
         _attention(server),
         str(cell.cell["model"]["name"]),
@@ -264,9 +263,20 @@ def _verified(cell: CellResult) -> list[str] | None:
         str(cell.cell["page_size"]),
         str(cell.cell["tp"]),
         f"`{server['plugin']['backend']}`",
-        f"{same} of {sum(each.compared or 0 for each in compared)}" if compared else "not compared",
+        _same([each for each in sums if each.compared is not None]),
         f"{sum(each.host_tokens for each in sums):,} tokens",
     ]
+
+
+def _same(compared: Sequence[ArmSummary]) -> str:
+    if not compared:
+        return "not compared"
+    same, of = (sum(getattr(each, name) or 0 for each in compared) for name in ("same", "compared"))
+    if same == of:
+        return f"{same} of {of}"
+    default = sum(each.as_default or 0 for each in compared)
+    alike = sum(each.default_compared or each.compared or 0 for each in compared)
+    return f"{same} of {of}; {default} of {alike} as `{DEFAULT}`"
 
 
 def _command(machine: dict[str, Any], cell: CellResult) -> str:

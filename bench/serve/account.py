@@ -11,6 +11,9 @@ from ..measure.results import Spread
 from .load import Loaded, RequestResult
 from .scrape import Written
 
+Answers = Mapping[tuple[str, int, int], RequestResult]
+"""By :attr:`~.load.RequestResult.place`."""
+
 SHARES = (*range(0, 100, 2), 99, 99.5, 99.9, 100)
 """Percent at which a distribution is kept: enough to draw it."""
 
@@ -66,6 +69,8 @@ class ArmRound:
         client_share: see `Loaded`.
         cut: whether time was up before all had been asked.
         same, compared: answers that are the reference's, and how many were compared; None where nothing is.
+        as_default, default_compared: of those, how many are what SGLang's own write-back answered where it
+            found as much of the prompt cached, and how many could be compared so; None without it.
     """
 
     workload: str
@@ -87,6 +92,8 @@ class ArmRound:
     cut: bool = False
     same: int | None = None
     compared: int | None = None
+    as_default: int | None = None
+    default_compared: int | None = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ArmRound:
@@ -109,7 +116,8 @@ def arm_round(
     number: int,
     loaded: Loaded,
     written: Written,
-    reference: Mapping[tuple[str, int, int], str] | None = None,
+    reference: Answers | None = None,
+    default: Answers | None = None,
 ) -> ArmRound:
     """Counts one turn.
 
@@ -119,10 +127,12 @@ def arm_round(
         loaded: what was asked.
         written: what SGLang counted meanwhile.
         reference: the right answer to each request, where there is one.
+        default: what SGLang's own write-back answered to the same requests, where that was asked.
     """
     good = [one for one in loaded.asked if one.error is None]
     bad = [one for one in loaded.asked if one.error is not None]
     compared = [one for one in good if one.place in reference] if reference is not None else None
+    alike = None if compared is None or default is None else [one for one in compared if _alike(one, default)]
     return ArmRound(
         workload=workload,
         arm=arm,
@@ -143,11 +153,23 @@ def arm_round(
         cut=loaded.cut,
         same=None if compared is None else sum(_same(one, reference) for one in compared),
         compared=None if compared is None else len(compared),
+        as_default=None if alike is None else sum(_same(one, default) for one in alike),
+        default_compared=None if alike is None else len(alike),
     )
 
 
-def _same(one: RequestResult, reference: Mapping[tuple[str, int, int], str] | None) -> bool:
-    return reference is not None and reference[one.place] == one.answer
+def _same(one: RequestResult, reference: Answers | None) -> bool:
+    return reference is not None and reference[one.place].answer == one.answer
+
+
+def _alike(one: RequestResult, reference: Answers) -> bool:
+    """Whether both were computed from as long a cached prefix: where that ends, rounding may change."""
+    other = reference.get(one.place)
+    return other is not None and _cached(one) == _cached(other)
+
+
+def _cached(one: RequestResult) -> int:
+    return one.device_tokens + one.host_tokens
 
 
 @dataclass(frozen=True)
@@ -180,6 +202,8 @@ class ArmSummary:
     dropped_tokens: float | None
     same: int | None
     compared: int | None
+    as_default: int | None
+    default_compared: int | None
     client_share: float
 
 
@@ -216,6 +240,8 @@ def arm_summary(turns: Sequence[ArmRound]) -> ArmSummary:
         dropped_tokens=_total(turn.written.dropped_tokens for turn in whole),
         same=sum(turn.same or 0 for turn in compared) if compared else None,
         compared=sum(turn.compared or 0 for turn in compared) if compared else None,
+        as_default=_all(turn.as_default for turn in compared),
+        default_compared=_all(turn.default_compared for turn in compared),
         client_share=max((turn.client_share for turn in whole), default=0.0),
     )
 
@@ -236,6 +262,11 @@ def _spread(values: Iterable[float | None]) -> Spread | None:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def _all(values: Iterable[int | None]) -> int | None:
+    found = list(values)
+    return None if not found or None in found else sum(value or 0 for value in found)
 
 
 def _total(values: Iterable[float | None]) -> float | None:

@@ -17,6 +17,8 @@ from ..serving import HiCache, base_args
 from . import null_backend
 from .models import ServedModel
 
+DEFAULT = "kernel"
+"""SGLang's own choice, which others are compared with."""
 NONE = "none"
 """A server without HiCache."""
 

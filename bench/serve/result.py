@@ -14,7 +14,7 @@ from .. import damaged, saved
 from ..measure.results import Spread
 from ..stress.server import ServerFacts
 from .account import ArmRound, ArmSummary, arm_summaries
-from .arms import NONE, Cell
+from .arms import DEFAULT, NONE, Cell
 
 SCHEMA = 1
 KIND = "hicache-io bench serve"
@@ -91,14 +91,16 @@ class CellResult:
     def problems(self) -> list[str]:
         """What must not be: servers that did not start, errors, and outputs that differ or do not differ."""
         found = [f"{name}: {_in_one_line(arm.problem)}" for name, arm in self.arms.items() if arm.problem]
-        for each in self.sums():
+        sums = self.sums()
+        rounding = {each.workload for each in sums if each.arm == DEFAULT and each.same != each.compared}
+        for each in sums:
             where = f"{each.arm}, {each.workload}"
             if each.errors:
-                first = next(t.first_error for t in self.turns if t.arm == each.arm and t.first_error)
+                first = next((t.first_error for t in self.turns if t.arm == each.arm and t.first_error), None)
                 found.append(f"{where}: {each.errors} requests failed, the first: {first}")
             if not each.rounds:
                 found.append(f"{where}: no round was finished")
-            found += [f"{where}: {why}" for why in _wrong_outputs(each)]
+            found += [f"{where}: {why}" for why in _wrong_outputs(each, each.workload in rounding)]
         return found
 
 
@@ -114,21 +116,34 @@ def _in_one_line(problem: str) -> str:
     return what if why is None else f"{what}: {why}"
 
 
-def _wrong_outputs(each: ArmSummary) -> list[str]:
-    """Where outputs are compared with those of a server without HiCache."""
-    if each.compared is None or each.arm == NONE:
+def _wrong_outputs(each: ArmSummary, rounding: bool) -> list[str]:
+    """Where outputs are compared with those of a server without HiCache.
+
+    Args:
+        each: an arm.
+        rounding: SGLang's own write-back differs from that server too: then it is the right one.
+    """
+    if each.compared is None or each.arm == NONE or (rounding and each.arm == DEFAULT):
         return []
-    same = each.same == each.compared
+    same = each.same == each.compared or (rounding and each.as_default is not None and not _apart(each))
     if each.hit_share is None:  # a workload that asks for nothing again
-        return [] if same else _differing(each)
+        return [] if same else _differing(each, rounding)
     if not each.host_tokens:
         return ["no token came back from the host, so its outputs say nothing about the write-back"]
     if each.arm in (damaged.NAME, NULL):
         return ["a damaged write-back went unnoticed"] if same else []
-    return [] if same else _differing(each)
+    return [] if same else _differing(each, rounding)
 
 
-def _differing(each: ArmSummary) -> list[str]:
+def _apart(each: ArmSummary) -> int:
+    """Answers that are not those of SGLang's own write-back."""
+    return (each.default_compared or each.compared or 0) - (each.as_default or 0)
+
+
+def _differing(each: ArmSummary, rounding: bool) -> list[str]:
+    if rounding and each.as_default is not None:
+        of = each.default_compared if each.default_compared else each.compared
+        return [f"{_apart(each)} of {of} outputs differ from {DEFAULT}'s, which has its own rounding"]
     return [f"{(each.compared or 0) - (each.same or 0)} of {each.compared} outputs differ"]
 
 
@@ -205,6 +220,8 @@ _SPREADS = ("requests_per_s", "ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_
 _COUNTS = (
     *("rounds", "requests", "errors", "prompt_tokens", "host_tokens", "device_tokens", "hit_share"),
     *("write_mean_s", "write_p99_s", "rows_locked", "written_bytes", "dropped_tokens", "same", "compared"),
+    "as_default",
+    "default_compared",
     "client_share",
 )
 CSV_COLUMNS = (

@@ -18,8 +18,8 @@ from typing import Any
 from .. import serving, tiny_model
 from ..demo.identity import plugin_state
 from . import models, public, scrape, workloads
-from .account import ArmRound, arm_round
-from .arms import NONE, Cell, server_args, server_env
+from .account import Answers, ArmRound, arm_round
+from .arms import DEFAULT, NONE, Cell, server_args, server_env
 from .load import Loaded, ask
 from .result import ArmFacts, CellResult
 from .workloads import Workload
@@ -31,8 +31,6 @@ _SETTLE_S = 0.5
 _TELL_EVERY_S = 30
 _STOP_S = 5
 """Kept back from the budget, to stop servers and save."""
-
-Answers = dict[tuple[str, int, int], str]
 
 
 @dataclass(frozen=True)
@@ -90,17 +88,17 @@ def groups(arms: Sequence[str], at_once: int) -> Iterator[list[str]]:
         yield list(arms[first : first + at_once])
 
 
-def order(arms: Sequence[str], number: int, first: str | None = None) -> list[str]:
+def order(arms: Sequence[str], number: int, first: Sequence[str] = ()) -> list[str]:
     """Whose turn comes when in round ``number``: there and back, so that what drifts hits all alike.
 
     Args:
         arms: all.
         number: of the round.
-        first: the arm that others are compared with, which comes before them in every round.
+        first: arms that others are compared with, which come before them in every round.
     """
-    others = [arm for arm in arms if arm != first]
+    others = [arm for arm in arms if arm not in first]
     turned = others if number % 2 == 0 else others[::-1]
-    return [*(arm for arm in arms if arm == first), *turned]
+    return [*(arm for arm in first if arm in arms), *turned]
 
 
 def run_cell(
@@ -138,7 +136,7 @@ def run_cell(
         if name in public.NAMES:
             what = public.public(name)
             result.workloads[name] = {"says": what.says, "args": what.args(cell.pool_tokens, 0)}
-    references: dict[tuple[str, int], Answers] = {}
+    references: dict[tuple[str, int, str], Answers] = {}
     for together in groups(given.arms, given.at_once):
         with ExitStack() as stack:
             up = _start(cell, together, given, budget, say, result, stack)
@@ -222,7 +220,7 @@ def _load_group(
     say: Say,
     save: Callable[[CellResult], None],
     result: CellResult,
-    references: dict[tuple[str, int], Answers],
+    references: dict[tuple[str, int, str], Answers],
 ) -> None:
     by_arm = {each.arm: each for each in up}
     say(f"{cell.name}: warming up")
@@ -238,7 +236,7 @@ def _load_group(
         except serving.ServerError as error:
             result.arms[each.arm].problem = result.arms[each.arm].problem or str(error)
             say(f"{cell.name}: {each.arm}: {error}")
-    exact = NONE if cell.exact() else None
+    first = (NONE, DEFAULT) if cell.exact() else ()
     took: dict[tuple[str, str], float] = {}
     spent: dict[tuple[str, str], float] = {}
     for number in range(given.rounds):
@@ -247,7 +245,7 @@ def _load_group(
             say(f"{cell.name}: {result.skipped[-1]}")
             break
         for name in given.workloads:
-            for arm in order(list(by_arm), number, exact):
+            for arm in order(list(by_arm), number, first):
                 if spent.get((name, arm), 0.0) > given.enough_s:
                     continue
                 left = budget.left_s()
@@ -259,17 +257,17 @@ def _load_group(
                 try:
                     limit = max(1.0, min(given.turn_timeout_s, left))
                     asking = _asking(cell, name, number, server, made, limit)
-                    known = references.get((name, number))
+                    known = [references.get((name, number, of)) for of in (NONE, DEFAULT)]
                     with _alone(given.turns_lock):
-                        turn, answers = _turn(name, arm, number, server, asking, known)
+                        turn, answers = _turn(name, arm, number, server, asking, *known)
                 except (OSError, HTTPException, serving.ServerError) as error:
                     result.skipped.append(f"{name}, {arm}, round {number}: {error}")
                     say(f"{cell.name}: {result.skipped[-1]}")
                     continue
                 took[name, arm] = turn.seconds + _SETTLE_S
                 spent[name, arm] = spent.get((name, arm), 0.0) + turn.seconds
-                if arm == exact and name not in public.NAMES and not turn.errors and not turn.cut:
-                    references[name, number] = answers
+                if arm in first and name not in public.NAMES and not turn.errors and not turn.cut:
+                    references[name, number, arm] = answers
                 result.turns.append(turn)
                 say(f"{cell.name}: {_line(turn)}")
                 save(result)
@@ -327,14 +325,15 @@ def _turn(
     server: serving.ServerProcess,
     asking: Callable[[], Loaded],
     reference: Answers | None,
+    default: Answers | None,
 ) -> tuple[ArmRound, Answers]:
     flush(server)
     before = scrape.look(server.url)
     loaded = asking()
     time.sleep(_SETTLE_S)
     after = scrape.look(server.url)
-    turn = arm_round(name, arm, number, loaded, scrape.between(before, after), reference)
-    return turn, {one.place: one.answer for one in loaded.asked if one.error is None}
+    turn = arm_round(name, arm, number, loaded, scrape.between(before, after), reference, default)
+    return turn, {one.place: one for one in loaded.asked if one.error is None}
 
 
 def flush(server: serving.ServerProcess) -> None:
@@ -392,5 +391,6 @@ def _line(turn: ArmRound) -> str:
         f"{turn.errors} errors ({turn.first_error})" if turn.errors else "",
         "cut: time was up" if turn.cut else "",
         "" if turn.compared is None else f"{turn.same} of {turn.compared} as without HiCache",
+        "" if turn.as_default is None else f"{turn.as_default} of {turn.default_compared} as {DEFAULT}",
     ]
     return ", ".join(word for word in words if word)

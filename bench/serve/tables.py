@@ -8,14 +8,12 @@ from ...io_backends.sglang.unsafe import NULL
 from ..measure.results import Spread
 from ..measure.tables import Table
 from .account import ArmSummary
-from .arms import NONE
+from .arms import DEFAULT, NONE
 from .result import CellResult, ServeResult
 
 WIDTH = 80
 SPEED, AGAINST = "speed", "against"
 """How the titles of two of the tables end."""
-DEFAULT = "kernel"
-"""SGLang's own choice, which others are compared with."""
 
 _SPEED_NOTE = "Median of the rounds; ± half of greatest less least. ITL of answers of more than one token."
 _CACHE_NOTE = (
@@ -111,12 +109,24 @@ _CACHE: dict[str, CellText] = {
     "locked": lambda each: _short(each.rows_locked),
     "GB": lambda each: _count(each.written_bytes and each.written_bytes / 1e9, "{:,.1f}"),
 }
+
+
+def _of(part: int | None, whole: int | None) -> str:
+    return "-" if part is None else f"{part} of {_count(whole)}"
+
+
 _OUTPUTS: dict[str, CellText] = {
     "compared": lambda each: _count(each.compared),
     "as without HiCache": lambda each: _count(each.same),
+    f"as {DEFAULT}": lambda each: _of(each.as_default, each.default_compared),
     "tokens from host": lambda each: _count(each.host_tokens),
 }
-_OUTPUTS_NOTE = "Answers of the same prompts; a damaged write-back and one that copies nothing must differ."
+_OUTPUTS_NOTE = (
+    "Answers of the same prompts; a damaged write-back and one that copies nothing must differ. Where "
+    f"SGLang's own write-back ({DEFAULT}) does not answer as a server without HiCache either, it is the "
+    "one to agree with, in answers for which both found as much of the prompt in a cache: SGLang rounds a "
+    "cached prefix of that model otherwise than a new one."
+)
 _SERVERS_NOTE = (
     "fences: forwards that waited; entries: copies of a write; thread: ms of the scheduler's thread for a "
     "write, SGLang's part of the submission included. Counted by this project's backends alone."

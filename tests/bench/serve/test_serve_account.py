@@ -63,7 +63,7 @@ def test_a_distribution_keeps_percentiles(values: list[float]) -> None:
 
 
 def test_a_turn_counts_answers_errors_and_outputs() -> None:
-    right = {("chat", 0, 0): "a0", ("chat", 1, 0): "other"}
+    right = {("chat", 0, 0): asked(0), ("chat", 1, 0): asked(1, answer="other")}
     requests = (asked(0, host_tokens=40), asked(1), asked(2, error="HTTP 500", output_tokens=0), asked(3))
     found = arm_round("chat", "auto", 1, Loaded(requests, 2.0, 0.25), Written(), right)
     assert (found.requests, found.errors, found.first_error) == (3, 1, "HTTP 500")
@@ -72,6 +72,24 @@ def test_a_turn_counts_answers_errors_and_outputs() -> None:
     assert (found.same, found.compared) == (1, 2)
     assert found.between_tokens_s.count == 6
     assert arm_round("chat", "auto", 1, Loaded(requests, 2.0, 0.25), Written()).compared is None
+
+
+def test_answers_from_another_length_of_cached_prefix_are_not_set_against_the_default() -> None:
+    right = {("chat", number, 0): asked(number) for number in range(4)}
+    default = {
+        ("chat", 0, 0): asked(0, device_tokens=10, host_tokens=30, answer="rounded"),
+        ("chat", 1, 0): asked(1, host_tokens=40, answer="rounded"),
+        ("chat", 2, 0): asked(2, host_tokens=41, answer="rounded"),
+    }
+    requests = (
+        asked(0, device_tokens=20, host_tokens=20, answer="rounded"),
+        asked(1, device_tokens=0, host_tokens=40, answer="otherwise"),
+        asked(2, device_tokens=0, host_tokens=40, answer="otherwise"),
+        asked(3, host_tokens=40),  # the default gave no answer
+    )
+    found = arm_round("chat", "auto", 1, Loaded(requests, 2.0, 0.25), Written(), right, default)
+    assert (found.same, found.compared) == (1, 4)
+    assert (found.as_default, found.default_compared) == (1, 2)
 
 
 def test_a_turn_survives_json() -> None:

@@ -115,8 +115,8 @@ def test_rounds_go_there_and_back_behind_the_reference() -> None:
     arms = ["none", "kernel", "auto"]
     assert run.order(arms, 0) == arms
     assert run.order(arms, 1) == arms[::-1]
-    assert run.order(arms, 1, first="none") == ["none", "auto", "kernel"]
-    assert run.order(["kernel"], 0, first="none") == ["kernel"]
+    assert run.order(arms, 1, first=("none", "kernel")) == ["none", "kernel", "auto"]
+    assert run.order(["kernel"], 0, first=("none",)) == ["kernel"]
     assert list(run.groups(arms, 2)) == [["none", "kernel"], ["auto"]]
 
 

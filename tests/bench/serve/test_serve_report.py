@@ -207,6 +207,39 @@ def test_outputs_must_be_right_and_a_damaged_one_must_differ() -> None:
     assert ["no token came back from the host" in text for text in found.problems()] == [True]
 
 
+@pytest.mark.parametrize(
+    ("same", "as_default", "why"),
+    [
+        (1, 3, None),
+        (3, 1, None),  # as without HiCache is right too
+        (1, 2, "1 of 3 outputs differ from kernel's, which has its own rounding"),
+        (1, None, "2 of 3 outputs differ"),
+    ],
+)
+def test_where_sglangs_own_write_back_differs_too_it_is_the_right_one(
+    same: int, as_default: int | None, why: str | None
+) -> None:
+    found = a_result()
+    (cell,) = found.cells
+    kernel = turn("kernel", compared=3, same=1, as_default=None)
+    cell.turns = [kernel, turn("auto", compared=3, same=same, as_default=as_default)]
+    assert found.problems() == ([] if why is None else [f"a-cell-page64: auto, chat: {why}"])
+    # What was computed from another length of cached prefix is not compared; but something must be.
+    cell.turns = [kernel, turn("auto", compared=3, same=1, as_default=1, default_compared=1)]
+    assert found.problems() == []
+    cell.turns = [kernel, turn("auto", compared=3, same=1, as_default=0, default_compared=0)]
+    assert len(found.problems()) == 1
+    # A damaged one must differ from it, too; and a kernel that is right is no excuse.
+    cell.turns = [kernel, turn("damaged", compared=3, same=1, as_default=3)]
+    assert [text.rpartition(": ")[2] for text in found.problems()] == ["a damaged write-back went unnoticed"]
+    cell.turns = [
+        turn("kernel", compared=3, same=3),
+        turn("auto", compared=3, same=1, as_default=3),
+        turn("damaged", compared=3, same=1, as_default=2),
+    ]
+    assert found.problems() == ["a-cell-page64: auto, chat: 2 of 3 outputs differ"]
+
+
 def test_only_what_served_without_an_error_is_verified() -> None:
     found = a_result()
     found.environment |= {
@@ -221,6 +254,11 @@ def test_only_what_served_without_an_error_is_verified() -> None:
     row = verified_table([found]).splitlines()[2]
     assert "| fa3 | deepseek-v2-lite | `page_first_direct` | 64 | 2 | `hybrid` | 2 of 2 |" in row
     assert "`python -m x first --cell a-cell-page64`" in row
+    cell.turns = [
+        turn("kernel", compared=2, same=1),
+        turn("auto", compared=2, same=1, as_default=2),
+    ]
+    assert "| 1 of 2; 2 of 2 as `kernel` |" in verified_table([found]).splitlines()[2]
     for bad in ({"errors": 1}, {"compared": 2, "same": 1}):
         cell.turns = [turn("auto", compared=2, same=2), turn("auto", 1, **bad)]
         assert len(verified_table([found]).splitlines()) == 2
