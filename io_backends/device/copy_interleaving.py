@@ -185,14 +185,15 @@ class InterleavedCopies:
     def _many(self, batch: CopyBatch, pair: _Pair) -> None:
         """Whole copies, none longer than the quantum."""
         ends: npt.NDArray[np.int64] = np.cumsum(batch.nbytes.view(np.int64))
+        most, enqueue, total = self._most, self._driver.enqueue, len(ends)
         start = done = 0
-        while start < len(ends):
-            stop = int(ends.searchsorted(done + self._most - pair.given, side="right"))
-            if stop == start:
-                pair.hand_over()
-                continue
-            part = slice(start, stop)
-            piece = CopyBatch(batch.dst[part], batch.src[part], batch.nbytes[part])
-            self._driver.enqueue(piece, pair.handles[pair.now], busy=start > 0)
-            start, last = stop, int(ends[stop - 1])
-            pair.given, done = pair.given + last - done, last
+        while True:
+            stop = int(ends.searchsorted(done + most - pair.given, side="right"))
+            if stop > start:  # not where the turn that goes on has no room for the first one
+                enqueue(batch, pair.handles[pair.now], start, stop)
+                last = int(ends[stop - 1])
+                pair.given += last - done
+                start, done = stop, last
+            if start == total:
+                return
+            pair.hand_over()

@@ -268,22 +268,24 @@ class Driver:
             )
         self.refuse_capture(stream)
 
-    def enqueue(self, batch: CopyBatch, stream: int, *, busy: bool = False) -> None:
+    def enqueue(self, batch: CopyBatch, stream: int, start: int = 0, stop: int | None = None) -> None:
         """As :meth:`copy`, on a stream that :meth:`check` has seen, of copies none of which is empty.
 
         Args:
             batch: addresses as the GPU sees them.
             stream: a CUstream's value.
-            busy: the engine has copies of this write to do: calls need not begin short.
+            start: the first of its copies that is enqueued. Where there are others before it the engine is
+                busy with them, and calls need not begin short.
+            stop: behind the last one; None: all that follow.
 
         Raises:
             DriverError: the driver refused.
         """
+        stop = len(batch) if stop is None else stop
         if self._batch is None:
-            self._one_by_one(batch, stream)
+            self._one_by_one(batch, stream, start, stop)
         else:
-            first = self._max_copies_per_call if busy else self._first_call_copies
-            self._in_batches(self._batch, batch, stream, first)
+            self._in_batches(self._batch, batch, stream, start, stop)
 
     def copy_one(self, dst: int, src: int, nbytes: int, stream: int) -> None:
         """Enqueue one copy of ``nbytes`` bytes between addresses as the GPU sees them.
@@ -369,12 +371,14 @@ class Driver:
         self._check("cuMemHostGetDevicePointer", code)
         return result.value
 
-    def _in_batches(self, call: Callable[..., int], batch: CopyBatch, stream: int, first: int) -> None:
+    def _in_batches(
+        self, call: Callable[..., int], batch: CopyBatch, stream: int, start: int, end: int
+    ) -> None:
         scratch, attributes, begin = self._scratch, self._attributes, self._attributes_begin
         dst, src, nbytes = scratch.dst, scratch.src, scratch.nbytes
-        start, total, most = 0, batch.nbytes.size, first
-        while start < total:
-            stop = start + most if start + most < total else total
+        most = self._max_copies_per_call if start else self._first_call_copies
+        while start < end:
+            stop = start + most if start + most < end else end
             count = stop - start
             dst[:count] = batch.dst[start:stop]
             src[:count] = batch.src[start:stop]
@@ -387,9 +391,9 @@ class Driver:
                 raise self._error("cuMemcpyBatchAsync", code, batch, index)
             start, most = stop, min(2 * most, self._max_copies_per_call)
 
-    def _one_by_one(self, batch: CopyBatch, stream: int) -> None:
-        copies = zip(batch.dst.tolist(), batch.src.tolist(), batch.nbytes.tolist(), strict=True)
-        for index, (dst, src, nbytes) in enumerate(copies):
+    def _one_by_one(self, batch: CopyBatch, stream: int, start: int, end: int) -> None:
+        columns = (each[start:end].tolist() for each in (batch.dst, batch.src, batch.nbytes))
+        for index, (dst, src, nbytes) in enumerate(zip(*columns, strict=True), start):
             code = self._memcpy(dst, src, nbytes, stream)
             if code != 0:
                 raise self._error("cuMemcpyAsync", code, batch, index)

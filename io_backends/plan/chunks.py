@@ -80,17 +80,31 @@ def ring_units(geometry: PoolGeometry, ring_bytes: int) -> int:
 
 def staged_bytes(geometry: PoolGeometry, units: int) -> int:
     """Bytes of staging that a chunk of ``units`` takes: :attr:`Staged.nbytes`, by itself."""
+    nbytes, even = _unit(geometry)
+    if even:
+        return nbytes * units
     slots = geometry.layers * geometry.unit_slots * units
     return sum(_aligned(slots * part.row_bytes) for part in geometry.components)
 
 
 def staged_units(geometry: PoolGeometry, nbytes: int) -> int:
     """Units of the longest chunk that fits ``nbytes`` of staging."""
-    units = nbytes // geometry.unit_bytes
+    unit, even = _unit(geometry)
+    units = nbytes // unit
+    if even:
+        return units
     # Padding of a chunk is below STAGING_ALIGNMENT a component: of tiny units that may be several.
     while units and staged_bytes(geometry, units) > nbytes:
         units -= 1
     return units
+
+
+@functools.lru_cache(maxsize=64)
+def _unit(geometry: PoolGeometry) -> tuple[int, bool]:
+    """Bytes of a unit, and whether chunks are without padding, however many units they have."""
+    slots = geometry.layers * geometry.unit_slots
+    even = all(slots * part.row_bytes % STAGING_ALIGNMENT == 0 for part in geometry.components)
+    return geometry.unit_bytes, even
 
 
 def chunk_units(total: int, ring: int) -> tuple[int, int]:
