@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
@@ -161,6 +162,27 @@ def test_kubernetes_is_wired_up() -> None:
     (size,) = (int(arg.partition("=")[2]) for arg in container["args"] if arg.startswith("--hicache-size="))
     limit = container["resources"]["limits"]["memory"]
     assert int(limit.removesuffix("Gi")) > size, "the host pool does not fit"
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "why"),
+    [
+        ("readinessProbe:", "readynessProbe:", "readynessProbe"),
+        ("failureThreshold: 120", "failureThreshold: many", "failureThreshold"),
+        ("{add: [IPC_LOCK]}", "[IPC_LOCK]", "capabilities"),
+    ],
+)
+def test_kubernetes_takes_the_objects(written: str, instead: str, why: str) -> None:
+    """By the schemas of its newest version that the validator brings; and not with a mistake in them."""
+
+    def validate(text: str) -> None:
+        for each in YAML(typ="safe").load_all(text):
+            kubernetes_validate.validate(each, kubernetes_validate.latest_version(), strict=True)
+
+    validate(kubernetes())
+    with pytest.raises(kubernetes_validate.ValidationError) as error:
+        validate(kubernetes().replace(written, instead))
+    assert why in f"{error.value.json_path} {error.value.message}"
 
 
 def test_the_image_is_built_of_what_the_package_is_made_of() -> None:

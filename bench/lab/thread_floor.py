@@ -94,19 +94,16 @@ def _compiled(work: Path) -> Callable[..., int]:
     call = ctypes.CDLL(str(library)).turns
     pointer = ctypes.c_void_p
     call.argtypes = [ctypes.c_size_t, *[pointer] * 4, ctypes.c_size_t, ctypes.c_int, pointer, pointer]
-    return call  # type: ignore[no-any-return]
+    return call
 
 
 def _by_compiled(
     call: Callable[..., int], device: Bench, batch: CopyBatch, quantum: int
 ) -> Callable[[], None]:
     """A write's copies, by the compiled function."""
-    import torch
-
     cut, first = in_turns(batch, quantum)
-    streams, events = [device.new_stream() for _ in range(2)], [torch.cuda.Event() for _ in range(2)]
-    for event, stream in zip(events, streams, strict=True):
-        event.record(stream)
+    streams = [device.new_stream() for _ in range(2)]
+    events = [device.record(stream) for stream in streams]
     pair = ctypes.c_void_p * 2
     on, between = pair(*(each.cuda_stream for each in streams)), pair(*(each.cuda_event for each in events))
 

@@ -25,7 +25,7 @@ nav { columns: 22em; margin: 1em 0 } nav a { display: block } img { max-width: 1
   body { margin: 1em auto; font-size: 13px }
   .scroll td:first-child, .scroll th:first-child { min-width: 9em; white-space: normal }
   .about td:first-child { white-space: normal; min-width: 9em }
-  #pictures p { overflow-x: auto } #pictures img { max-width: none; width: 60em }
+  #pictures p { overflow-x: auto } #pictures img { max-width: 60em }
 }
 .mark { color: #b00020; font-weight: bold } dt { font-weight: bold } dd { margin: 0 0 0.2em 1em }
 """
