@@ -18,7 +18,7 @@ from ...io_backends.policy_files import default_policy
 from ..explain.matrix import markdown, matrix
 from ..measure import results
 from ..serve import result
-from . import coverage, experiments, fact_list, submission_thread, targets
+from . import coverage, experiments, fact_list, stress_table, submission_thread, targets, thread_floor
 from .gpu_table import fence_table, of_file
 from .serve_table import arms_table, speed_table, summary_table, together, verified_table
 
@@ -46,6 +46,10 @@ MAKERS: dict[str, Callable[[Sequence[Path]], str]] = {
     "submission": lambda paths: "\n".join(
         submission_thread.table(json.loads(path.read_text(encoding="utf-8"))["rows"]) for path in paths
     ),
+    "thread_floor": lambda paths: "\n".join(
+        thread_floor.table(json.loads(path.read_text(encoding="utf-8"))["rows"]) for path in paths
+    ),
+    "stress": stress_table.table,
     "experiments": lambda paths: experiments.markdown(experiments.add_up(map(result.load, paths))) + "\n",
     "serve_verified": lambda paths: verified_table([result.load(path) for path in paths]),
 }

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from ..measure.contenders import contenders
 from ..measure.devices import Bench, no_collection, open_bench
 from ..measure.one_write import Setting
 from ..measure.results import Spread
+from ..measure.tables import markdown_row
 from ..measure.timing import one_write
 from .trial import SavedRows, parsed, parser_of
 
@@ -166,6 +167,24 @@ def measure(case: Case, call: Callable[..., int] | None, *, cpu: bool, repeats: 
         asked = _by_compiled(call, device, batch, quantum)
         row["compiled_us"] = asdict(_timed(device, asked, repeats))
     return row
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows of a saved run for the documents: medians, and the least and the greatest."""
+
+    def us(row: Mapping[str, Any], name: str) -> str:
+        spread = Spread(**row[name])
+        return f"{spread.median:,.0f} ({spread.low:,.0f} to {spread.high:,.0f})"
+
+    names = ("thread_us", "copies_us", "compiled_us")
+    lines = [
+        markdown_row(("write", "copies", "turns", "all of it, us", "asking for copies, us", "compiled, us")),
+        markdown_row(["---"] * (3 + len(names))),
+    ]
+    for row in rows:
+        counts = (f"{row['copies']:,}", f"{row['turns']:,}")
+        lines.append(markdown_row((row["write"], *counts, *(us(row, name) for name in names))))
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:

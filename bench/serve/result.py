@@ -121,7 +121,7 @@ def _wrong_outputs(each: ArmSummary, rounding: bool) -> list[str]:
 
     Args:
         each: an arm.
-        rounding: SGLang's own write-back differs from that server too: then it is the right one.
+        rounding: SGLang's own write-back differs from that server too: then it is the one to agree with.
     """
     if each.compared is None or each.arm == NONE or (rounding and each.arm == DEFAULT):
         return []
@@ -143,7 +143,7 @@ def _apart(each: ArmSummary) -> int:
 def _differing(each: ArmSummary, rounding: bool) -> list[str]:
     if rounding and each.as_default is not None:
         of = each.default_compared if each.default_compared else each.compared
-        return [f"{_apart(each)} of {of} outputs differ from {DEFAULT}'s, which has its own rounding"]
+        return [f"{_apart(each)} of {of} outputs differ from {DEFAULT}'s, which differ from none's too"]
     return [f"{(each.compared or 0) - (each.same or 0)} of {each.compared} outputs differ"]
 
 

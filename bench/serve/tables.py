@@ -123,9 +123,9 @@ _OUTPUTS: dict[str, CellText] = {
 }
 _OUTPUTS_NOTE = (
     "Answers of the same prompts; a damaged write-back and one that copies nothing must differ. Where "
-    f"SGLang's own write-back ({DEFAULT}) does not answer as a server without HiCache either, it is the "
-    "one to agree with, in answers for which both found as much of the prompt in a cache: SGLang rounds a "
-    "cached prefix of that model otherwise than a new one."
+    f"SGLang's own write-back ({DEFAULT}) does not answer as a server without HiCache either, what SGLang "
+    "computes behind a cached prefix of that model is not what it computes from nothing. Then its own is "
+    "the one to agree with, in answers for which both found as much of the prompt in a cache."
 )
 _SERVERS_NOTE = (
     "fences: forwards that waited; entries: copies of a write; thread: ms of the scheduler's thread for a "

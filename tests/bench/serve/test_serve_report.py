@@ -212,7 +212,7 @@ def test_outputs_must_be_right_and_a_damaged_one_must_differ() -> None:
     [
         (1, 3, None),
         (3, 1, None),  # as without HiCache is right too
-        (1, 2, "1 of 3 outputs differ from kernel's, which has its own rounding"),
+        (1, 2, "1 of 3 outputs differ from kernel's, which differ from none's too"),
         (1, None, "2 of 3 outputs differ"),
     ],
 )
