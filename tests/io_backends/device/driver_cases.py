@@ -463,6 +463,17 @@ class TestTurns:
         self.bytes_in_a_row(fake, torch)
         assert not torch.waits or torch.waits[-1][0] == STREAM
 
+    @pytest.mark.parametrize("failing", [7, 60])
+    def test_an_old_driver_names_the_copy_of_the_write_that_it_refused(
+        self, fake: Fake, torch: FakeTorch, failing: int
+    ) -> None:
+        """Whichever turn it was in."""
+        fake.set(version=12_040)
+        turns = turns_of(torch, 8 * 50)
+        fake.set(fail_call=failing, fail_code=700)
+        with pytest.raises(DriverError, match=f"at copy {failing - 1} of 100: 8 bytes"):
+            turns.copy(rows(100)[2], torch.here)
+
     @pytest.mark.parametrize(("entries", "a_turn"), [(8, 5), (18, 12)])
     def test_where_the_stream_cannot_be_made_to_wait_the_host_does(
         self, fake: Fake, torch: FakeTorch, entries: int, a_turn: int
