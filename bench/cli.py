@@ -11,12 +11,12 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from ..policy.text import answer, say
 from .examples import epilog
 from .explain.command import explain
 from .explain.policy_command import policy_app
+from .whole_help import WholeHelpGroup
 
 # Subcommands that need torch or are slow to import: name -> "module:function" (or a typer.Typer of several),
 # imported when they are asked for, and the first line of their help.
@@ -48,10 +48,9 @@ LAZY: dict[str, tuple[str, str]] = {
 }
 
 
-class _Group(TyperGroup):
+class _Group(WholeHelpGroup):
     """A group whose `LAZY` subcommands are imported only when needed, and whose refusals are one line."""
 
-    # typer brings its own click or uses the installed one, by version, so that its types have no fixed name.
     def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *LAZY]
 
@@ -68,12 +67,8 @@ class _Group(TyperGroup):
         single.command(cmd_name, epilog=epilog(cmd_name))(found)
         return typer.main.get_command(single)
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, self._summary(ctx, name)) for name in self.list_commands(ctx)])
-
-    def _summary(self, ctx: Any, name: str) -> str:
-        return LAZY[name][1] if name in LAZY else str(self.get_command(ctx, name).get_short_help_str(200))
+    def summary(self, ctx: Any, name: str) -> str:
+        return LAZY[name][1] if name in LAZY else super().summary(ctx, name)
 
     def main(self, args: Any = None, prog_name: Any = None, **more: Any) -> Any:  # type: ignore[override]
         """As the base class, but what was typed wrong is quoted as text, in one line without usage."""

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..policy.terminal import printable
+
 _Saved = TypeVar("_Saved")
 
 
@@ -44,11 +46,27 @@ def read_json(path: Path, from_dict: Callable[[Any], _Saved], what: str) -> _Sav
         ValueError: the file is not there, or holds something else; the message says which.
     """
     try:
-        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return from_dict(_printable(json.loads(path.read_text(encoding="utf-8"))))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not {what} ({error})") from error
+
+
+def _printable(value: Any) -> Any:
+    """Plain JSON types without what a terminal obeys and XML forbids: names in a file may be anybody's."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, list):
+        return [_printable(each) for each in value]
+    if isinstance(value, dict):
+        return {printable(name): _printable(each) for name, each in value.items()}
+    return value
+
+
+def one_line(value: object) -> str:
+    """A saved value where it must not begin a line of its own."""
+    return " ".join(str(value).split())
 
 
 def csv_text(

@@ -57,7 +57,8 @@ def architecture(word: str) -> str:
     # By likeness alone h900 would be sm90, whose forwards need other fences than those of most.
     near = word.lower().startswith(("s", "c"))
     hint = nearest(word, (*KNOWN_ARCHITECTURES, "cpu")) if near else None
-    raise NameProblem(f"unknown GPU architecture '{word}': written sm90, sm100, ... or cpu", hint)
+    written = "written sm90, sm100, ... or cpu" + ("" if near else "; or a GPU's name, such as H100")
+    raise NameProblem(f"unknown GPU architecture '{word}': {written}", hint)
 
 
 def canonical(word: str) -> str:

@@ -6,6 +6,7 @@ rich's markup or as a terminal's commands they end the program, or hide what was
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,10 +33,10 @@ def console(*, stderr: bool = False, columns: int | None = None) -> Console:
 
     Args:
         stderr: standard error.
-        columns: width where that is no terminal; rich assumes 80 without it.
+        columns: width where that is no terminal and COLUMNS is not set; rich assumes 80 without it.
     """
-    is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return _PlainConsole(stderr=stderr, highlight=False, width=None if is_terminal else columns)
+    known = (sys.stderr if stderr else sys.stdout).isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return _PlainConsole(stderr=stderr, highlight=False, width=None if known else columns)
 
 
 def printable(text: str) -> str:

@@ -21,7 +21,8 @@ MARKUP = re.compile(r"\[/?(bold|dim|red|green|yellow|/)\b|\[/\]")
 
 
 def printed(*what: object) -> str:
-    out = console(columns=4000)
+    out = console()
+    out.width = 4000
     out.file = io.StringIO()
     out.print(*what, soft_wrap=True)
     return out.file.getvalue()

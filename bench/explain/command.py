@@ -118,7 +118,8 @@ def explain(
     """Say which backend copies KV cache to the host, which forwards wait for it, and why.
 
     What is not given is detected on this machine, and shown as detected; --matrix detects nothing, and takes
-    SGLang's defaults for what is not given.
+    SGLang's defaults for what is not given. Exit status 0: a server would start; 1: it would be refused; 2:
+    the input is wrong.
     """
     with refusing(as_json):
         given: dict[str, FactValue] = {}
@@ -134,7 +135,8 @@ def explain(
             if matrix:
                 raise NameProblem("--matrix is about every server; leave --server-args out")
             with _naming("--server-args"):
-                server = _server(server_args, given, gpu_memory or memory_gib(typed["gpu_arch"] or ""))
+                memory = gpu_memory or memory_gib(typed["gpu_arch"] or "")
+                server = _server(server_args, given, memory, as_json)
         typed_backend = backend
         with _naming("--backend"):
             backend = check_backend(backend or (server.backend if server else AUTO), BACKENDS)
@@ -227,12 +229,22 @@ def _naming(option: str) -> Iterator[None]:
         raise NameProblem(f"{option}: {error.message}", error.hint) from None
 
 
-def _server(command_line: str, given: Mapping[str, FactValue], gpu_gib: int | None) -> Server:
-    """What `command_line` resolves to. Raises NameProblem, also for a server without HiCache."""
+def _server(command_line: str, given: Mapping[str, FactValue], gpu_gib: int | None, as_json: bool) -> Server:
+    """What `command_line` resolves to. Raises NameProblem, also for a server without HiCache; ends with
+    status 1 where such a server would be refused before anything is decided.
+    """
     # Here, because it is the one thing in this package that needs an installed SGLang.
     from ...io_backends.sglang.diagnose.dry_run import server_facts_of
+    from ...io_backends.sglang.diagnose.shell_words import ServerRefusedError
 
-    server = server_facts_of(command_line, given, gpu_gib=gpu_gib)
+    try:
+        server = server_facts_of(command_line, given, gpu_gib=gpu_gib)
+    except ServerRefusedError as error:
+        if as_json:
+            print_json({"ok": False, "refused": error.message})
+        else:
+            console().print(pairs([("A server", f"would refuse this: {error.message}")]))
+        raise typer.Exit(1) from None
     if not server.hicache:
         raise NameProblem("this server runs without HiCache: add --enable-hierarchical-cache")
     return server

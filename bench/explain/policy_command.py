@@ -28,11 +28,13 @@ from ...policy.text import answer, say
 from ..examples import epilog
 from ..json_option import Json
 from ..outputs import check_file, refuse
+from ..whole_help import WholeHelpGroup
 from . import policy_text, render
 from .shared import PolicyPath, print_json, refusing, typed_fact
 from .what_if import parse_facts
 
 policy_app = typer.Typer(
+    cls=WholeHelpGroup,
     help="Make, show or check a policy file.",
     epilog=epilog("policy"),
     no_args_is_help=True,

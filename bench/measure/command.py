@@ -23,6 +23,7 @@ from ..examples import epilog
 from ..json_option import Json
 from ..outputs import check_folder, refuse
 from ..serve.command import serve
+from ..whole_help import WholeHelpGroup
 from . import report, results, saved_runs, suite
 from .cases import LAYOUTS, MODELS
 from .contenders import names
@@ -34,6 +35,7 @@ from .sustained import SECONDS
 ALL = "all"
 
 bench = typer.Typer(
+    cls=WholeHelpGroup,
     help="Measure write-back on this machine, compare runs, and make reports of saved ones.",
     epilog=epilog("bench"),
     rich_markup_mode=None,

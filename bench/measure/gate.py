@@ -49,12 +49,13 @@ class GateLine:
         cases: that both runs have.
         before, after: medians over these.
         raw: how many times as slow as before, median over the cases; None where it was 0 before.
-        change: the same, by what did not change; 0.1 for 10 % slower.
+        change: the same, by what did not change; 0.1 for 10 % slower. None where that is not told.
         by: the unchanged contender nearest to it, or ``link``; None: neither is in both runs.
         beyond: cases whose repeats do not overlap.
-        verdict: ``slower``, ``faster``, ``same``; ``noise`` for an unchanged contender that is neither; or,
-            where nothing was compared, ``fails`` (it had figures, and now a reason for none), ``gone`` or
-            ``new``.
+        verdict: ``slower``, ``faster``, ``same``; ``untold`` where unchanged contenders moved so far apart,
+            to both sides of it, that it may be any of these; ``noise`` for an unchanged contender that is not
+            ``same``; or, where nothing was compared, ``fails`` (it had figures, and now a reason for none),
+            ``gone`` or ``new``.
     """
 
     measurement: str
@@ -77,7 +78,8 @@ class GateLine:
 
 WORSE = ("fails", "slower")
 """Verdicts that make ``hicache-io bench compare`` end with 1."""
-_ORDER = (*WORSE, "gone", "new", "faster", "noise", "same")
+UNTOLD = "untold"
+_ORDER = (*WORSE, "gone", "new", "faster", UNTOLD, "noise", "same")
 
 _Key = tuple[Any, ...]
 _Pairs = dict[_Key, tuple[Spread, Spread]]
@@ -89,7 +91,8 @@ def gate(first: Results, second: Results, fail_over: float = FAIL_OVER) -> list[
     A contender is slower if it is so by more than ``fail_over`` in proportion to every unchanged contender
     that was measured in a quarter of its cases (the link, where there is none), and if in half of its cases
     the repeats do not overlap. Else the same code on another day would be slower: a host with a slower
-    CPU slows down whatever is bound by it, and nothing else.
+    CPU slows down whatever is bound by it, and nothing else. Between two of them it is as fast as before only
+    if it moved by no more than ``fail_over`` otherwise than one of them, or than itself.
     """
     lines = list(_presence(first, second))
     earlier = {row.key: row for row in first.rows}
@@ -138,11 +141,14 @@ def _line(
     raw = statistics.median(ratios.values())
     if not beside and link is not None:
         beside[LINK] = raw / link
-    by, change = _nearest(beside, raw)
+    by, change = _nearest(beside, raw, fail_over)
     beyond = sum(not before.overlaps(after) for before, after in own.values() if min(before.n, after.n) > 1)
     counts = 2 * beyond >= len(own)
-    slower, faster = change > fail_over, change < 1 / (1 + fail_over) - 1
-    verdict = "slower" if counts and slower else "faster" if counts and faster else "same"
+    if change is None:
+        verdict = UNTOLD if counts else "same"
+    else:
+        slower, faster = change > fail_over, change < 1 / (1 + fail_over) - 1
+        verdict = "slower" if counts and slower else "faster" if counts and faster else "same"
     return GateLine(
         measurement,
         name,
@@ -151,20 +157,24 @@ def _line(
         statistics.median(before.median for before, _ in own.values()),
         statistics.median(after.median for _, after in own.values()),
         raw if raw < math.inf else None,
-        change if change < math.inf else None,
+        change if change is not None and change < math.inf else None,
         by,
         beyond,
         "noise" if verdict != "same" and name in UNCHANGED else verdict,
     )
 
 
-def _nearest(beside: Mapping[str, float], raw: float) -> tuple[str | None, float]:
-    """Who is nearest, and by how much it is slower than that one; none where it lies between two of them."""
+def _nearest(beside: Mapping[str, float], raw: float, close: float) -> tuple[str | None, float | None]:
+    """Who is nearest, and by how much it is slower than that one; 0 where it lies between two of them.
+
+    None where it does, and has not moved as one of them did, by less than ``close``, and has moved itself.
+    """
     if not beside:
         return None, raw - 1
     by = min(beside, key=lambda other: abs(beside[other] - 1))
     if min(beside.values()) <= 1 <= max(beside.values()):
-        return by, 0.0
+        alike = any(1 / (1 + close) <= ratio <= 1 + close for ratio in (*beside.values(), raw))
+        return by, 0.0 if alike else None
     return by, beside[by] - 1
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from .cases import MODELS
 from .results import Results, Row, Spread
 
 FORMATS = ("png", "svg")
@@ -219,7 +220,11 @@ def _fence(run: Results, rows: Sequence[Row]) -> Any:
             points = [
                 (row.case.nbytes / 1e6, row.metrics[metric])
                 for row in rows
-                if row.contender == name and metric in row.metrics and row.metrics[metric].low > 0
+                if row.contender == name
+                and metric in row.metrics
+                and row.metrics[metric].low > 0
+                # A saved run may be of a newer version's model, whose bytes nobody here knows.
+                and row.case.model in MODELS
             ]
             if points:
                 _with_bars(axis, name, points)

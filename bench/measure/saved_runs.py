@@ -13,8 +13,10 @@ from rich.console import Console
 
 from ...policy.terminal import console as console_of
 from ...policy.text import answer
+from .. import layout
 from ..json_option import Json
 from ..outputs import check_folder, refuse
+from ..saved import one_line
 from ..serve import report as serve_report
 from ..serve import result as serve_result
 from ..serve import tables as serve_tables
@@ -55,7 +57,7 @@ def list_runs(
     for each in found:
         answer(each["file"])
         what = ", ".join(f"{name} {count}" for name, count in each["measured"].items())
-        answer(f"    {each['date']}, {each['gpu'] or 'no GPU'}; {what}")
+        answer("    " + one_line(f"{each['date']}, {each['gpu'] or 'no GPU'}; {what}"))
 
 
 def show(
@@ -63,18 +65,15 @@ def show(
     every: All = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Measurement. May be repeated.", show_default=False),
+        typer.Option(
+            metavar="NAME", help="Measurement; of servers, workload. May be repeated.", show_default=False
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """The tables of a saved run: `auto` beside SGLang's default, and all with --all."""
     if serve_result.is_one(saved):
-        served = serve_result.load(saved)
-        if as_json:
-            answer(saved.read_text(encoding="utf-8"))
-            return
-        for each in serve_tables.tables(served):
-            answer(serve_tables.as_text(each, served.watermark))
+        _show_served(serve_result.load(saved), every, only, as_json)
         return
     run = load(saved)
     if only:
@@ -86,11 +85,29 @@ def show(
     print_run(run, every)
 
 
+def _show_served(
+    found: serve_result.ServeResult, every: bool, only: Sequence[str] | None, as_json: bool
+) -> None:
+    if only:
+        _check_only(only, {each.workload for cell in found.cells for each in cell.turns})
+        for cell in found.cells:
+            cell.turns = [each for each in cell.turns if each.workload in only]
+    if as_json:
+        answer(json.dumps(found.to_dict(), indent=1))
+        return
+    shown = serve_tables.tables(found)
+    short = [each for each in shown if each.title.endswith(serve_tables.FIRST)]
+    for each in shown if every or not short else short:
+        answer(serve_tables.as_text(each, found.watermark))
+    if short and not every:
+        answer("What came from the caches, how long a write took, and the servers: --all")
+
+
 def compare(
     first: Saved,
     second: Saved,
     fail_over: Annotated[
-        str, typer.Option(metavar="PERCENT", help="As much slower counts, such as 5%.")
+        str, typer.Option(metavar="PERCENT", help="As much slower counts: 5%, 5 or 0.05.")
     ] = f"{gate.FAIL_OVER:.0%}",
     only: Annotated[
         list[str] | None,
@@ -178,39 +195,37 @@ def _measured(run: Results | serve_result.ServeResult) -> dict[str, int]:
 
 
 def _show_lines(lines: Sequence[gate.GateLine], runs: Sequence[Results]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     console = console_of(columns=100)
     if runs[1].watermark:
         console.print(runs[1].watermark, style="bold red")
     for name in ("gpu", "driver", "torch", "sglang", "sgl_kernel_loaded"):
         first, second = (run.environment.get(name) for run in runs)
         if first != second:
-            console.print(f"{name}: {first}, then {second}: SGLang's own copies may have changed too")
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "measurement", "contender", "figure"):
-        shown.add_column(name, no_wrap=True)
-    for name in ("cases", "change", "beside"):
-        shown.add_column(name, justify="right", no_wrap=True)
+            then = f"{name}: {one_line(first)}, then {one_line(second)}"
+            console.print(f"{then}: SGLang's own copies may have changed too")
+    rows = []
     for line in lines:
         beside = "" if line.by is None or line.change is None else f"{line.change:+.1%}"
         own = "" if line.raw is None else f"{_more(line):+.1%}"
-        shown.add_row(
-            line.verdict, line.measurement, line.contender, line.figure or "", str(line.cases), own, beside
-        )
-    if shown.row_count:
-        console.print(shown)
+        what = (line.verdict, line.measurement, line.contender, line.figure or "", str(line.cases))
+        rows.append((*what, own, beside))
+    numbers = ("cases", "change", "beside")
+    if rows:
+        titles = ("", "measurement", "contender", "figure", *numbers)
+        console.print(layout.table(console, titles, rows, right=numbers))
     for line in lines:
         if line.verdict == "fails":
             console.print(f"{line.measurement}: {line.contender}: {line.reason}", style="bold red")
     counts = {
-        verdict: sum(line.verdict == verdict for line in lines) for verdict in ("slower", "faster", "same")
+        verdict: sum(line.verdict == verdict for line in lines)
+        for verdict in ("slower", "faster", "same", gate.UNTOLD)
     }
-    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    told = (f"{count} {verdict}" for verdict, count in counts.items() if count or verdict != gate.UNTOLD)
+    console.print(", ".join(told))
     console.print(
         "change: of the figure. beside: how much slower in proportion to the nearest contender in which no "
-        "code of this project runs, or to the link; 0 between two of them. noise: such a contender itself.",
+        "code of this project runs, or to the link; 0 where it moved like one of them. untold: it lies "
+        "between two of them that moved apart, and may be slower or not. noise: such a contender itself.",
         style="dim",
     )
 
@@ -223,19 +238,16 @@ def _more(line: gate.GateLine) -> float:
 
 
 def _show_changes(changes: Sequence[comparing.Change]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("measurement", "case", "contender", "figure", "before", "after", "change", "verdict"):
-        shown.add_column(name, overflow="fold")
+    rows = []
     for each in changes:
         row = each.row
         who = row.contender + (f" beside {row.forward}" if row.forward else "")
         figures = [_spread(each.before), _spread(each.after)]
         change = "" if each.change is None else f"{each.change:+.1%}"
-        shown.add_row(row.measurement, str(row.case), who, each.metric or "", *figures, change, each.verdict)
-    console_of(columns=180).print(shown)
+        rows.append((row.measurement, str(row.case), who, each.metric or "", *figures, change, each.verdict))
+    titles = ("measurement", "case", "contender", "figure", "before", "after", "change", "verdict")
+    console = console_of(columns=180)
+    console.print(layout.table(console, titles, rows))
 
 
 def _spread(each: results.Spread | None) -> str:
@@ -244,11 +256,13 @@ def _spread(each: results.Spread | None) -> str:
 
 def _share(text: str) -> float:
     try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        number = float(text.removesuffix("%"))
     except ValueError:
-        refuse(f"--fail-over {text}: a share, such as 5% or 0.05")
+        refuse(f"--fail-over {text}: a share, such as 5%, 5 or 0.05")
+    # Nobody means 500 % with 5, and a gate that never fails would go unnoticed.
+    share = number / 100 if text.endswith("%") or number >= 1 else number
     if not 0 <= share < 100:
-        refuse(f"--fail-over {text}: a share from 0, such as 5% or 0.05")
+        refuse(f"--fail-over {text}: a share from 0, such as 5%, 5 or 0.05")
     return share
 
 
@@ -260,6 +274,8 @@ def _check_only(given: Sequence[str], known: set[str]) -> None:
 
 def load(path: Path) -> Results:
     """A saved run; ends with exit status 2 where it is none."""
+    if serve_result.is_one(path):
+        refuse(f"{path}: a result of bench serve; here are set runs of bench bandwidth, submit and the like")
     try:
         return results.load(path)
     except ValueError as error:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...io_backends.registry import AUTO
 from ...policy import html
+from ..layout import table as fitted
 from .cases import Case
 from .contenders import names as contender_names
 from .results import METRICS, Results, Row
@@ -230,7 +232,7 @@ def _overview(by_layout: Mapping[str, Sequence[_Pair]]) -> Table:
         (
             "right: auto chose the fastest contender that keeps the policy's fences; even: not told apart. "
             "By this write alone: the policy also weighs what a copy takes from the forwards beside it "
-            "(--only interference).",
+            "(measurement interference).",
         ),
     )
 
@@ -376,18 +378,30 @@ def anchor(table: Table) -> str:
     return re.sub(r"\W+", "-", table.title.lower()).strip("-")
 
 
+def _beside_each_other(table: Table, width: int) -> Iterator[list[Sequence[str]]]:
+    """The table's lines, titles first, in parts of so many columns as fit ``width``, each behind the first
+    column: a table of all contenders in every case is wider than most terminals.
+    """
+    rows: list[Sequence[str]] = [table.columns, *table.lines]
+    firsts = ["\n".join(textwrap.wrap(row[0], max(width // 2, 20), break_long_words=False)) for row in rows]
+    left = max(len(line) for first in firsts for line in first.splitlines() or [""])
+    part: list[int] = []
+    used = left
+    for at in range(1, len(table.columns)):
+        wants = 3 + max(len(line) for row in rows for line in row[at].splitlines() or [""])
+        if part and used + wants > width:
+            yield [[first, *(row[each] for each in part)] for first, row in zip(firsts, rows, strict=True)]
+            part, used = [], left
+        part.append(at)
+        used += wants
+    yield [[first, *(row[each] for each in part)] for first, row in zip(firsts, rows, strict=True)]
+
+
 def print_each(shown_tables: Sequence[Table], watermark: str | None, console: Any) -> None:
     """Tables on a rich console, each with the watermark in its title."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table as RichTable
-
-    for table in shown_tables:
-        title = table.title + (f"\n{watermark}" if watermark else "")
-        shown = RichTable(title=title, box=SIMPLE_HEAD, pad_edge=False, title_justify="left")
-        for index, name in enumerate(table.columns):
-            shown.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
-        for line in table.lines:
-            shown.add_row(*line)
-        console.print(shown)
-        for note in table.notes:
+    for each in shown_tables:
+        console.print(each.title + (f"\n{watermark}" if watermark else ""), style="italic")
+        for lines in _beside_each_other(each, console.width):
+            console.print(fitted(console, lines[0], lines[1:], right=lines[0][1:]))
+        for note in each.notes:
             console.print(note, style="dim")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,31 @@ from .tables import about
 
 _SHOWN = (("first_token_s", "ms to the first token"), ("between_tokens_s", "ms between tokens"))
 
+_NOT_OF_NAMES = re.compile(r"[^\w.,+=@-]+")
+_LONGEST_NAME = 120
+
 _EVERY = 12
 """Shares from one marker on a line to the next."""
 
 
 def figures(result: ServeResult) -> dict[str, Any]:
-    """matplotlib figures by name, one for each cell and workload: a line for each arm and round."""
-    found = {}
+    """matplotlib figures by a name that a file may have, one for each cell and workload: a line for each arm
+    and round.
+    """
+    found: dict[str, Any] = {}
     for cell in result.cells:
         for workload in dict.fromkeys(turn.workload for turn in cell.turns):
             turns = [turn for turn in cell.turns if turn.workload == workload and not turn.cut]
             if any(turn.first_token_s.count for turn in turns):
-                found[f"{cell.name}-{workload}"] = _figure(result, cell, workload, turns)
+                found[file_name(f"{cell.name}-{workload}", found)] = _figure(result, cell, workload, turns)
     return found
+
+
+def file_name(text: str, taken: Container[str] = ()) -> str:
+    """``text`` as the name of a file in a folder, and none of ``taken``: names of cells may be anybody's."""
+    name = _NOT_OF_NAMES.sub("_", text).lstrip(".")[:_LONGEST_NAME]
+    others = (f"{name}-{number}" for number in itertools.count(2))
+    return next(each for each in itertools.chain((name,), others) if each not in taken)
 
 
 def save(result: ServeResult, folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ...io_backends.registry import AUTO
 from ...io_backends.sglang.unsafe import NULL
 from ..measure.results import Spread
 from ..measure.tables import Table
@@ -14,6 +15,8 @@ from .result import CellResult, ServeResult
 WIDTH = 80
 SPEED, AGAINST = "speed", "against"
 """How the titles of two of the tables end."""
+FIRST = (SPEED, AGAINST, "outputs")
+"""Of those that say whether an arm is fast and right; the others say why."""
 
 _SPEED_NOTE = "Median of the rounds; ± half of greatest less least. ITL of answers of more than one token."
 _CACHE_NOTE = (
@@ -145,7 +148,7 @@ def _against(found: Sequence[ArmSummary]) -> list[tuple[str, ...]]:
     lines = []
     for other in (DEFAULT, NULL, NONE):
         base = by_arm.get(other)
-        for each in found:
+        for each in sorted(found, key=lambda each: each.arm != AUTO):  # what is asked first
             if base is None or each is base or (each.arm in (NULL, NONE) and other != DEFAULT):
                 continue
             names = ("requests_per_s", "ttft_p50_s", "ttft_p99_s", "itl_p99_s")

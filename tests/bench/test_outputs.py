@@ -241,6 +241,13 @@ def test_the_list_of_commands_says_what_their_help_says(name: str) -> None:
     assert command_of([name]).help.splitlines()[0] == LAZY[name][1]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("group", [(), ("bench",), ("policy",)])
+def test_no_summary_of_a_command_is_cut(group: tuple[str, ...]) -> None:
+    shown = CliRunner().invoke(app, [*group, "-h"], env={"COLUMNS": "80"}).output
+    assert "..." not in shown.partition("Commands:")[2].partition("Examples:")[0]
+    assert max(map(len, shown.splitlines())) <= 80
+
+
 def test_what_is_typed_wrong_is_one_line() -> None:
     assert "did you mean" in refused("explian").lower()
     assert " race: Invalid value for '--seeds'" in refused("race", "--seeds", "x")
@@ -260,9 +267,8 @@ rows = st.lists(st.tuples(*[st.text("ab c\n", max_size=30)] * 4), min_size=1, ma
 @given(rows, st.sampled_from([40, 80, 120]))
 @example([("", "", "", " aaaaaaaaa"), ("", "", "aaaaaaaaaaaaaaa", "")], 40)
 def test_no_word_of_a_table_is_broken_that_fits_a_line(rows: list[tuple[str, ...]], columns: int) -> None:
-
-    out = console(columns=columns)
-    out.file = io.StringIO()
+    out = console()
+    out.file, out.width = io.StringIO(), columns
     out.print(table(out, ("name", "one", "two", "three"), rows))
     shown = out.file.getvalue().split()
     for word in (word for row in rows for cell in row for word in cell.split()):
@@ -276,7 +282,8 @@ def test_no_column_of_a_race_is_cut(columns: int) -> None:
     side = "read of device rows [0:4096) by gather\nsrt/mem_cache/l2_transfer.py:123 submit_device_to_host"
     fence = "the transfer stream waits for the forward that writes the rows"
     titles = ("race", "asked for first", "not ordered before", "the fence that is missing", "seeds")
-    out = console(columns=columns)
+    out = console()
+    out.width = columns
     with out.capture() as found:
         out.print(table(out, titles, [("read_before_write", side, side, fence, "3 of 3\nfirst: 0")] * 2))
     shown = found.get()
@@ -287,7 +294,8 @@ def test_no_column_of_a_race_is_cut(columns: int) -> None:
 
 
 def test_rows_of_several_lines_stay_apart() -> None:
-    out = console(columns=80)
+    out = console()
+    out.width = 80
     row = ("name", "some words " * 4, "other words " * 4, Text("more"))
     titles = ("a", "b", "c", "d")
     with out.capture() as found:

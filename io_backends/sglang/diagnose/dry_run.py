@@ -28,10 +28,12 @@ from ....policy.names import NameProblem
 from ....policy.terminal import working
 from ...policy_files import load_policy, policy_in_force
 from ...registry import BACKENDS
+from ..errors import PREFIX
 from ..pools.host_pools import HostPool
 from .command_line import CommandLine, CommandLineError, read
 from .pool_sizes import Sizing
 from .programs import VARIABLES_OF_SGLANG
+from .shell_words import ServerRefusedError
 
 _CHILD = "sglang_hicache.io_backends.sglang.diagnose.dry_run_child"
 
@@ -182,7 +184,7 @@ def _values(argv: Sequence[str], *options: str) -> Iterator[tuple[str, str]]:
 def _ask(
     command: CommandLine, gpu_arch: FactValue, gpu_gib: int | None = None, cuda: FactValue = None
 ) -> dict[str, Any]:
-    """The child's answer. Raises CommandLineError."""
+    """The child's answer. Raises CommandLineError, of which ServerRefusedError is one."""
     from ..no_gpu import fake_libcuda
 
     with tempfile.TemporaryDirectory(prefix="hicache-io-") as scratch:
@@ -213,7 +215,10 @@ def _ask(
     if "facts" in found:
         return found
     said = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
-    raise CommandLineError(found.get("error") or said[-1])
+    reason = found.get("error") or said[-1]
+    if reason.startswith(f"{PREFIX}: "):
+        raise ServerRefusedError(reason.removeprefix(f"{PREFIX}: "))
+    raise CommandLineError(reason)
 
 
 def _variables(command: CommandLine, of_child: Mapping[str, str]) -> dict[str, str]:

@@ -21,6 +21,10 @@ class CommandLineError(NameProblem):
         super().__init__(re.sub(r"\s*[\r\n]\s*", " ", message))  # it may quote several lines of the text
 
 
+class ServerRefusedError(CommandLineError):
+    """This plug-in would refuse a server that was started like this; the message is what it would say."""
+
+
 @dataclass(frozen=True)
 class Unknown:
     """A value that the text does not tell; ``why`` is a clause without a full stop."""

@@ -6,6 +6,7 @@ final only at the end of the resolution (see `server_facts`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,6 +75,7 @@ def _refusing(server_args: Any) -> Iterator[None]:
         yield
     except (RefusedError, PolicyError) as error:
         if asked(server_args).from_cli:
+            logging.getLogger("sglang").setLevel(logging.WARNING)  # how it ends would stand below the reason
             raise exit_with(error, 2) from None
         raise
 

@@ -98,7 +98,44 @@ def test_between_two_unchanged_ones_nothing_is_told() -> None:
     before = run({"hybrid": 10, "sglang_kernel": 10, "sglang_direct": 10})
     after = run({"hybrid": 15, "sglang_kernel": 10, "sglang_direct": 20})
     (line,) = (each for each in gate.gate(before, after) if each.contender == "hybrid")
-    assert (line.verdict, line.change) == ("same", 0)
+    assert (line.verdict, line.change) == ("untold", None)
+    # It is told where it moved like one of them, or not at all.
+    for ms in (20.5, 19.5, 9.8, 10.3):
+        after = run({"hybrid": ms, "sglang_kernel": 9.5, "sglang_direct": 20})
+        (line,) = (each for each in gate.gate(before, after) if each.contender == "hybrid")
+        assert (line.verdict, line.change) == ("same", pytest.approx(0, abs=0.05)), ms
+
+
+@pytest.mark.parametrize(("given_share", "slower"), [("5", 1), ("5%", 1), ("0.05", 1), ("60", 0), ("0.6", 0)])
+def test_a_percentage_is_one_without_its_sign(tmp_path: Path, given_share: str, slower: int) -> None:
+    """A gate that was told 5 and understood 500 % never fails."""
+    paths = [tmp_path / "before.json", tmp_path / "after.json"]
+    for path, ms in zip(paths, (10, 15), strict=True):
+        path.write_text(json.dumps(run({"hybrid": ms, "sglang_kernel": 10}).to_dict()))
+    assert hicache_io("bench", "compare", *paths, "--fail-over", given_share).exit_code == slower
+
+
+def test_what_a_saved_name_holds_ends_nothing(tmp_path: Path) -> None:
+    """Of a model that is not known here, with a terminal's commands and a line of its own."""
+    found = run({"hybrid": 10, "sglang_kernel": 10}, measurement="fence")
+    evil = "G\x1b[31m\nanother line <b>"
+    found.environment["gpu"] = evil
+    for row in found.rows:
+        row.case = replace(row.case, model="Mine\x1b[31m")
+        row.contender += "\x1b[31m" if row.contender == "hybrid" else ""
+    path = tmp_path / "evil.json"
+    path.write_text(json.dumps(found.to_dict()))
+    made = hicache_io("bench", "report", path, "--out", tmp_path / "out")
+    assert made.exit_code == 0, made.output
+    written = list((tmp_path / "out").iterdir())
+    assert {each.suffix for each in written} >= {".json", ".csv", ".md", ".html", ".svg"}
+    for each in written:
+        if each.suffix not in (".png", ".json"):
+            assert "\x1b" not in each.read_text(), each
+    listed = hicache_io("bench", "list", tmp_path / "out").output.splitlines()
+    assert len(listed) == 2
+    told = hicache_io("bench", "compare", path, tmp_path / "out" / "bench.json")
+    assert (told.exit_code, "\x1b" in told.output) == (0, False)
 
 
 def test_an_unchanged_contender_that_moves_alone_is_noise() -> None:
@@ -172,8 +209,8 @@ def test_slower_one_way_is_faster_the_other(first: list[float], second: list[flo
     who = ("hybrid", "sglang_kernel", "memcpy_loop")
     there = verdicts(run(dict(zip(who, first, strict=True))), run(dict(zip(who, second, strict=True))))
     back = verdicts(run(dict(zip(who, second, strict=True))), run(dict(zip(who, first, strict=True))))
-    opposite = {"slower": "faster", "faster": "slower", "same": "same", "noise": "noise"}
-    assert back == {name: opposite[verdict] for name, verdict in there.items()}
+    opposite = {"slower": "faster", "faster": "slower"}
+    assert back == {name: opposite.get(verdict, verdict) for name, verdict in there.items()}
 
 
 def saved(folder: Path, found: Results) -> Path:

@@ -122,6 +122,35 @@ def test_a_report_is_made_of_saved_results(tmp_path: Path) -> None:
     assert not result.is_one(tmp_path / "out" / "serve.csv")
 
 
+def test_a_report_stays_in_its_folder_whatever_a_cell_is_called(tmp_path: Path) -> None:
+    names = ["../out of it", "Qwen/Qwen3-8B", "<script>\n", ".", "a b", "a_b", "x" * 300]
+    found = a_result()
+    found.cells = [a_result().cells[0] for _ in names]
+    for cell, name in zip(found.cells, names, strict=True):
+        cell.cell["name"] = name
+    out = tmp_path / "to" / "out"
+    written = report.write_all(found, out)
+    assert {path.parent for path in written} == {out}
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(written)
+    if why_not() is None:
+        assert sum(path.suffix == ".svg" for path in written) == len(names)
+
+
+def test_a_saved_result_is_shown_in_short_or_one_workload_of_it(tmp_path: Path) -> None:
+    path = result.save(a_result(), tmp_path)
+    short, whole, one, none = (
+        CliRunner().invoke(app, ["bench", "show", str(path), *more])
+        for more in ([], ["--all"], ["--only", "chat"], ["--only", "nonsense"])
+    )
+    assert "cache" not in short.output.partition("--all")[0].replace("the caches", "")
+    assert len(whole.output.splitlines()) > len(short.output.splitlines())
+    assert one.exit_code == 0
+    assert (none.exit_code, "there are chat" in none.output) == (2, True)
+    compared = CliRunner().invoke(app, ["bench", "compare", str(path), str(path)])
+    assert compared.exit_code == 2
+    assert "a result of bench serve" in compared.output
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": "hicache-io bench serve", "schema": 99}'])
 def test_something_else_is_no_result(tmp_path: Path, text: str) -> None:
     path = tmp_path / "serve.json"

@@ -102,6 +102,18 @@ def test_what_a_server_would_refuse(model: Path, options: str, more: list[str], 
     assert result.stdout == ""
 
 
+@pytest.mark.usefixtures("quick_dry_runs")
+def test_what_the_plug_in_would_refuse_is_an_answer(model: Path) -> None:
+    """Status 1, as where the decision says so; 2 is for what cannot be read."""
+    options = "--enable-hierarchical-cache --hicache-io-backend auto --enable-pdmux"
+    given = f"--model-path {model} --skip-tokenizer-init {options}", "--gpu-arch", "sm90"
+    result = explain(*given)
+    assert result.exit_code == 1, result.output
+    words = " ".join(result.stdout.split())
+    assert words.startswith("A server would refuse this: --enable-pdmux runs forwards on streams that")
+    assert json.loads(explain(*given, "--json").stdout)["refused"].startswith("--enable-pdmux")
+
+
 def test_a_machine_without_a_gpu_asks_for_the_architecture(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,16 @@ def test_a_broken_policy_file_named_by_the_variable(machine: Machine, broken_pol
     assert "Traceback" not in ended.output
 
 
+def test_what_was_refused_is_the_last_thing_said(machine: Machine, broken_policy: Path) -> None:
+    """Not how SGLang ends behind it."""
+    command = ("-c", "from sglang.cli.main import main; main()", "serve")
+    ended = machine.launch(
+        machine.hicache_args(), command=command, env={"SGLANG_HICACHE_IO_POLICY": str(broken_policy)}
+    )
+    assert ended.status == 2
+    assert "broken.yaml:4:" in ended.output.strip().splitlines()[-1]
+
+
 @pytest.mark.parametrize("backend", ["copy_engine", "fenced_kernel"])
 def test_a_layout_the_backend_cannot_do(machine: Machine, backend: str) -> None:
     ended = machine.launch(machine.hicache_args(backend, "--hicache-mem-layout", "page_head"))
