@@ -49,8 +49,15 @@ def working(what: str) -> Iterator[Callable[[str], None]]:
     """Say on standard error what is being done, once it has taken a second, and then that it goes on.
 
     On a terminal that is one line that goes away; else a line now and then. Gives a function that is told how
-    far it is.
+    far it is. What is done within something that is being said is how far that is.
     """
+    if _said:
+        _said[-1](what)
+        try:
+            yield _said[-1]
+        finally:
+            _said[-1]("")
+        return
     out, done, began, far = console(stderr=True), Event(), monotonic(), [""]
 
     def line() -> str:
@@ -73,14 +80,18 @@ def working(what: str) -> Iterator[Callable[[str], None]]:
 
     thread = Thread(target=beat, daemon=True)
     thread.start()
+    _said.append(tell)
     try:
         yield tell
     finally:
+        _said.remove(tell)
         done.set()
         thread.join()
 
 
 _QUIET_S, _BEAT_S = 1.0, 10.0
+_said: list[Callable[[str], None]] = []
+"""Of what is being said now, at most one."""
 
 
 def styled(*parts: str | tuple[str, str]) -> Text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
 
-from sglang_hicache.policy.terminal import console, printable, styled
+from sglang_hicache.policy import terminal
+from sglang_hicache.policy.terminal import console, printable, styled, working
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("bench", "policy", "io_backends") for path in (ROOT / folder).rglob("*.py")]
@@ -69,3 +71,22 @@ def test_no_other_way_leads_to_rich(path: Path) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             assert not MARKUP.search(node.value), node.value
+
+
+def test_what_is_done_within_is_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line on a terminal, not two that write over each other."""
+    monkeypatch.setattr(terminal, "_QUIET_S", 0.01)
+    monkeypatch.setattr(terminal, "_BEAT_S", 0.02)
+    with working("outer"):
+        with working("inner"):
+            time.sleep(0.2)
+        time.sleep(0.2)
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == "outer ..."
+    said = {line.partition(" s so far")[0].rpartition(" ")[0] for line in lines}
+    assert said == {"outer: inner,", "outer:"}
+    with working("another"):
+        time.sleep(0.1)
+    assert "another ..." in capsys.readouterr().err

@@ -130,7 +130,7 @@ def _told(sections: Sections, out: Console | None) -> dict[str, list[Finding]]:
     report: dict[str, list[Finding]] = {}
     for title, findings in sections:
         report[title] = []
-        for each in findings:
+        for each in _one_by_one(title, findings):
             if out is not None:
                 if not report[title]:
                     out.print(title, style="bold")
@@ -139,6 +139,16 @@ def _told(sections: Sections, out: Console | None) -> dict[str, list[Finding]]:
         if out is not None:
             out.print()
     return report
+
+
+def _one_by_one(title: str, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """The findings; while the next one is being made, that is said."""
+    while True:
+        with working(f"checking {title[0].lower() if title[1].islower() else title[0]}{title[1:]}"):
+            found = next(findings, None)
+        if found is None:
+            return
+        yield found
 
 
 def show(out: Console, each: Finding) -> None:
