@@ -176,7 +176,10 @@ class PolicyFile(_Strict):
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
         if self.default is None and self.extends is None:
-            raise problem("'default' is missing", at=("default",))
+            raise problem(
+                "'default' is missing; 'extends: default' takes the shipped rules for all the rest",
+                at=("default",),
+            )
         seen: set[str] = set()
         for index, rule in enumerate(self.rules):
             if index == MOST_RULES:

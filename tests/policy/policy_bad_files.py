@@ -79,7 +79,10 @@ BAD = {
         "1:10: this release reads version 1 of the policy format, not true (did you mean 'version: 1'?)",
     ),
     "rules missing": ("version: 1" + DEFAULT, "1:1: 'rules' is missing"),
-    "default missing": ("version: 1\nrules: []\n", "1:1: 'default' is missing"),
+    "default missing": (
+        "version: 1\nrules: []\n",
+        "1:1: 'default' is missing; 'extends: default' takes the shipped rules for all the rest",
+    ),
     "rules empty": ("version: 1\nrules:" + DEFAULT, "2:1: rules must be a list; [] is an empty one"),
     "rules a mapping": (
         "version: 1\nrules: {a: 1}" + DEFAULT,

@@ -138,7 +138,10 @@ def test_a_file_below_that_is_broken_is_the_one_named(file: Path, tmp_path: Path
 
 def test_a_default_is_missing_only_where_nothing_has_one(file: Path):
     file.write_text(written(extends=None))
-    assert error_of(file) == "p.yaml:1:1: 'default' is missing"
+    assert (
+        error_of(file)
+        == "p.yaml:1:1: 'default' is missing; 'extends: default' takes the shipped rules for all the rest"
+    )
 
 
 def test_a_replacing_rule_behind_one_that_covers_it_can_never_match(file: Path):
