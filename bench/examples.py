@@ -44,7 +44,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "bench measurement": (
         "hicache-io bench {name} --quick",
-        "hicache-io bench {name} --layout page_first --page-size 64 --out results",
+        "hicache-io bench {name} --layout page_first --page-size 64 --all",
     ),
     "bench serve": (
         "hicache-io bench serve --model MODEL --rounds 2 --out results",

@@ -201,7 +201,7 @@ FACTS: tuple[FactSpec, ...] = (
     FactSpec(
         "mem_layout",
         FactKind.NAME,
-        "Layout of the host pool (--hicache-mem-layout).",
+        "The host pool's layout: --hicache-mem-layout.",
         called="memory layout",
         values=MEM_LAYOUTS,
         default="page_first",

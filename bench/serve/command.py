@@ -35,7 +35,7 @@ ON_CPU = ("none", "auto")
 def serve(
     arm: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help=f"Of {', '.join(arms.ARMS)}. May be repeated.", show_default=False),
+        typer.Option(metavar="NAME", help=f"May be repeated. Of {', '.join(arms.ARMS)}.", show_default=False),
     ] = None,
     workload: Annotated[
         list[str] | None,
@@ -73,7 +73,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="OPTIONS",
-            help='More options of every server, such as "--attention-backend fa3". May be repeated.',
+            help='Of every server, such as "--attention-backend fa3". May be repeated.',
             show_default=False,
         ),
     ] = None,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -246,6 +248,23 @@ def test_no_summary_of_a_command_is_cut(group: tuple[str, ...]) -> None:
     shown = CliRunner().invoke(app, [*group, "-h"], env={"COLUMNS": "80"}).output
     assert "..." not in shown.partition("Commands:")[2].partition("Examples:")[0]
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def _helps(path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    shown = CliRunner().invoke(app, [*path, "-h"], env={"COLUMNS": "80"}).output
+    yield " ".join(path), shown
+    listed = shown.partition("Commands:")[2].partition("Examples:")[0]
+    for name in re.findall(r"^  (\w[\w-]*)  ", listed, re.MULTILINE):
+        yield from _helps((*path, name))
+
+
+def test_no_name_of_an_option_is_broken_in_a_help() -> None:
+    found = dict(_helps())
+    assert {"explain", "bench serve", "policy init"} <= found.keys()
+    for command, shown in found.items():
+        lines = shown.splitlines()
+        assert not [line for line in lines if re.search(r"\w-$", line)], command
+        assert max(map(len, lines)) <= 80, command
 
 
 def test_what_is_typed_wrong_is_one_line() -> None:
