@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..policy.terminal import printable
+from ..policy.text import LINES, escaped
 
 _Saved = TypeVar("_Saved")
 
@@ -56,11 +56,11 @@ def read_json(path: Path, from_dict: Callable[[Any], _Saved], what: str) -> _Sav
 def _printable(value: Any) -> Any:
     """Plain JSON types without what a terminal obeys and XML forbids: names in a file may be anybody's."""
     if isinstance(value, str):
-        return printable(value)
+        return escaped(value, allowed=LINES)
     if isinstance(value, list):
         return [_printable(each) for each in value]
     if isinstance(value, dict):
-        return {printable(name): _printable(each) for name, each in value.items()}
+        return {_printable(name): _printable(each) for name, each in value.items()}
     return value
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from ...io_backends.registry import AUTO
 from ...policy import html
-from ..layout import table as fitted
 from .cases import Case
 from .contenders import names as contender_names
 from .results import METRICS, Results, Row
@@ -399,6 +398,8 @@ def _beside_each_other(table: Table, width: int) -> Iterator[list[Sequence[str]]
 
 def print_each(shown_tables: Sequence[Table], watermark: str | None, console: Any) -> None:
     """Tables on a rich console, each with the watermark in its title."""
+    from ..layout import table as fitted  # by rich, which a machine that only measures may not have
+
     for each in shown_tables:
         console.print(each.title + (f"\n{watermark}" if watermark else ""), style="italic")
         for lines in _beside_each_other(each, console.width):

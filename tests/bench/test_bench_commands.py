@@ -127,7 +127,7 @@ def test_wrong_bytes_end_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "measure", wrong)
     done = hicache_io("bench", "bandwidth")
     assert done.exit_code == 1
-    assert "hybrid: WRONG BYTES: k, layer 0" in done.stderr
+    assert "hybrid: WRONG BYTES: k, layer 0" in " ".join(done.stderr.split())
     assert "nothing could be measured" in done.stderr
 
 
