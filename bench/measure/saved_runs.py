@@ -207,11 +207,12 @@ def _show_lines(lines: Sequence[gate.GateLine], runs: Sequence[Results]) -> None
     for line in lines:
         beside = "" if line.by is None or line.change is None else f"{line.change:+.1%}"
         own = "" if line.raw is None else f"{_more(line):+.1%}"
-        what = (line.verdict, line.measurement, line.contender, line.figure or "", str(line.cases))
-        rows.append((*what, own, beside))
+        alone = len(gate.FIGURES.get(line.measurement, ())) < 2
+        what = line.measurement if alone or line.figure is None else f"{line.measurement} {line.figure}"
+        rows.append((line.verdict, what, line.contender, str(line.cases), own, beside))
     numbers = ("cases", "change", "beside")
     if rows:
-        titles = ("", "measurement", "contender", "figure", *numbers)
+        titles = ("", "measurement", "contender", *numbers)
         console.print(layout.table(console, titles, rows, right=numbers))
     for line in lines:
         if line.verdict == "fails":
