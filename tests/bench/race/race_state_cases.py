@@ -112,14 +112,14 @@ def test_other_pools_beside_them(page: int, layout: str, kind: str) -> None:
 
 @pytest.mark.parametrize("policy", ["write_through", "write_back"])
 def test_whoever_waits_for_a_write(policy: str) -> None:
-    good(experiment("hybrid", policy=policy, callers=True))
+    assert good(experiment("hybrid", policy=policy, callers=True)).served_writes
 
 
 @pytest.mark.parametrize("policy", ["write_through", "write_back"])
 @pytest.mark.parametrize("states", ["extra_buffer", "no_buffer"])
 def test_of_the_other_tree(states: str, policy: str) -> None:
     """SGLang has its tree twice, in Rust and in Python."""
-    good(experiment("hybrid", states, policy, "python"))
+    assert good(experiment("hybrid", states, policy, "python")).served_writes
 
 
 @pytest.mark.parametrize("core", CORES)
