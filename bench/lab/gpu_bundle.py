@@ -43,7 +43,7 @@ LEFT_OUT = re.compile(
     # CUDA's libraries: the machine's torch has them, of the same CUDA.
     r"nvidia-(?!nccl-cu13|cutlass-dsl|ml-py)|cuda-toolkit|nvshmem|nccl(?!-cu13)|"
     # No server here imports them, or the machine has them.
-    r"tilelang|z3-solver|torchcodec|Cython|lxml|pyarrow|pandas|scipy|numba|llvmlite|matplotlib==|contourpy|fonttools|"
+    r"tilelang|z3-solver|torchcodec|Cython|lxml|scipy|numba|llvmlite|matplotlib==|contourpy|fonttools|"
     r"kiwisolver|jedi|"
     # Tools of development.
     r"mypy|ruff|ast_serialize|librt"

@@ -167,6 +167,17 @@ PLANS: dict[str, list[PlannedCell]] = {
             PlannedCell("", ("none", "kernel", "auto", "null"), at_once=1, model="deepseek-v2-lite"),
         ),
     ],
+    "swa": _by_page(
+        "swaheavy",
+        (64, 1),
+        PlannedCell("", ("none", "kernel", "auto", "null"), model=models.SWA),
+    ),
+    # SGLang's own benchmark, which others know.
+    "public": _by_page(
+        "kvheavy-gsp",
+        (1, 64),
+        PlannedCell("", ("none", "kernel", "auto", "null"), workloads=("gsp", "gsp-turns")),
+    ),
     # Which fences are needed on silicon: see the document on the FA3 crash. A minute of load for each arm, as
     # often as there is time; bench/lab/experiments.py adds up.
     "experiments": [
