@@ -35,7 +35,7 @@ def _servers(make: Callable[[result.ServeResult], str]) -> Callable[[Sequence[Pa
 MAKERS: dict[str, Callable[[Sequence[Path]], str]] = {
     "gpu_table": lambda paths: "\n".join(map(of_file, paths)),
     "gpu_fence": lambda paths: "\n".join(fence_table(results.load(path)) for path in paths),
-    "gpu_targets": lambda paths: "\n".join(targets.table(results.load(path)) for path in paths),
+    "gpu_targets": lambda paths: targets.table(results.merged(map(results.load, paths))),
     "coverage": lambda paths: "\n".join(map(coverage.table, paths)),
     "policy_facts": lambda paths: fact_list.table(),
     "policy_matrix": lambda paths: markdown(matrix(default_policy(), {})),

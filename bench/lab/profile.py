@@ -264,7 +264,7 @@ def text(parts: list[ProfiledPart]) -> str:
 
 
 def profile(out: Path | None, *, cpu: bool) -> list[ProfiledPart]:
-    """Measure, print, and save in ``out``.
+    """Measure, print, and save in ``out`` after each part: who is stopped loses the one that ran.
 
     Raises:
         DeviceUnavailableError: there is no GPU and ``cpu`` is not set.
@@ -278,19 +278,19 @@ def profile(out: Path | None, *, cpu: bool) -> list[ProfiledPart]:
     print(f"{environment['cpu' if cpu else 'gpu']}, one large copy to the host {link.median:.1f} GB/s")
     if watermark:
         print(watermark)
-    found = []
+    found: list[ProfiledPart] = []
     for part in measure(device, on_cpu() if cpu else on_gpu()):
         found.append(part)
         print(text([part]), flush=True)
-    if out is not None:
-        saved = {
-            "ran_on": environment["ran_on"],
-            "watermark": watermark,
-            "environment": environment,
-            "link_gb_per_s": asdict(link),
-            "parts": [asdict(part) for part in found],
-        }
-        write_json(out, saved)
+        if out is not None:
+            saved = {
+                "ran_on": environment["ran_on"],
+                "watermark": watermark,
+                "environment": environment,
+                "link_gb_per_s": asdict(link),
+                "parts": [asdict(each) for each in found],
+            }
+            write_json(out, saved)
     return found
 
 

@@ -212,11 +212,11 @@ def test_explain_says_which_writes_go_which_way():
     given = [*GIVEN, "--mem-layout", "layer_first", "--page-size", "8", "--fact", "row_bytes=2048"]
     shown = flat(run("explain", *given).stdout)
     assert shown.startswith(
-        "D2H backend writes with entries of at most 18,432 bytes: fenced_kernel; others: hybrid "
+        "D2H backend writes with entries of at most 24,576 bytes: fenced_kernel; others: hybrid "
     )
     assert "rule fa3-on-hopper of the shipped policy; for some writes fa3-on-hopper-short-copies" in shown
     assert (
-        "fenced_kernel (writes with entries of at most 18,432 bytes): Prefill (extend) and decode wait, on "
+        "fenced_kernel (writes with entries of at most 24,576 bytes): Prefill (extend) and decode wait, on "
         "the GPU, for the whole of the last transfer to the host. hybrid (others): Prefill (extend) "
         "and decode wait"
     ) in shown
@@ -497,7 +497,7 @@ def test_show_lists_what_nobody_measured(file: Path):
     ]
     assert [(each["rule"], each["path"]) for each in listed] == expected
     shown = flat(run("policy", "show", "--unmeasured", COLUMNS="200").stdout)
-    assert "fa3-on-hopper-short-copies when.write_entry_bytes 18,433 to 32,767 bytes" in shown
+    assert "fa3-on-hopper-short-copies when.write_entry_bytes 19,027 to 32,767 bytes" in shown
     none = run("policy", "show", file, "--unmeasured")
     assert flat(none.stdout).endswith("no rule says that anything of it is unmeasured")
 

@@ -15,6 +15,7 @@ from make_figures import figures
 from policy_strategies import ATTENTION_KEYS, FACT_VALUES, given, writes
 from repository import ROOT
 
+from sglang_hicache.bench.measure.cases import MODELS, PAGE_SIZES
 from sglang_hicache.io_backends.policy_files import default_policy
 from sglang_hicache.policy.decide import Decision, decide
 from sglang_hicache.policy.fact_spec import FactValue
@@ -204,6 +205,16 @@ def test_every_number_is_in_the_reason(name: str, rule: Rule | Default):
     for number in re.findall(r"\d+", " ".join(values)):
         kib = f"{int(number) // 1024} KiB"
         assert re.search(rf"\b{number}\b", said) or kib in said, f"{name}: {number} is not in its reason"
+
+
+def test_a_few_neighbouring_pages_do_not_change_who_writes():
+    """An entry's bytes are a write's mean: in a shuffled pool it is a little above a page's own. A bound just
+    there sent DeepSeek-V3's pages of 64 to hybrid, at fifty times the thread's time (an H200, 2026-11-28)."""
+    pages = {row * size for model in MODELS.values() for row in model.components for size in PAGE_SIZES}
+    for rule in SHIPPED.rules:
+        for stated in rule.when.written().get("write_entry_bytes", ()):
+            bound = int(re.sub(r"\D", "", str(stated)))
+            assert not [page for page in pages if page <= bound < 1.25 * page], rule.name
 
 
 def test_every_reason_cites_where_it_comes_from():
