@@ -194,6 +194,18 @@ def _measured(run: Results | serve_result.ServeResult) -> dict[str, int]:
     return {name: names.count(name) for name in dict.fromkeys(names)}
 
 
+_COLUMNS = (
+    "change: of the figure. beside: how much slower in proportion to the nearest contender in which no code "
+    "of this project runs, or to the link; 0 where it moved like one of them."
+)
+_MEANINGS = {
+    gate.UNTOLD: "untold: it lies between two of them that moved apart, and may be slower or not.",
+    "noise": "noise: such a contender itself.",
+    "gone": "gone: these cases are not in the second run; its time may have been up.",
+    "new": "new: these cases are not in the first run.",
+}
+
+
 def _show_lines(lines: Sequence[gate.GateLine], runs: Sequence[Results]) -> None:
     console = console_of(columns=100)
     if runs[1].watermark:
@@ -223,12 +235,9 @@ def _show_lines(lines: Sequence[gate.GateLine], runs: Sequence[Results]) -> None
     }
     told = (f"{count} {verdict}" for verdict, count in counts.items() if count or verdict != gate.UNTOLD)
     console.print(", ".join(told))
-    console.print(
-        "change: of the figure. beside: how much slower in proportion to the nearest contender in which no "
-        "code of this project runs, or to the link; 0 where it moved like one of them. untold: it lies "
-        "between two of them that moved apart, and may be slower or not. noise: such a contender itself.",
-        style="dim",
-    )
+    verdicts = {line.verdict for line in lines}
+    said = [_COLUMNS, *(meaning for verdict, meaning in _MEANINGS.items() if verdict in verdicts)]
+    console.print(" ".join(said), style="dim")
 
 
 def _more(line: gate.GateLine) -> float:

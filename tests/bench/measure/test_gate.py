@@ -69,6 +69,15 @@ def test_one_commit_on_two_hosts_is_unchanged_either_way(pair: tuple[Path, Path]
         assert hicache_io("bench", "compare", *paths).exit_code == 0
 
 
+def test_what_is_printed_is_explained_and_nothing_else() -> None:
+    more_cases = hicache_io("bench", "compare", *ONE_COMMIT_H200).stdout
+    assert "new: these cases are not in the first run" in " ".join(more_cases.split())
+    fewer_cases = hicache_io("bench", "compare", *ONE_COMMIT_H200[::-1]).stdout
+    assert "gone: these cases are not in the second run" in " ".join(fewer_cases.split())
+    for other in ("untold:", "noise:"):
+        assert other not in more_cases + fewer_cases
+
+
 def test_a_slower_hybrid_in_the_same_two_runs_is_found() -> None:
     """The gate above can fail: 30 % on top of what the other host does."""
     first, second = map(results.load, ONE_COMMIT)
