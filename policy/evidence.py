@@ -150,8 +150,9 @@ def _fa3(facts: Facts, path: Path, forwards: str) -> Evidence:
             f"most likely of sgl-kernel before {GDC_SINCE}, as here: {kernels}; also #19737, #18785, #14363)",
         )
     which = f"FA3 of sgl-kernel {kernels or 'of unknown version'}"
-    if binary == "kernels_community":
-        which = "FA3 of kernels-community, which nobody has examined"
+    if binary != "sgl_kernel":
+        sure = "" if binary == "kernels_community" else f", if SGLang can load it, else {which}"
+        which = f"FA3 of kernels-community, which nobody has examined{sure}"
     return Evidence(
         Level.PLAUSIBLE,
         f"{what}, with {which}. FA3, most likely of sgl-kernel before {GDC_SINCE}, crashed so within 20 "

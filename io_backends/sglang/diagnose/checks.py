@@ -217,7 +217,7 @@ def _listed(names: frozenset[str] | None) -> str:
 
 def _fa3_binary(facts: Facts) -> Finding:
     binary, kernels = facts["fa3_binary"], facts.value("sgl_kernel")
-    if binary.value == "kernels_community":
+    if binary.value != "sgl_kernel":
         return Finding(
             "FA3 binary",
             WARNING,

@@ -47,14 +47,15 @@ def _installed(*distributions: str) -> Fact:
 
 def _fa3_binary() -> Fact:
     """Whose FlashAttention-3 SGLang loads, by its own rule (kernels/ops/attention/flash_attention_v3.py, the
-    same in 0.5.18 to 0.5.23): its kernel package's, or the Hub's if asked for and loadable.
+    same in 0.5.18 to 0.5.23): its kernel package's, or the Hub's if asked for and loadable. Whether it can be
+    loaded shows when SGLang tries, and then only in its log: until then it is not known whose it is.
     """
     asked = os.environ.get(_FA3_VARIABLE, "").lower()
     if asked not in ("false", "0", "no", "n"):
         return Fact("sgl_kernel", f"SGLang's default; {_FA3_VARIABLE}=0 would select another")
     if importlib.util.find_spec("kernels") is None:
         return Fact("sgl_kernel", f"{_FA3_VARIABLE} is off, but SGLang needs the package kernels for that")
-    return Fact("kernels_community", f"{_FA3_VARIABLE} is off")
+    return Fact(None, f"{_FA3_VARIABLE} is off: kernels-community's if SGLang can load it, else its own")
 
 
 _FA3_VARIABLE = "SGLANG_USE_SGL_FA3_KERNEL"
