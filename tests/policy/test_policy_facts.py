@@ -218,15 +218,17 @@ def test_a_cpu_server_has_no_gpu_and_no_copy_engine():
     [
         (None, True, "sgl_kernel"),
         ("1", True, "sgl_kernel"),
-        # Whether the Hub's can be loaded shows later, and where it cannot SGLang runs its own: a rule that takes
-        # a fence away for the Hub's must not match.
+        # Whether the Hub's can be loaded shows later, and where it cannot SGLang runs its own: a rule that
+        # takes a fence away for the Hub's must not match.
         ("0", True, None),
         ("False", True, None),
         # SGLang falls back to its own without the package that loads from the Hub.
         ("0", False, "sgl_kernel"),
     ],
 )
-def test_whose_fa3_is_loaded(monkeypatch: pytest.MonkeyPatch, variable: str | None, hub: bool, binary: str | None):
+def test_whose_fa3_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, variable: str | None, hub: bool, binary: str | None
+):
     if variable is None:
         monkeypatch.delenv("SGLANG_USE_SGL_FA3_KERNEL", raising=False)
     else:
