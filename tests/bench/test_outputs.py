@@ -19,8 +19,9 @@ from typer.testing import CliRunner, Result
 
 from sglang_hicache.bench import examples, outputs
 from sglang_hicache.bench.cli import LAZY, _Group, app
-from sglang_hicache.bench.explain import launch_line
+from sglang_hicache.bench.explain import launch_line, render
 from sglang_hicache.bench.layout import table
+from sglang_hicache.io_backends.policy_files import policy_in_force
 from sglang_hicache.io_backends.sglang.diagnose import command_line
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.terminal import console
@@ -134,6 +135,34 @@ def test_explain_answers_in_about_ten_lines(arguments: list[str]) -> None:
     assert lines[-1].startswith("--verbose: ")
     assert "Facts" in long.stdout
     assert len(long.stdout.splitlines()) > 2 * len(lines) or "kernel" in arguments
+
+
+def test_explain_gives_a_reason_in_whole_sentences() -> None:
+    policy = policy_in_force()
+    for because in [*(rule.because for rule in policy.rules), policy.default.because]:
+        short = render._first_sentence(because)
+        assert len(short) <= 230, short
+        assert short.count("(") == short.count(")"), short
+        assert because.startswith(short[:-1]), short
+        assert because[len(short) - 1] in ".;:", short
+    shown = " ".join(run("explain", "--attention-backend", "triton", "--gpu-arch", "sm80").stdout.split())
+    assert "so no forward waits, and compute and write-back overlap fully. sglang serve" in shown
+
+
+@pytest.mark.parametrize(
+    ("because", "short"),
+    [
+        ("A crash (seen in 0.5.23; not since). More.", "A crash (seen in 0.5.23; not since)."),
+        ("Slow, e.g. at pages of 1; more", "Slow, e.g. at pages of 1."),
+        ("Measured: hybrid is faster.", "Measured: hybrid is faster."),
+        ("no end", "no end."),
+        (f"It crashed: {'so it did ' * 20}.", "It crashed."),
+        (f"{'word ' * 46}end", f"{'word ' * 46}end."),
+        ("word " * 60, f"{'word ' * 47}..."),
+    ],
+)
+def test_a_reason_is_cut_where_a_sentence_ends(because: str, short: str) -> None:
+    assert render._first_sentence(because) == short
 
 
 def test_explain_prints_the_command_to_run() -> None:
