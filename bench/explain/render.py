@@ -161,6 +161,7 @@ def _warnings(shown: Explanation) -> list[tuple[str, str]]:
         rows.append(("Pools", shown.fallback))
     if shown.lost:
         rows.append(("Careful", sentences.lost_sentence(shown.lost, shown.policy)))
+    rows += [("Careful", f"{name}: {doubt}") for name, doubt in shown.doubts().items()]
     if note := shown.careful():
         rows.append(("Careful", note))
     return rows

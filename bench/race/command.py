@@ -26,6 +26,7 @@ from ...io_backends.sglang.handover.machine_facts import detect
 from ...io_backends.sglang.no_gpu import fake_libcuda
 from ...io_backends.sglang.versions import INSTALL
 from ...policy.decide import Decision, check_backend, decide
+from ...policy.fact_table import CONDITIONS
 from ...policy.facts import Facts
 from ...policy.format.errors import PolicyError
 from ...policy.names import NameProblem, check_name
@@ -211,6 +212,8 @@ def _decide(
         decision = decide(policy_in_force(policy), facts, backend=backend)
     except (NameProblem, PolicyError) as error:
         _refuse(str(error))
+    if said := CONDITIONS["gpu_arch"].doubt(facts.value("gpu_arch")):
+        say(f"gpu_arch: {said}")
     layout = str(facts.value("mem_layout"))
     if layout not in LAYOUTS:
         _refuse(f"the copies of layout {layout} have no stand-in; these have: {', '.join(LAYOUTS)}")
