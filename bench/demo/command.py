@@ -21,7 +21,7 @@ from ...io_backends.registry import AUTO, OWN_NAMES, available_backends, unknown
 from ...io_backends.sglang.no_gpu.fake_libcuda import NoCompilerError
 from ...io_backends.sglang.versions import INSTALL
 from ...policy.names import MEM_LAYOUTS, NameProblem, check_name
-from ...policy.terminal import styled
+from ...policy.terminal import styled, tell
 from ...policy.text import answer
 from .. import damaged, serving, tiny_model
 from ..json_option import Json
@@ -79,7 +79,7 @@ def demo(
             if len(runs) > 1:
                 show_runs(shown, runs, reference)
         for name, why in failures.items():
-            shown.print(styled((f"{name} failed", "bold red"), f": {why}"), soft_wrap=True)
+            tell(shown, styled((f"{name} failed", "bold red"), f": {why}"))
         seconds = time.monotonic() - began
         shown.print(verdict(setup, failures, seconds))
         if json_:

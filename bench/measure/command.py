@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ...io_backends.registry import BACKENDS
 from ...policy.format.errors import PolicyError
 from ...policy.names import ATTENTION_BACKENDS, NameProblem, check_name
+from ...policy.terminal import tell
 from ...policy.text import answer
 from ..examples import epilog
 from ..json_option import Json
@@ -194,11 +195,11 @@ class Live:
         self._bars.start()
         task = self._bars.add_task("measuring", total=1)
 
-        def say(text: str, done: float, total: float) -> None:
+        def progress(text: str, done: float, total: float) -> None:
             self._bars.update(task, completed=done, total=total, description=text.split(":")[0])
-            self._console.print(text, soft_wrap=not self._console.is_terminal)
+            tell(self._console, text)
 
-        return say
+        return progress
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from ...policy.terminal import console as console_of
-from ...policy.text import answer
+from ...policy.text import answer, say
 from .. import layout
 from ..json_option import Json
 from ..outputs import check_folder, refuse
@@ -285,11 +285,10 @@ def load(path: Path) -> Results:
 
 def say_written(paths: Sequence[Path]) -> None:
     """Which files were written, on standard error."""
-    console = stderr_console()
-    console.print(f"written: {', '.join(str(path) for path in paths)}", soft_wrap=True)
+    say(f"written: {', '.join(str(path) for path in paths)}")
     missing = plots.why_not()
     if missing is not None:
-        console.print(f"no plots: {missing}")
+        say(f"no plots: {missing}")
 
 
 def stderr_console() -> Console:

@@ -43,14 +43,14 @@ TAKES_A_FOLDER = [
 ]
 
 
-def run(*arguments: str | Path, columns: int = 80) -> Result:
-    env = {"NO_COLOR": "1", "COLUMNS": str(columns)}
+def run(*arguments: str | Path, columns: int | None = 80) -> Result:
+    env = {"NO_COLOR": "1", "COLUMNS": "" if columns is None else str(columns)}
     return CliRunner().invoke(app, [str(each) for each in arguments], env=env)
 
 
 def refused(*arguments: str | Path) -> str:
     """The one line of a command whose input is wrong."""
-    found = run(*arguments)
+    found = run(*arguments, columns=None)
     assert found.exit_code == 2, (found.output, found.exception)
     assert found.stdout == ""
     assert found.stderr.count("\n") == 1

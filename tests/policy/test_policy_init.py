@@ -22,7 +22,7 @@ from sglang_hicache.policy.facts import Facts
 
 
 def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(each) for each in arguments], env={"NO_COLOR": "1", "COLUMNS": "80"})
+    return CliRunner().invoke(app, [str(each) for each in arguments], env={"NO_COLOR": "1"})
 
 
 servers = st.fixed_dictionaries(

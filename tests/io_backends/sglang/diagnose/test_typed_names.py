@@ -36,7 +36,7 @@ WITHOUT_SGLANG = True
 
 
 def run(*arguments: str, **env: str | None) -> Result:
-    return CliRunner().invoke(app, list(arguments), env={"NO_COLOR": "1", "COLUMNS": "80", **env})
+    return CliRunner().invoke(app, list(arguments), env={"NO_COLOR": "1", **env})
 
 
 @pytest.mark.parametrize(
