@@ -67,8 +67,8 @@ def _laid_out(value: Any, column: int, room: int) -> Any:
 
 
 def _folded(text: str, column: int) -> FoldedScalarString:
-    folded, at = FoldedScalarString(text), -1
-    folded.fold_pos = []
+    folded: FoldedScalarString = FoldedScalarString(text)
+    folded.fold_pos, at = [], -1
     for line in wrapped(text, COLUMNS - column, "")[:-1]:
         at += len(line) + 1
         folded.fold_pos.append(at)
