@@ -66,8 +66,8 @@ def _laid_out(value: Any, column: int, room: int) -> Any:
     return _folded(value, column) if whole and len(f"'{value}'") > room else value
 
 
-def _folded(text: str, column: int) -> FoldedScalarString:
-    folded: FoldedScalarString = FoldedScalarString(text)
+def _folded(text: str, column: int) -> Any:
+    folded: Any = FoldedScalarString(text)
     folded.fold_pos, at = [], -1
     for line in wrapped(text, COLUMNS - column, "")[:-1]:
         at += len(line) + 1

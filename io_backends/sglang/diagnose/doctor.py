@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ....policy import completion
 from ....policy.fact_spec import FactValue
 from ....policy.gpu_names import architecture, doubt, memory_gib, remark
 from ....policy.names import NameProblem
@@ -58,6 +59,7 @@ def doctor(
             metavar="ARCH",
             help="The server's GPU, if not this machine's: sm90, H100, ...",
             show_default=False,
+            autocompletion=completion.one_of(completion.ARCHITECTURES),
         ),
     ] = None,
     gpu_memory: GpuMemory = None,
