@@ -371,7 +371,7 @@ def as_html(table: Table, watermark: str | None) -> str:
 
 
 def _html_row(tag: str, cells: Sequence[str]) -> str:
-    """A row whose first text is an element, so that a style can say how wide it may be: of a cell none can."""
+    """A row whose first text is an element: a style says of one how wide it is at most, and of no cell."""
     first, *others = map(html.escape, cells)
     return "<tr>" + "".join(f"<{tag}>{each}</{tag}>" for each in (f"<span>{first}</span>", *others)) + "</tr>"
 
