@@ -8,7 +8,7 @@ from enum import Enum
 
 from packaging.version import InvalidVersion, Version
 
-from .gpu_names import architecture, remark
+from .gpu_names import architecture, doubt, remark
 from .names import NameProblem, check_name
 
 FactValue = str | int | bool | None
@@ -145,5 +145,9 @@ class FactSpec:
                 return self.check_word(text)
 
     def remark(self, word: str) -> str | None:
-        """What is to be said of a valid value that may not mean what it seems to; mostly nothing."""
+        """What a valid word is taken as, where that is another; mostly nothing."""
         return remark(word) if self.kind is FactKind.ARCHITECTURE else None
+
+    def doubt(self, value: FactValue) -> str | None:
+        """What an answer must say that rests on `value`; mostly nothing."""
+        return doubt(str(value)) if self.kind is FactKind.ARCHITECTURE and value is not None else None

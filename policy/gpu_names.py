@@ -9,7 +9,7 @@ import re
 
 from .names import NameProblem, nearest
 
-# Any name of this form is valid, so that a new GPU needs no new release; `remark` says which are not known.
+# Any name of this form is valid, so that a new GPU needs no new release; `doubt` says which are not known.
 GPU_ARCH_PATTERN = r"sm[0-9]{2,3}[af]?|cpu"
 
 # By NVIDIA's list of compute capabilities (developer.nvidia.com/cuda-gpus). Each name is one word, or several
@@ -37,7 +37,7 @@ _FAMILIES = {
 }
 
 #: Those that there are, for hints.
-KNOWN_ARCHITECTURES = (*_GPUS, "sm101")
+KNOWN_ARCHITECTURES = tuple(sorted((*_GPUS, "sm101"), key=lambda each: int(each.removeprefix("sm"))))
 
 
 def architecture(word: str) -> str:
@@ -70,15 +70,20 @@ def canonical(word: str) -> str:
 
 
 def remark(word: str) -> str | None:
-    """What is to be said of a valid `word`: what it is taken as, or that nobody knows the architecture."""
-    arch = architecture(word)
-    if not re.fullmatch(GPU_ARCH_PATTERN, word):
-        return f"'{word}' is taken as {arch}"
+    """What a valid `word` is taken as, where it is no architecture itself."""
+    return None if re.fullmatch(GPU_ARCH_PATTERN, word) else f"'{word}' is taken as {architecture(word)}"
+
+
+def doubt(word: str) -> str | None:
+    """That nobody knows the architecture of a valid `word`, where that is so.
+
+    No likely one is named: a new GPU's number is near that of another, whose forwards need other fences.
+    """
+    arch = canonical(word)
     if arch == "cpu" or arch in KNOWN_ARCHITECTURES:
         return None
-    hint = nearest(arch, KNOWN_ARCHITECTURES)
-    near = f" (did you mean '{hint}'?)" if hint else ""
-    return f"no GPU of {arch} is known to this release, and no rule was made for one{near}"
+    known = ", ".join(KNOWN_ARCHITECTURES)
+    return f"no GPU of {arch} is known to this release, and no rule was made for one; known are {known}"
 
 
 def memory_gib(word: str) -> int | None:

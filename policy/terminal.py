@@ -6,7 +6,6 @@ rich's markup or as a terminal's commands they end the program, or hide what was
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from .text import LINES, escaped, say
+from .text import LINES, columns_of, escaped, say
 
 
 class _PlainConsole(Console):
@@ -35,8 +34,13 @@ def console(*, stderr: bool = False, columns: int | None = None) -> Console:
         stderr: standard error.
         columns: width where that is no terminal and COLUMNS is not set; rich assumes 80 without it.
     """
-    known = (sys.stderr if stderr else sys.stdout).isatty() or os.environ.get("COLUMNS", "").isdigit()
+    known = columns_of(sys.stderr if stderr else sys.stdout)
     return _PlainConsole(stderr=stderr, highlight=False, width=None if known else columns)
+
+
+def tell(out: Console, text: str | Text) -> None:
+    """Print a sentence as :func:`~.text.say` does."""
+    out.print(text, soft_wrap=columns_of(out.file) is None)  # type: ignore[arg-type]
 
 
 def printable(text: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import textwrap
 import unicodedata
+from typing import TextIO
 
 # Control characters move a cursor, colour or erase; format characters (bidirectional overrides among them)
 # change the order in which others are shown, or are not seen; separators end a line. Joiners belong to words
@@ -33,9 +36,44 @@ def escaped(text: str, *, allowed: str = "") -> str:
     )
 
 
-def say(text: str) -> None:
-    """A message on standard error: what is being done, or why not."""
-    print(escaped(text, allowed=LINES), file=sys.stderr, flush=True)
+def columns_of(stream: TextIO) -> int | None:
+    """How wide what is written there is shown, as COLUMNS or else the terminal says; None if neither does."""
+    said = os.environ.get("COLUMNS", "")
+    if said.isascii() and said.isdigit() and int(said):
+        return int(said)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or None
+    except (OSError, ValueError):
+        return None
+
+
+def say(text: str, *, whole: bool = False) -> None:
+    """A message on standard error: what is being done, or why not. Where it is known how wide that is shown,
+    lines end at words; else they are whole, for who looks for them in a file.
+
+    Args:
+        text: of one line or several.
+        whole: also where the width is known, for logs.
+    """
+    said, columns = escaped(text, allowed=LINES), None if whole else columns_of(sys.stderr)
+    if columns is not None:
+        said = "\n".join(_wrapped(line, columns) for line in said.split("\n"))
+    print(said, file=sys.stderr, flush=True)
+
+
+def _wrapped(line: str, columns: int) -> str:
+    """A line that fits as it is; else its words in several, as far in as it is. No word is broken."""
+    if len(line) <= columns:
+        return line
+    indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.fill(
+        line.strip(),
+        columns,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def answer(text: str) -> None:

@@ -24,6 +24,9 @@ settings.register_profile("same", deadline=None, suppress_health_check=_NO_CLOCK
 settings.register_profile("search", deadline=None, suppress_health_check=_NO_CLOCK, print_blob=True)
 settings.load_profile("same")
 
+# Terminals of those who run the tests differ, and workers have one where nobody has: what is said is whole.
+os.environ.pop("COLUMNS", None)
+
 SGLANG = Path(__file__).parent / "io_backends" / "sglang"
 FIXTURES = {"libcuda", "cpu_sglang", "machine", "fresh_machine", "plain_python", "quick_dry_runs"}
 

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import io
+import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
 
+from sglang_hicache.io_backends.sglang.errors import exit_with
 from sglang_hicache.policy import terminal
-from sglang_hicache.policy.terminal import console, printable, styled, working
+from sglang_hicache.policy.terminal import console, printable, styled, tell, working
+from sglang_hicache.policy.text import say
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("bench", "policy", "io_backends") for path in (ROOT / folder).rglob("*.py")]
@@ -90,3 +99,62 @@ def test_what_is_done_within_is_how_far_it_is(
     with working("another"):
         time.sleep(0.1)
     assert "another ..." in capsys.readouterr().err
+
+
+SAID = "unknown fact 'foo'; valid: attention_backend, prefill_attention_backend, decode_attention_backend"
+
+
+@given(st.lists(st.text("ab-/ ", max_size=60), min_size=1, max_size=5), st.integers(1, 90))
+def test_lines_of_a_known_width_end_at_words(lines: list[str], columns: int) -> None:
+    err = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(columns))
+        patch.setattr(sys, "stderr", err)
+        say("\n".join(lines))
+    shown = err.getvalue()
+    assert shown.split() == " ".join(lines).split()
+    for line in shown.splitlines():
+        assert len(line) <= columns or len(line.split()) == 1 or line in lines
+
+
+def test_a_message_is_whole_where_nobody_knows_the_width(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say(SAID)
+    monkeypatch.setenv("COLUMNS", "wide")
+    say(SAID)
+    out = console(stderr=True)
+    tell(out, f"{SAID} {SAID}")
+    monkeypatch.setenv("COLUMNS", "40")
+    say(SAID, whole=True)
+    exit_with(ValueError(SAID), 1)
+    found = capsys.readouterr().err.splitlines()
+    assert found == [SAID, SAID, f"{SAID} {SAID}", SAID, SAID]
+    say(SAID)
+    tell(console(stderr=True), SAID)
+    wrapped = capsys.readouterr().err.splitlines()
+    assert len(wrapped) == 8
+    assert wrapped[:4] == [line.rstrip() for line in wrapped[4:]]
+
+
+def test_a_terminals_own_width_counts() -> None:
+    shown, terminal_ = pty.openpty()
+    fcntl.ioctl(terminal_, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    command = [sys.executable, "-c", f"from sglang_hicache.policy.text import say; say({SAID!r})"]
+    subprocess.run(command, stderr=terminal_, env=env, check=True)
+    os.close(terminal_)
+    lines = os.read(shown, 4096).decode().splitlines()
+    os.close(shown)
+    assert " ".join(lines) == SAID
+    assert len(lines) == 2
+    assert max(map(len, lines)) <= 60
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_what_is_copied_whole_is_printed_without_a_width(path: Path) -> None:
+    """Else a terminal breaks the words of a sentence; `tell` and `say` wrap them."""
+    allowed = {"policy/terminal.py", "bench/race/command.py", "bench/calibrate/command.py"}
+    allowed |= {"bench/explain/command.py"}  # commands and files
+    if str(path.relative_to(ROOT)) not in allowed:
+        assert "soft_wrap" not in path.read_text(encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ...policy import completion
 from ...policy.format.errors import PolicyError
 from ...policy.terminal import console as console_of
 from ...policy.text import answer
@@ -29,7 +30,12 @@ def calibrate(
         typer.Option(metavar="FILE", help="Write the rules there instead of to this machine's policy file."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the rules, write nothing.")] = False,
-    model: Annotated[str, typer.Option(metavar="NAME", help=f"Rows of {', '.join(MODELS)}.")] = "Qwen3-8B",
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help=f"Rows of {', '.join(MODELS)}.", autocompletion=completion.one_of(MODELS)
+        ),
+    ] = "Qwen3-8B",
     rounds: Annotated[int, typer.Option(min=2, help="Whole sweeps, which must agree.")] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and repeats.")] = False,
     cpu: Annotated[

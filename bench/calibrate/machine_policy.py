@@ -6,16 +6,12 @@ without speculative decoding. Where forwards wait, stalls count, not transfer ti
 
 from __future__ import annotations
 
-import io
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedSeq
 
 from ...io_backends.policy_files import default_policy, policy_in_force
 from ...io_backends.registry import BACKENDS
@@ -25,6 +21,7 @@ from ...policy.format.layers import Policy
 from ...policy.format.load import MACHINE_VARIABLE, POLICY_VARIABLE, default_machine_file
 from ...policy.names import ATTENTION_BACKENDS, NO_SPECULATION
 from ..measure.results import CPU_WATERMARK
+from ..policy_yaml import as_yaml, wrapped
 from .calibration import Choice, Segment
 
 HEADER = "Written by hicache-io calibrate. Do not edit: run it again.\n"
@@ -147,28 +144,10 @@ def provenance(environment: Mapping[str, Any]) -> str:
 
 def to_yaml(made: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> str:
     """The file."""
-    yaml = YAML()
-    yaml.width = 108
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    text = io.StringIO()
     header = HEADER + (CPU_HEADER if environment["ran_on"] == "CPU" else "")
-    text.writelines(f"# {line}\n" for line in header.splitlines())
-    body = {"version": 1, "extends": "default", "rules": [_flow(rule) for rule in made]}
-    yaml.dump(body, text)
-    return text.getvalue()
-
-
-def _flow(rule: Mapping[str, Any]) -> dict[str, Any]:
-    """The rule with its lists on one line each."""
-
-    def short(value: Any) -> Any:
-        if isinstance(value, list):
-            line = CommentedSeq(value)
-            line.fa.set_flow_style()
-            return line
-        return {key: short(each) for key, each in value.items()} if isinstance(value, Mapping) else value
-
-    return {key: short(value) for key, value in rule.items()}
+    comments = [comment for line in header.splitlines() for comment in wrapped(line)]
+    body = as_yaml({"version": 1, "extends": "default", "rules": list(made)})
+    return "\n".join([*comments, body])
 
 
 def check(text: str) -> Policy:

@@ -20,8 +20,9 @@ import typer
 from ...io_backends.registry import AUTO, OWN_NAMES, available_backends, unknown_backend
 from ...io_backends.sglang.no_gpu.fake_libcuda import NoCompilerError
 from ...io_backends.sglang.versions import INSTALL
+from ...policy import completion
 from ...policy.names import MEM_LAYOUTS, NameProblem, check_name
-from ...policy.terminal import styled
+from ...policy.terminal import styled, tell
 from ...policy.text import answer
 from .. import damaged, serving, tiny_model
 from ..json_option import Json
@@ -35,7 +36,10 @@ from .output import RunProgress, as_json, console, show_runs, verdict
 def demo(
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="A backend to try; may be repeated. All of this project's, and auto, by default."),
+        typer.Option(
+            help="A backend to try; may be repeated. All of this project's, and auto, by default.",
+            autocompletion=completion.one_of(lambda: (AUTO, *available_backends())),
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -43,7 +47,11 @@ def demo(
     ] = None,
     layout: Annotated[
         str | None,
-        typer.Option(metavar="LAYOUT", help="--hicache-mem-layout; SGLang's own default without it."),
+        typer.Option(
+            metavar="LAYOUT",
+            help="--hicache-mem-layout; SGLang's own default without it.",
+            autocompletion=completion.one_of(MEM_LAYOUTS),
+        ),
     ] = None,
     page_size: Annotated[int, typer.Option(min=1, help="Tokens a KV cache page.")] = 16,
     cache: Annotated[
@@ -79,7 +87,7 @@ def demo(
             if len(runs) > 1:
                 show_runs(shown, runs, reference)
         for name, why in failures.items():
-            shown.print(styled((f"{name} failed", "bold red"), f": {why}"), soft_wrap=True)
+            tell(shown, styled((f"{name} failed", "bold red"), f": {why}"))
         seconds = time.monotonic() - began
         shown.print(verdict(setup, failures, seconds))
         if json_:

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from ...policy.terminal import console as console_of
-from ...policy.terminal import printable, styled
+from ...policy.terminal import printable, styled, tell
 from ..layout import table
 from .identity import DemoRun, DemoSetup, Status
 
@@ -55,7 +55,7 @@ class RunProgress:
             last, when = self._said.get(name, ("", 0.0))
             if not console.is_terminal and (what != last or seconds >= when + _BEAT_S):
                 self._said[name] = what, seconds
-                console.print(f"{name}: {seconds:.0f} s: {what}")
+                tell(console, f"{name}: {seconds:.0f} s: {what}")
 
         return report
 

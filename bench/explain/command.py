@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...io_backends.policy_files import policy_in_force
-from ...io_backends.registry import AUTO, BACKENDS
+from ...io_backends.registry import AUTO, BACKENDS, UPSTREAM_NAMES
 from ...io_backends.sglang.diagnose.gpu_memory import GpuMemory
 from ...io_backends.sglang.handover.machine_facts import detect
+from ...policy import completion
 from ...policy.decide import check_backend
 from ...policy.fact_spec import FactValue
 from ...policy.fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
     from ...io_backends.sglang.diagnose.dry_run import Server
 
 
-def _option(*names: str, metavar: str, help: str) -> Any:
-    return typer.Option(*names, metavar=metavar, help=help, show_default=False)
+def _option(*names: str, metavar: str, help: str, complete: completion.Complete | None = None) -> Any:
+    return typer.Option(*names, metavar=metavar, help=help, show_default=False, autocompletion=complete)
 
 
 def _takes_facts(command: Callable[..., None]) -> Callable[..., None]:
@@ -51,7 +52,10 @@ def _takes_facts(command: Callable[..., None]) -> Callable[..., None]:
         command({spec.name: given.pop(spec.name) for spec in facts}, **given)
 
     options = {
-        spec.name: Annotated[str | None, _option(spec.option, metavar=spec.metavar, help=spec.meaning)]
+        spec.name: Annotated[
+            str | None,
+            _option(spec.option, metavar=spec.metavar, help=spec.meaning, complete=completion.of_fact(spec)),
+        ]
         for spec in facts
     }
     _, *others = inspect.signature(command, eval_str=True).parameters.values()
@@ -78,13 +82,21 @@ def explain(
     fact: Annotated[
         list[str] | None,
         _option(
-            "--fact", metavar="NAME=VALUE", help="Any other fact, such as row_bytes=2048. May be repeated."
+            "--fact",
+            metavar="NAME=VALUE",
+            help="Any other fact, such as row_bytes=2048. May be repeated.",
+            complete=completion.facts,
         ),
     ] = None,
     policy: PolicyPath = None,
     backend: Annotated[
         str | None,
-        _option("--backend", metavar="NAME", help="What --hicache-io-backend would say; auto if not given."),
+        _option(
+            "--backend",
+            metavar="NAME",
+            help="What --hicache-io-backend would say; auto if not given.",
+            complete=completion.one_of((AUTO, *BACKENDS, *UPSTREAM_NAMES)),
+        ),
     ] = None,
     server_args: Annotated[
         str | None,
@@ -101,6 +113,7 @@ def explain(
             "--what-if",
             metavar="FACT=VALUE,...",
             help="Show the decision with these facts too, and what changes.",
+            complete=completion.facts,
         ),
     ] = None,
     matrix: Annotated[

@@ -17,6 +17,7 @@ from ...io_backends.policy_files import (
     policy_json_schema,
 )
 from ...io_backends.sglang.handover.machine_facts import detect
+from ...policy import completion
 from ...policy.decide import decide
 from ...policy.fact_spec import FactValue
 from ...policy.format.layers import DEFAULT_RULE, Policy
@@ -63,6 +64,7 @@ def init(
             metavar="ARCH",
             help="Its GPU, if not this machine's: sm90, H100, ...",
             show_default=False,
+            autocompletion=completion.one_of(completion.ARCHITECTURES),
         ),
     ] = None,
     fact: Annotated[
@@ -72,6 +74,7 @@ def init(
             metavar="NAME=VALUE",
             help="Any other fact, such as attention_backend=fa3. May be repeated.",
             show_default=False,
+            autocompletion=completion.facts,
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,

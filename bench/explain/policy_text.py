@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import textwrap
 from collections.abc import Mapping
 from typing import Any
-
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from ...io_backends.registry import BACKENDS
 from ...policy.decide import Decision
@@ -18,6 +13,7 @@ from ...policy.fact_table import CONDITIONS, FORWARDS_OF
 from ...policy.facts import Facts
 from ...policy.names import NO_SPECULATION
 from ...policy.text import escaped
+from ..policy_yaml import COLUMNS, as_yaml, wrapped
 
 _PINNED = (
     "gpu_arch",
@@ -34,7 +30,9 @@ _PINNED = (
 _NEEDED = ("gpu_arch", "prefill_attention_backend", "decode_attention_backend")
 """Without one of them a rule would be for servers that need other fences."""
 
-_COLUMNS = 100
+_COMMENTS_AT = 45
+"""Column of the comments beside conditions."""
+_ROOM_FOR_COMMENT = 30
 
 
 def for_server(decision: Decision, facts: Facts, *, file: str) -> str:
@@ -48,7 +46,8 @@ def for_server(decision: Decision, facts: Facts, *, file: str) -> str:
         file: what the file will be called, for the comments.
     """
     active = all(facts.value(name) is not None for name in _NEEDED)
-    rules = "\n".join(_rule(decision, facts, at) for at in range(len(decision.routes)))
+    columns = COLUMNS if active else COLUMNS - len("# ")
+    rules = "\n".join(_rule(decision, facts, at, columns) for at in range(len(decision.routes)))
     if active:
         rules = f"rules:\n{rules}"
     else:
@@ -84,33 +83,43 @@ def _head(file: str) -> str:
     )
 
 
-def _rule(decision: Decision, facts: Facts, at: int) -> str:
-    """The rule of route `at` of the decision."""
+def _rule(decision: Decision, facts: Facts, at: int, columns: int) -> str:
+    """The rule of route `at` of the decision, in lines of `columns`."""
     route = decision.routes[at]
     name = "this-server" if len(decision.routes) == 1 else f"this-server-{at + 1}"
     when, unknown = _when(facts)
     lines = [f"  - name: {name}", "    when:              # all must hold; a list means any of"]
     for key, (value, why) in when.items():
-        lines.append(f"      {f'{key}: {value}':<38} # {why}")
+        lines += _beside(f"      {key}: {value}", why, columns)
     for key, values in route.when.items():
-        lines.append(f"      {f'{key}: {_flow(list(values))}':<38} # of one write")
-    lines += [f"      {f'# {key}:':<38} # {why}" for key, why in unknown.items()]
+        lines += _beside(f"      {key}: {_flow(list(values))}", "of one write", columns)
+    for key, why in unknown.items():
+        lines += _beside(f"      # {key}:", why, columns)
     lines += [
         "    use:",
-        f"      backend: {route.backend}   # {', '.join(BACKENDS)}",
+        *_beside(f"      backend: {route.backend}", ", ".join(BACKENDS), columns, at=0),
         f"      fence_forward: {_flow(list(route.fence_forward))}   # that wait: extend, decode, or []",
     ]
     options = BACKENDS[route.backend].options or ()
     if route.options:
         lines.append(f"      options: {_flow(dict(route.options))}")
     elif options:
-        lines.append(f"      # options: {{...}}   # {', '.join(each.name for each in options)}")
+        lines += _beside("      # options: {...}", ", ".join(each.name for each in options), columns, at=0)
     because = f"as rule {route.rule} of the {route.layer} decides (hicache-io policy init): {route.because}"
     lines.append("    because: >-        # what you saw, where, on which hardware and versions")
-    lines += textwrap.wrap(
-        because, _COLUMNS, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
-    )
+    lines += wrapped(because, columns, " " * 6)
     return "\n".join(lines)
+
+
+def _beside(written: str, comment: str, columns: int, *, at: int = _COMMENTS_AT) -> list[str]:
+    """A line of YAML with a comment that begins at column `at`, or a little past the line, and goes on below;
+    above it where that leaves no room.
+    """
+    left = f"{written:<{at}}" if len(written) < at else f"{written}   "
+    if columns - len(left) < _ROOM_FOR_COMMENT and len(left) + len("# ") + len(comment) > columns:
+        return [*wrapped(comment, columns, " " * 6 + "# "), written]
+    first, *more = wrapped(comment, columns - len(left), "# ")
+    return [left + first, *(" " * len(left) + line for line in more)]
 
 
 def _when(facts: Facts) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
@@ -122,7 +131,7 @@ def _when(facts: Facts) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
         spec, fact = CONDITIONS[name], facts[name]
         if spec.speculative_only and not speculates:
             continue
-        why = escaped(fact.source)
+        why = "; ".join(filter(None, (escaped(fact.source), spec.doubt(fact.value))))
         if fact.value is None:
             unknown[name] = why
         else:
@@ -137,22 +146,7 @@ def whole(policy: Mapping[str, Any], source: str) -> str:
         policy: version, rules and default, as `PolicyFile` reads them.
         source: where it is from, for the first line.
     """
-    yaml = YAML()
-    yaml.width = _COLUMNS
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    out = io.StringIO()
-    yaml.dump(_commented(policy), out)
-    return f"{_comment(f'All rules in force: {escaped(source)}.')}\n{out.getvalue()}"
-
-
-def _commented(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return CommentedMap({key: _commented(each) for key, each in value.items()})
-    if isinstance(value, list) and not any(isinstance(each, Mapping) for each in value):
-        row = CommentedSeq(value)
-        row.fa.set_flow_style()
-        return row
-    return [_commented(each) for each in value] if isinstance(value, list) else value
+    return f"{_comment(f'All rules in force: {escaped(source)}.')}\n{as_yaml(policy)}"
 
 
 def _flow(value: Any) -> str:
@@ -170,6 +164,4 @@ _WORDS_OF_YAML = ("true", "false", "null", "yes", "no", "on", "off", "y", "n")
 
 
 def _comment(text: str) -> str:
-    return "\n".join(
-        textwrap.wrap(text, _COLUMNS, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
-    )
+    return "\n".join(wrapped(text))

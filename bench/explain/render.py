@@ -55,9 +55,24 @@ def show_summary(out: Console, shown: Explanation) -> None:
 
 
 def _first_sentence(text: str) -> str:
-    """At most two lines of 80 columns; the whole is in `show_explanation`."""
-    found = re.match(r"(.+?[.;])(\s|$)", text)
-    return textwrap.shorten(f"{found[1].rstrip('.;')}." if found else text, 128, placeholder=" ...")
+    """A whole one, in about three lines of 80 columns; all of the text is in `show_explanation`.
+
+    What follows a colon is left out where it makes the sentence longer than that.
+    """
+    ends = [
+        each.start()
+        for each in _END.finditer(text)
+        if text.count("(", 0, each.start()) == text.count(")", 0, each.start())
+    ]
+    stop = next((at for at in ends if text[at] != ":"), len(text))
+    if stop > _SHORT:
+        stop = next((at for at in ends if at <= _SHORT), stop)
+    return textwrap.shorten(f"{text[:stop].rstrip('.;')}.", _LONGEST, placeholder=" ...")
+
+
+_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)[.;:](?=\s|$)")
+_SHORT, _LONGEST = 160, 240
+"""Characters of a sentence, and of the longest that is not cut."""
 
 
 def show_what_if(out: Console, now: Explanation, then: Explanation, other: Mapping[str, FactValue]) -> None:
@@ -146,6 +161,7 @@ def _warnings(shown: Explanation) -> list[tuple[str, str]]:
         rows.append(("Pools", shown.fallback))
     if shown.lost:
         rows.append(("Careful", sentences.lost_sentence(shown.lost, shown.policy)))
+    rows += [("Careful", f"{name}: {doubt}") for name, doubt in shown.doubts().items()]
     if note := shown.careful():
         rows.append(("Careful", note))
     return rows

@@ -45,8 +45,8 @@ def refusing(as_json: bool) -> Iterator[None]:
 
 
 def typed_fact(name: str, text: str) -> str | int | bool:
-    """The value of a server's fact that a user typed, and on standard error what is to be said of it. Raises
-    NameProblem.
+    """The value of a server's fact that a user typed, and on standard error what it is taken as, where that
+    is not what was typed. Raises NameProblem.
     """
     value = check_fact(name, text)
     if said := CONDITIONS[name].remark(text):

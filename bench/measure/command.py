@@ -7,7 +7,7 @@ something slower than before; 2: the input is wrong.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...io_backends.registry import BACKENDS
+from ...policy import completion
 from ...policy.format.errors import PolicyError
 from ...policy.names import ATTENTION_BACKENDS, NameProblem, check_name
+from ...policy.terminal import tell
 from ...policy.text import answer
 from ..examples import epilog
 from ..json_option import Json
@@ -44,36 +46,56 @@ bench = typer.Typer(
 )
 
 
-def _many(metavar: str, text: str) -> Any:
-    return typer.Option(metavar=metavar, help=f"{text} May be repeated.", show_default=False)
+_STAND_INS = ("gemm", "attention", "memory", "decode", "prefill", "mixed")
+_CONTIGUITY = {"contiguous": (False,), "fragmented": (True,), "both": (False, True)}
+
+
+def _many(metavar: str, text: str, names: Iterable[str] | Callable[[], Iterable[str]] = ()) -> Any:
+    return typer.Option(
+        metavar=metavar,
+        help=f"{text} May be repeated.",
+        show_default=False,
+        autocompletion=completion.one_of(names) if names else None,
+    )
+
+
+def _option_names() -> list[str]:
+    return [f"{name}.{each.name}=" for name, spec in BACKENDS.items() for each in spec.options or ()]
 
 
 def _measurement(name: str, text: str) -> None:
     """Add the subcommand that runs one measurement (or ``all``)."""
 
     def command(
-        backend: Annotated[list[str] | None, _many("NAME", "Contender; all without it.")] = None,
-        model: Annotated[list[str] | None, _many("NAME", f"Of {', '.join(MODELS)}.")] = None,
-        layout: Annotated[list[str] | None, _many("LAYOUT", f"Of {', '.join(LAYOUTS)}.")] = None,
+        backend: Annotated[list[str] | None, _many("NAME", "Contender; all without it.", names)] = None,
+        model: Annotated[list[str] | None, _many("NAME", f"Of {', '.join(MODELS)}.", MODELS)] = None,
+        layout: Annotated[list[str] | None, _many("LAYOUT", f"Of {', '.join(LAYOUTS)}.", LAYOUTS)] = None,
         page_size: Annotated[list[int] | None, _many("TOKENS", "Tokens a page.")] = None,
         tokens: Annotated[list[int] | None, _many("N", "Tokens a write.")] = None,
         contiguity: Annotated[
             str | None,
-            typer.Option(metavar="WHICH", help="contiguous, fragmented or both.", show_default=False),
+            typer.Option(
+                metavar="WHICH",
+                help="contiguous, fragmented or both.",
+                show_default=False,
+                autocompletion=completion.one_of(_CONTIGUITY),
+            ),
         ] = None,
         attention: Annotated[
             list[str] | None,
-            _many("NAME", "SGLang's attention backend, by which the policy sets fences."),
+            _many("NAME", "SGLang's attention backend, by which the policy sets fences.", ATTENTION_BACKENDS),
         ] = None,
         forward: Annotated[
             list[str] | None,
             _many(
                 "NAME",
                 "Forwards of interference: gemm, attention, memory, decode; of sustained: prefill, mixed.",
+                _STAND_INS,
             ),
         ] = None,
         option: Annotated[
-            list[str] | None, _many("BACKEND.NAME=N", "Option of a backend, such as hybrid.staging_mb=128.")
+            list[str] | None,
+            _many("BACKEND.NAME=N", "Option of a backend, such as hybrid.staging_mb=128.", _option_names),
         ] = None,
         policy: Annotated[
             str | None, typer.Option(metavar="FILE", help="Policy that auto asks.", show_default=False)
@@ -102,7 +124,7 @@ def _measurement(name: str, text: str) -> None:
             ("model", model, tuple(MODELS)),
             ("layout", layout, LAYOUTS),
             ("attention backend", attention, ATTENTION_BACKENDS),
-            ("stand-in", forward, ("gemm", "attention", "memory", "decode", "prefill", "mixed")),
+            ("stand-in", forward, _STAND_INS),
         ):
             _check(what, given, known)
         _positive("--page-size", page_size)
@@ -194,22 +216,21 @@ class Live:
         self._bars.start()
         task = self._bars.add_task("measuring", total=1)
 
-        def say(text: str, done: float, total: float) -> None:
+        def progress(text: str, done: float, total: float) -> None:
             self._bars.update(task, completed=done, total=total, description=text.split(":")[0])
-            self._console.print(text, soft_wrap=not self._console.is_terminal)
+            tell(self._console, text)
 
-        return say
+        return progress
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
 
 def _contiguity(word: str | None) -> tuple[bool, ...]:
-    known = {"contiguous": (False,), "fragmented": (True,), "both": (False, True)}
     if word is None:
         return ()
-    _check("contiguity", [word], tuple(known))
-    return known[word]
+    _check("contiguity", [word], tuple(_CONTIGUITY))
+    return _CONTIGUITY[word]
 
 
 def _options(given: Sequence[str]) -> dict[str, dict[str, int | str]]:

@@ -23,8 +23,10 @@ thead th { background: #f2f2f2 } .scroll { overflow-x: auto; max-width: 100% }
 nav { columns: 22em; margin: 1em 0 } nav a { display: block } img { max-width: 100%; height: auto }
 @media (max-width: 40em) {
   body { margin: 1em auto; font-size: 13px }
-  .scroll td:first-child, .scroll th:first-child { min-width: 9em; white-space: normal }
-  .about td:first-child { white-space: normal; min-width: 9em }
+  th, td { padding: 2px 5px }
+  .scroll span { display: block; width: max-content; max-width: 8em; min-width: min-content }
+  .scroll span, .about td:first-child { white-space: normal; overflow-wrap: normal }
+  .about td:first-child { width: 1% }
   #pictures p { overflow-x: auto } #pictures img { max-width: 60em }
 }
 .mark { color: #b00020; font-weight: bold } dt { font-weight: bold } dd { margin: 0 0 0.2em 1em }
@@ -72,7 +74,7 @@ def page(
     """
     mark = f'<p class="mark">{html.escape(run.watermark)}</p>' if run.watermark else ""
     about = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
+        f"<tr><td>{html.escape(name).replace('_', '_<wbr>')}</td><td>{html.escape(str(value))}</td></tr>"
         for name, value in {**run.environment, **(more or {})}.items()
     )
     wrong = "".join(f'<p class="mark">{html.escape(problem)}</p>' for problem in problems)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,10 +13,11 @@ import typer
 from rich.console import Console
 
 from ...policy.terminal import console as console_of
-from ...policy.text import answer
+from ...policy.text import answer, columns_of, say
 from .. import layout
 from ..json_option import Json
 from ..outputs import check_folder, refuse
+from ..policy_yaml import wrapped
 from ..saved import one_line
 from ..serve import report as serve_report
 from ..serve import result as serve_result
@@ -40,7 +42,7 @@ def list_runs(
     folder: Annotated[Path, typer.Argument(help="Where to look, below it too.")] = Path("."),
     as_json: Json = False,
 ) -> None:
-    """Every saved run in a folder: file, date, GPU, what was measured."""
+    """Every saved run in a folder: file, date, GPU, what was measured, of servers in which cells."""
     found: list[dict[str, Any]] = []
     for path in sorted(folder.rglob("*.json")):
         run = _found(path)
@@ -48,7 +50,8 @@ def list_runs(
             measured = _measured(run)
             about = {name: run.environment.get(name) for name in ("gpu", "sglang", "git")}
             date = str(run.environment.get("date"))[:16]
-            found.append({"file": str(path), "date": date, "measured": measured, **about})
+            cells = [] if isinstance(run, Results) else [_cell(each) for each in run.cells]
+            found.append({"file": str(path), "date": date, "measured": measured, "cells": cells, **about})
     if as_json:
         answer(json.dumps({"runs": found}, indent=1))
         return
@@ -56,8 +59,30 @@ def list_runs(
         refuse(f"no saved run in {folder}")
     for each in found:
         answer(each["file"])
-        what = ", ".join(f"{name} {count}" for name, count in each["measured"].items())
-        answer("    " + one_line(f"{each['date']}, {each['gpu'] or 'no GPU'}; {what}"))
+        lines = wrapped(_about(each), columns_of(sys.stdout) or _COLUMNS, "    ")
+        answer("\n".join(lines).replace(_TOGETHER, " "))
+
+
+_COLUMNS = 80
+_CELLS = 6
+_TOGETHER = "\u00a0"
+"""A blank at which no line ends."""
+
+
+def _about(run: Mapping[str, Any]) -> str:
+    """What is in a file, of many cells the first ones."""
+    what = ", ".join(f"{name}{_TOGETHER}{count}" for name, count in run["measured"].items())
+    cells = run["cells"]
+    if cells:
+        more = [f"{len(cells) - _CELLS} more"] if len(cells) > _CELLS else []
+        what = f"{what}: {', '.join([*cells[:_CELLS], *more])}"
+    return f"{one_line(run['date'])}, {one_line(run['gpu'] or 'no GPU')}; {what}"
+
+
+def _cell(cell: serve_result.CellResult) -> str:
+    """Its name, and the model that is served if that does not say it."""
+    model = str(cell.cell["model"]["name"])
+    return one_line(cell.name if model.lower() in cell.name.lower() else f"{cell.name} of {model}")
 
 
 def show(
@@ -294,11 +319,10 @@ def load(path: Path) -> Results:
 
 def say_written(paths: Sequence[Path]) -> None:
     """Which files were written, on standard error."""
-    console = stderr_console()
-    console.print(f"written: {', '.join(str(path) for path in paths)}", soft_wrap=True)
+    say(f"written: {', '.join(str(path) for path in paths)}")
     missing = plots.why_not()
     if missing is not None:
-        console.print(f"no plots: {missing}")
+        say(f"no plots: {missing}")
 
 
 def stderr_console() -> Console:

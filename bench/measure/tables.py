@@ -359,17 +359,21 @@ def markdown_row(cells: Sequence[str]) -> str:
 
 def as_html(table: Table, watermark: str | None) -> str:
     """A table element with its title."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>\n" for line in table.lines
-    )
+    head = _html_row("th", table.columns)
+    body = "".join(f"{_html_row('td', line)}\n" for line in table.lines)
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in table.notes)
     mark = f'<p class="mark">{html.escape(watermark)}</p>' if watermark else ""
     return (
         f'<h2 id="{anchor(table)}">{html.escape(table.title)}</h2>{mark}\n'
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>\n'
+        f'<div class="scroll" tabindex="0"><table><thead>{head}</thead>\n'
         f"<tbody>{body}</tbody></table></div>{notes}\n"
     )
+
+
+def _html_row(tag: str, cells: Sequence[str]) -> str:
+    """A row whose first text is an element: a style says of one how wide it is at most, and of no cell."""
+    first, *others = map(html.escape, cells)
+    return "<tr>" + "".join(f"<{tag}>{each}</{tag}>" for each in (f"<span>{first}</span>", *others)) + "</tr>"
 
 
 def anchor(table: Table) -> str:

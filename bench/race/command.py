@@ -25,10 +25,12 @@ from ...io_backends.sglang.diagnose.serving import refusal
 from ...io_backends.sglang.handover.machine_facts import detect
 from ...io_backends.sglang.no_gpu import fake_libcuda
 from ...io_backends.sglang.versions import INSTALL
+from ...policy import completion
 from ...policy.decide import Decision, check_backend, decide
+from ...policy.fact_table import CONDITIONS
 from ...policy.facts import Facts
 from ...policy.format.errors import PolicyError
-from ...policy.names import NameProblem, check_name
+from ...policy.names import ATTENTION_BACKENDS, KV_KINDS, NameProblem, check_name
 from ...policy.terminal import console as console_of
 from ...policy.terminal import working
 from ...policy.text import answer, say
@@ -41,6 +43,22 @@ _SGLANG_PATH = "HICACHE_IO_RACE_SGLANG_PATH"
 
 
 _PICTURES = (".png", ".svg", ".pdf")
+
+_ATTENTION = completion.one_of(ATTENTION_BACKENDS)
+
+MODES = (
+    "overlap",
+    "pipeline",
+    "synchronize",
+    "offload",
+    "retraction",
+    "no-overlap",
+    "speculative",
+    "states",
+)
+"""Of `simulation.modes`, which imports torch."""
+LAYOUTS = ("layer_first", "page_first", "page_first_direct")
+"""Of `simulation.setups`, which imports torch."""
 
 DEFAULTS = {"attention_backend": "fa3", "gpu_arch": "sm90", "kv_kind": "mha", "device": "cuda"}
 """The setup that crashed (#20611), where nothing else is said."""
@@ -55,7 +73,11 @@ def race(
         ),
     ] = KeptFences.auto,
     backend: Annotated[
-        str, typer.Option(help="Who writes back: ours, auto, or SGLang's own kernel or direct, untouched.")
+        str,
+        typer.Option(
+            help="Who writes back: ours, auto, or SGLang's own kernel or direct, untouched.",
+            autocompletion=completion.one_of((AUTO, *BACKENDS, "kernel", "direct")),
+        ),
     ] = AUTO,
     mode: Annotated[
         list[str] | None,
@@ -64,6 +86,7 @@ def race(
             help="How the server runs forwards and asks for writes: overlap (if nothing is said), pipeline, "
             "synchronize, offload, retraction, no-overlap, speculative, states; several, or all.",
             show_default=False,
+            autocompletion=completion.one_of((*MODES, "all")),
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many orders and workloads to try.")] = 200,
@@ -75,21 +98,47 @@ def race(
         ),
     ] = None,
     attention_backend: Annotated[
-        str | None, typer.Option(metavar="NAME", help="fa3 if nothing is said.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="fa3 if nothing is said.",
+            show_default=False,
+            autocompletion=_ATTENTION,
+        ),
     ] = None,
-    prefill_attention_backend: Annotated[str | None, typer.Option(metavar="NAME")] = None,
-    decode_attention_backend: Annotated[str | None, typer.Option(metavar="NAME")] = None,
+    prefill_attention_backend: Annotated[
+        str | None, typer.Option(metavar="NAME", autocompletion=_ATTENTION)
+    ] = None,
+    decode_attention_backend: Annotated[
+        str | None, typer.Option(metavar="NAME", autocompletion=_ATTENTION)
+    ] = None,
     gpu_arch: Annotated[
-        str | None, typer.Option(metavar="ARCH", help="sm90 if nothing is said.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="ARCH",
+            help="sm90 if nothing is said.",
+            show_default=False,
+            autocompletion=completion.one_of(completion.ARCHITECTURES),
+        ),
     ] = None,
     mem_layout: Annotated[
-        str | None, typer.Option(metavar="LAYOUT", help="Of the host pool; page_first if nothing is said.")
+        str | None,
+        typer.Option(
+            metavar="LAYOUT",
+            help="Of the host pool; page_first if nothing is said.",
+            autocompletion=completion.one_of(LAYOUTS),
+        ),
     ] = None,
     page_size: Annotated[
         str | None, typer.Option(metavar="TOKENS", help="Tokens in a page; 1 if nothing is said.")
     ] = None,
     kv_kind: Annotated[
-        str | None, typer.Option(metavar="KIND", help="mha (if nothing is said) or mla.")
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="mha (if nothing is said) or mla.",
+            autocompletion=completion.one_of(KV_KINDS),
+        ),
     ] = None,
     policy: Annotated[str | None, typer.Option(metavar="FILE", help="A policy file, for auto.")] = None,
     sglang_path: Annotated[
@@ -202,8 +251,6 @@ def _decide(
     given: dict[str, Any], backend: str, fences: KeptFences, policy: str | None
 ) -> tuple[Facts, Decision]:
     """Facts, and who writes back with which fences. Exits for wrong input."""
-    from .simulation.setups import LAYOUTS
-
     try:
         known = {name: typed_fact(name, value) for name, value in given.items() if value is not None}
         check_backend(backend, BACKENDS)
@@ -211,6 +258,8 @@ def _decide(
         decision = decide(policy_in_force(policy), facts, backend=backend)
     except (NameProblem, PolicyError) as error:
         _refuse(str(error))
+    if said := CONDITIONS["gpu_arch"].doubt(facts.value("gpu_arch")):
+        say(f"gpu_arch: {said}")
     layout = str(facts.value("mem_layout"))
     if layout not in LAYOUTS:
         _refuse(f"the copies of layout {layout} have no stand-in; these have: {', '.join(LAYOUTS)}")
@@ -226,7 +275,6 @@ def _decide(
 
 def _modes(asked: Sequence[str] | None, version_: str, layout: str) -> tuple[str, ...]:
     """The modes that were asked for. Exits for one that is not there."""
-    from .simulation.modes import MODES
     from .simulation.published import SIMULATED
 
     wanted = dict.fromkeys(asked or ["overlap"])

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from ...io_backends.sglang.versions import INSTALL
+from ...policy import completion
 from ...policy.names import MEM_LAYOUTS, NameProblem, check_name
 from ...policy.text import answer, say
 from ..json_option import Json
@@ -35,7 +36,12 @@ ON_CPU = ("none", "auto")
 def serve(
     arm: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help=f"May be repeated. Of {', '.join(arms.ARMS)}.", show_default=False),
+        typer.Option(
+            metavar="NAME",
+            help=f"May be repeated. Of {', '.join(arms.ARMS)}.",
+            show_default=False,
+            autocompletion=completion.one_of(arms.ARMS),
+        ),
     ] = None,
     workload: Annotated[
         list[str] | None,
@@ -44,6 +50,7 @@ def serve(
             help=f"Of {', '.join(workloads.NAMES)} (all without it), and SGLang's own benchmark: "
             f"{', '.join(public.NAMES)}. May be repeated.",
             show_default=False,
+            autocompletion=completion.one_of((*workloads.NAMES, *public.NAMES)),
         ),
     ] = None,
     model: Annotated[
@@ -52,11 +59,18 @@ def serve(
             metavar="PATH",
             help=f"A model's folder, or one that is made: {', '.join(models.NAMES)}.",
             show_default=False,
+            autocompletion=completion.one_of(models.NAMES),
         ),
     ] = None,
     page_size: Annotated[int | None, typer.Option(min=1, help="Tokens a page.", show_default=False)] = None,
     layout: Annotated[
-        str | None, typer.Option(metavar="LAYOUT", help="--hicache-mem-layout.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="LAYOUT",
+            help="--hicache-mem-layout.",
+            show_default=False,
+            autocompletion=completion.one_of(MEM_LAYOUTS),
+        ),
     ] = None,
     pool_tokens: Annotated[
         int | None, typer.Option(min=1024, help="Capacity of the device pool; 65,536.", show_default=False)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from ...policy.terminal import styled
+from ...policy.terminal import styled, tell
 from ...policy.text import answer, say
 from ..json_option import Json
 from ..measure import environment
@@ -121,9 +121,9 @@ def stress(
     shown = result_console(json_)
     shown.print(report.table(result))
     for note in result["notes"]:
-        shown.print(styled(("Note:", "yellow"), f" {note}"), soft_wrap=True)
+        tell(shown, styled(("Note:", "yellow"), f" {note}"))
     for line in report.verdict(result):
-        shown.print(line, soft_wrap=True)
+        tell(shown, line)
     if saved is not None:
         say(saved)
     if json_:

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ...policy.terminal import styled
+from ...policy.terminal import styled, tell
 from ..demo.output import console
 from .loaded_server import LoadedServer
 from .run import Limits, Outcome
@@ -53,7 +53,7 @@ class LiveLines:
         for side in sides:
             if len(side.waves) > self._said.get(side.client.url, 0):
                 self._said[side.client.url] = len(side.waves)
-                console.print(self._line(side), soft_wrap=True)
+                tell(console, self._line(side))
 
     def _line(self, side: LoadedServer) -> str:
         tally = side.tally

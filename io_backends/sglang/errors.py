@@ -20,7 +20,7 @@ class RefusedError(ValueError):
 
 def exit_with(error: Exception, status: int) -> SystemExit:
     """``error`` as the end of the process: one line on standard error, and ``status``."""
-    say(str(error))
+    say(str(error), whole=True)
     return SystemExit(status)
 
 

@@ -48,7 +48,8 @@ def _found(policy: Policy) -> Iterator[tuple[str, str]]:
     for rule in policy.rules:
         for key, values in rule.when.written().items():
             for asked in values:
-                if isinstance(asked, str) and (said := CONDITIONS[key].remark(asked)) is not None:
+                fact = CONDITIONS[key]
+                if isinstance(asked, str) and (said := fact.remark(asked) or fact.doubt(asked)) is not None:
                     yield rule.name, f"{key}: {said}"
     for name, use in [*((rule.name, rule.use) for rule in policy.rules), ("default", policy.default.use)]:
         spec = policy.backends[use.backend]

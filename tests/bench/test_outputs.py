@@ -7,8 +7,11 @@ import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -19,8 +22,9 @@ from typer.testing import CliRunner, Result
 
 from sglang_hicache.bench import examples, outputs
 from sglang_hicache.bench.cli import LAZY, _Group, app
-from sglang_hicache.bench.explain import launch_line
+from sglang_hicache.bench.explain import launch_line, render
 from sglang_hicache.bench.layout import table
+from sglang_hicache.io_backends.policy_files import policy_in_force
 from sglang_hicache.io_backends.sglang.diagnose import command_line
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.terminal import console
@@ -42,14 +46,14 @@ TAKES_A_FOLDER = [
 ]
 
 
-def run(*arguments: str | Path, columns: int = 80) -> Result:
-    env = {"NO_COLOR": "1", "COLUMNS": str(columns)}
+def run(*arguments: str | Path, columns: int | None = 80) -> Result:
+    env = {"NO_COLOR": "1", "COLUMNS": "" if columns is None else str(columns)}
     return CliRunner().invoke(app, [str(each) for each in arguments], env=env)
 
 
 def refused(*arguments: str | Path) -> str:
     """The one line of a command whose input is wrong."""
-    found = run(*arguments)
+    found = run(*arguments, columns=None)
     assert found.exit_code == 2, (found.output, found.exception)
     assert found.stdout == ""
     assert found.stderr.count("\n") == 1
@@ -134,6 +138,34 @@ def test_explain_answers_in_about_ten_lines(arguments: list[str]) -> None:
     assert lines[-1].startswith("--verbose: ")
     assert "Facts" in long.stdout
     assert len(long.stdout.splitlines()) > 2 * len(lines) or "kernel" in arguments
+
+
+def test_explain_gives_a_reason_in_whole_sentences() -> None:
+    policy = policy_in_force()
+    for because in [*(rule.because for rule in policy.rules), policy.default.because]:
+        short = render._first_sentence(because)
+        assert len(short) <= 230, short
+        assert short.count("(") == short.count(")"), short
+        assert because.startswith(short[:-1]), short
+        assert because[len(short) - 1] in ".;:", short
+    shown = " ".join(run("explain", "--attention-backend", "triton", "--gpu-arch", "sm80").stdout.split())
+    assert "so no forward waits, and compute and write-back overlap fully. sglang serve" in shown
+
+
+@pytest.mark.parametrize(
+    ("because", "short"),
+    [
+        ("A crash (seen in 0.5.23; not since). More.", "A crash (seen in 0.5.23; not since)."),
+        ("Slow, e.g. at pages of 1; more", "Slow, e.g. at pages of 1."),
+        ("Measured: hybrid is faster.", "Measured: hybrid is faster."),
+        ("no end", "no end."),
+        (f"It crashed: {'so it did ' * 20}.", "It crashed."),
+        (f"{'word ' * 46}end", f"{'word ' * 46}end."),
+        ("word " * 60, f"{'word ' * 47}..."),
+    ],
+)
+def test_a_reason_is_cut_where_a_sentence_ends(because: str, short: str) -> None:
+    assert render._first_sentence(because) == short
 
 
 def test_explain_prints_the_command_to_run() -> None:
@@ -278,6 +310,93 @@ def test_a_shell_completes_commands_and_options() -> None:
     env = {"_HICACHE_IO_COMPLETE": "complete_bash", "COMP_WORDS": "hicache-io race --f", "COMP_CWORD": "2"}
     found = CliRunner().invoke(app, [], env=env, prog_name="hicache-io")
     assert found.stdout.split() == ["--fences"]
+
+
+def completed(words: str) -> list[str]:
+    """What a shell is told after these words."""
+    env = {"_HICACHE_IO_COMPLETE": "complete_bash", "COMP_WORDS": f"hicache-io {words}"}
+    env["COMP_CWORD"] = str(len(words.split()) + words.endswith(" "))
+    return CliRunner().invoke(app, [], env=env, prog_name="hicache-io").stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        ("explain --backend k", ["kernel", "kernel_ascend"]),
+        ("explain --attention-backend fa", ["fa3", "fa4"]),
+        ("explain --gpu-arch sm10", ["sm100", "sm101", "sm103"]),
+        ("explain --kv-kind ", ["mha", "mla"]),
+        ("explain --mem-layout page_first_", ["page_first_direct", "page_first_kv_split"]),
+        ("explain --fact row", ["row_bytes="]),
+        ("explain --what-if gpu_", ["gpu_arch=", "gpu_name="]),
+        ("policy init --gpu-arch c", ["cpu"]),
+        ("policy init --fact page", ["page_size="]),
+        ("doctor --gpu-arch sm9", ["sm90"]),
+        ("calibrate --model D", ["DeepSeek-V3"]),
+        ("demo --backend h", ["hybrid"]),
+        ("demo --layout l", ["layer_first"]),
+        ("race --backend auto", ["auto"]),
+        ("race --fences p", ["producer"]),
+        ("race --mode s", ["synchronize", "speculative", "states"]),
+        ("race --mem-layout page_first", ["page_first", "page_first_direct"]),
+        ("bench serve --arm auto --arm n", ["none", "null"]),
+        ("bench serve --workload ch", ["chat"]),
+        ("bench serve --model kv", ["kvheavy"]),
+        ("bench serve --layout page_h", ["page_head"]),
+        ("bench bandwidth --backend co", ["copy_engine"]),
+        ("bench all --model Q", ["Qwen3-8B"]),
+        ("bench fence --layout la", ["layer_first"]),
+        ("bench fence --attention trtllm_", ["trtllm_mla", "trtllm_mha"]),
+        ("bench interference --forward ge", ["gemm"]),
+        ("bench submit --contiguity f", ["fragmented"]),
+        ("bench submit --option hybrid.st", ["hybrid.staging_mb="]),
+        ("bench compare a b --sort c", ["change", "contender"]),
+        ("explain --policy ", []),  # the shell's own: files
+    ],
+)
+def test_a_shell_completes_values(words: str, values: list[str]) -> None:
+    assert completed(words) == values
+
+
+def test_a_shell_completes_the_values_of_every_option_that_takes_a_name() -> None:
+    from_a_file = {"--only"}
+    for path, command in _commands(typer.main.get_command(app)):
+        for option in command.params:
+            name = next((each for each in option.opts if each.startswith("--")), "")
+            if option.metavar in ("NAME", "LAYOUT", "ARCH", "KIND", "WHICH") and name not in from_a_file:
+                assert completed(f"{' '.join(path)} {name} "), (path, name)
+
+
+def test_completion_imports_nothing_slow() -> None:
+    """Between two keys."""
+    code = (
+        "import sys\n"
+        "from sglang_hicache.bench.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'sglang', 'triton', 'cuda', 'matplotlib'} & set(sys.modules), sys.modules"
+    )
+    for words in ("race --mode ", "bench serve --model ", "explain --backend ", "demo --backend "):
+        count = str(len(words.split()) + 1)
+        env = {"_HICACHE_IO_COMPLETE": "complete_bash", "COMP_WORDS": f"hicache-io {words}"}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **env, "COMP_CWORD": count},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert len(done.stdout.splitlines()) > 2
+
+
+def _commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    context = group.make_context("hicache-io", [], resilient_parsing=True)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if hasattr(command, "list_commands"):
+            yield from _commands(command, (*path, name))
+        else:
+            yield (*path, name), command
 
 
 rows = st.lists(st.tuples(*[st.text("ab c\n", max_size=30)] * 4), min_size=1, max_size=5)

@@ -27,9 +27,7 @@ GIVEN = ["--attention-backend", "fa3", "--gpu-arch", "sm90"]
 
 
 def run(*arguments: str | Path, **env: str) -> Result:
-    return CliRunner().invoke(
-        app, [str(each) for each in arguments], env={"NO_COLOR": "1", "COLUMNS": "80", **env}
-    )
+    return CliRunner().invoke(app, [str(each) for each in arguments], env={"NO_COLOR": "1", **env})
 
 
 def explained(*arguments: str | Path, **env: str) -> Any:

@@ -20,6 +20,7 @@ from pathlib import Path
 from packaging.version import Version
 
 from ....policy.evidence import GDC_SINCE, PRODUCER_FENCE_SINCE
+from ....policy.fact_table import CONDITIONS
 from ....policy.facts import Facts
 from ....policy.format.errors import PolicyError
 from ....policy.format.layers import Policy
@@ -33,6 +34,7 @@ from ..no_gpu import fake_libcuda
 from .dry_run import Server
 
 OK, WARNING, BAD = "ok", "warning", "bad"
+NEW_GPU = "a policy of yours can say which forwards wait on it"
 
 _PLUGIN = "hicache_io"
 _GROUP = "sglang.srt.plugins"
@@ -175,6 +177,8 @@ def machine(facts: Facts) -> Iterator[Finding]:
         gpu = facts.value("gpu_name") or "no GPU"
         software = f"driver {facts['driver']}, CUDA {facts['cuda']}"
         yield Finding("GPU", OK, f"{gpu} ({arch}), {software}" if arch.value != "cpu" else "a CPU server")
+        if said := CONDITIONS["gpu_arch"].doubt(arch.value):
+            yield Finding("GPU", WARNING, said, NEW_GPU)
     batch = facts["batch_copy"]
     if batch.value is False and arch.value != "cpu":
         yield Finding(

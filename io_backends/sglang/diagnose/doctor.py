@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ....policy import completion
 from ....policy.fact_spec import FactValue
-from ....policy.gpu_names import architecture, memory_gib, remark
+from ....policy.gpu_names import architecture, doubt, memory_gib, remark
 from ....policy.names import NameProblem
 from ....policy.terminal import console, working
 from ....policy.text import answer, say
@@ -58,6 +59,7 @@ def doctor(
             metavar="ARCH",
             help="The server's GPU, if not this machine's: sm90, H100, ...",
             show_default=False,
+            autocompletion=completion.one_of(completion.ARCHITECTURES),
         ),
     ] = None,
     gpu_memory: GpuMemory = None,
@@ -74,7 +76,8 @@ def doctor(
             given["gpu_arch"] = architecture(gpu_arch)
         except NameProblem as error:
             _refuse("--gpu-arch", error)
-        if said := remark(gpu_arch):
+        # Of a server, a finding has the doubt.
+        if said := remark(gpu_arch) or (None if server_args else doubt(gpu_arch)):
             say(f"gpu_arch: {said}")
     # SGLang resolves the command line in a process of its own, while this one looks at the machine.
     with ThreadPoolExecutor(1) as pool:

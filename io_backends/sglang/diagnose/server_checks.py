@@ -21,7 +21,7 @@ from ....policy.evidence import (
     unfenced,
     upstream_path,
 )
-from ....policy.fact_table import FORWARDS_OF
+from ....policy.fact_table import CONDITIONS, FORWARDS_OF
 from ....policy.facts import Facts
 from ....policy.format.layers import Policy
 from ....policy.names import FORWARDS
@@ -29,7 +29,7 @@ from ...policy_files import default_policy
 from ...registry import BACKENDS, UPSTREAM_NAMES
 from ..pools.host_pools import assigned
 from . import serving
-from .checks import BAD, OK, WARNING, Finding
+from .checks import BAD, NEW_GPU, OK, WARNING, Finding
 from .dry_run import Server
 
 _STATUS = {Level.BREAKS: BAD, Level.PLAUSIBLE: WARNING, Level.UNKNOWN: WARNING, Level.NO_REPORT: OK}
@@ -48,6 +48,8 @@ def server(asked: Server, policy: Policy) -> Iterator[Finding]:
         f"{name.partition('_')[0]} {facts[name]}" for name in FORWARDS_OF if facts.value(name)
     )
     yield Finding("server", OK, f"{running} on {facts['gpu_arch']}; --hicache-io-backend {asked.backend}")
+    if said := CONDITIONS["gpu_arch"].doubt(facts.value("gpu_arch")):
+        yield Finding("GPU", WARNING, said, NEW_GPU)
     ours = asked.backend not in UPSTREAM_NAMES
     yield from _own_server(asked, policy) if ours else _upstream_server(asked.backend, facts)
     yield from _past_the_fence(asked, ours)

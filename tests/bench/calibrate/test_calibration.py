@@ -248,6 +248,14 @@ def test_the_rules_send_each_write_where_it_was_fastest_and_say_why() -> None:
     assert dict(packed.options) == {"gather_ctas": 16}
 
 
+@pytest.mark.parametrize("environment", [GPU, CPU])
+def test_the_rules_fit_80_columns(environment: dict[str, Any]) -> None:
+    text = calibrated(sweeps(), environment).text()
+    assert text is not None
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80, max(lines, key=len)
+
+
 def test_the_rules_hold_for_this_gpu_and_what_was_measured_only() -> None:
     text = calibrated(sweeps()).text()
     assert text is not None

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,7 @@ from sglang_hicache.bench.measure import compare, gate, judge, plots, report, re
 from sglang_hicache.bench.measure.cases import Case
 from sglang_hicache.bench.measure.contenders import names
 from sglang_hicache.bench.measure.results import Results, Row, Spread
+from sglang_hicache.bench.serve import result as serve_result
 
 RESULTS = ROOT / "bench" / "results"
 ONE_COMMIT = (RESULTS / "2026-11-26-h100-slow-host/bench.json", RESULTS / "2026-11-26-h100/bench.json")
@@ -264,6 +266,34 @@ def test_list_finds_runs_of_both_kinds_and_nothing_else(tmp_path: Path) -> None:
     assert by_file["2026-11-26-h100-servers/first.json"] == {"servers": 2}
     assert "2026-11-26-h100/calibration.json" not in by_file
     assert hicache_io("bench", "list", tmp_path).exit_code == 2
+
+
+def test_list_names_the_cells_of_servers_in_80_columns(tmp_path: Path) -> None:
+    listed = hicache_io("bench", "list", RESULTS)
+    lines = [line for line in listed.stdout.splitlines() if line.startswith("    ")]
+    assert max(map(len, lines)) <= 80
+    assert not [line for line in lines if line.endswith(("bandwidth", "latency", "servers"))]
+    assert "servers 2: kvheavy-triton-page1, kvheavy-fa3-flashinfer-page64" in " ".join(listed.stdout.split())
+    cells = {
+        each["file"].rpartition("/")[2]: each["cells"]
+        for each in _listed(RESULTS / "2026-11-26-h100-servers")
+    }
+    assert cells["first.json"] == ["kvheavy-page1", "kvheavy-page64"]
+    found = serve_result.load(RESULTS / "2026-11-26-h100-servers" / "first.json")
+    found.cells = [
+        replace(found.cells[0], cell={**found.cells[0].cell, "name": f"cell-{at}"}) for at in range(9)
+    ]
+    serve_result.save(found, tmp_path)
+    shown = " ".join(hicache_io("bench", "list", tmp_path).stdout.split())
+    assert shown.endswith(
+        "servers 9: cell-0 of kvheavy, cell-1 of kvheavy, cell-2 of kvheavy, "
+        "cell-3 of kvheavy, cell-4 of kvheavy, cell-5 of kvheavy, 3 more"
+    )
+    assert len(_listed(tmp_path)[0]["cells"]) == 9
+
+
+def _listed(folder: Path) -> list[dict[str, Any]]:
+    return json.loads(hicache_io("bench", "list", folder, "--json").stdout)["runs"]  # type: ignore[no-any-return]
 
 
 def test_show_prints_a_short_table_for_each_layout_and_all_with_all() -> None:

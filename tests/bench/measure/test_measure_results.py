@@ -196,6 +196,22 @@ def test_the_report_needs_nothing_from_elsewhere(tmp_path: Path, monkeypatch: py
     assert names == {"bench.json", "bench.csv", "tables.md", "report.html"}
 
 
+def test_the_first_column_of_a_report_is_as_wide_as_its_words_on_a_phone() -> None:
+    """Of a cell no style can say how wide it may be at most, so what is in it is an element."""
+    page = report.as_html(a_run())
+    tables_ = page.split('<div class="scroll"')[1:]
+    assert tables_
+    for each in tables_:
+        rows = each.partition("</table>")[0].split("<tr>")[1:]
+        assert all(re.match(r"<(t[dh])><span>[^<]*</span></\1>", row) for row in rows)
+    style = page.partition("@media (max-width")[2].partition("</style>")[0]
+    assert re.search(
+        r"\.scroll span \{[^}]*width: max-content; max-width: \d+em; min-width: min-content", style
+    )
+    assert not re.search(r"min-width: \d", style)
+    assert "ran_<wbr>on" in page
+
+
 # Whether auto was right.
 
 

@@ -16,12 +16,21 @@ from own_process import SHARD, run_cases
 from repository import VERSIONS
 
 from sglang_hicache.bench import damaged
+from sglang_hicache.bench.race import command as race_command
 from sglang_hicache.io_backends.sglang import versions
 
 pytestmark = pytest.mark.sglang
 
 HERE = Path(__file__).parent
 Python = tuple[str, ...]
+
+
+def test_help_and_completion_name_what_is_there() -> None:
+    """Without importing it."""
+    from sglang_hicache.bench.race.simulation import modes, setups
+
+    assert tuple(modes.MODES) == race_command.MODES
+    assert setups.LAYOUTS == race_command.LAYOUTS
 
 
 # Minutes of one core each; more where others run beside it.
