@@ -7,7 +7,6 @@ writes stays open in it, as `Decision.routes`.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +21,7 @@ from .format.schema import Default, Rule
 from .match import match, resolve_fences
 from .names import AUTO, FORWARDS, UPSTREAM_NAMES, check_name
 from .routes import WriteFacts, WriteRoute, writes_in_words
+from .text import first_sentence
 
 # The option that a person types to choose a backend by hand.
 BACKEND_OPTION = "--hicache-io-backend"
@@ -166,14 +166,16 @@ def check_backend(name: str, backends: Backends) -> str:
 
 
 def describe_decision(decision: Decision) -> str:
-    """The one line that each scheduler logs: backends, fences, rule, and why in short."""
-    why = textwrap.shorten(decision.because, 160, placeholder=" ...")
+    """The one line that each scheduler logs: backends, fences, rule, why in short, and what nobody knows."""
+    why = first_sentence(decision.because)
+    found = Facts.from_dict(decision.facts).doubts()
+    doubts = "".join(f" Careful: {name}: {doubt}" for name, doubt in found.items())
     backends = " or ".join(dict.fromkeys(route.backend for route in decision.routes))
     # A file may extend the shipped policy, and the rule be of that.
     source = SHIPPED if decision.layer == SHIPPED else decision.policy
     return (
         f"hicache-io: D2H backend {backends}, forwards that wait: {'+'.join(decision.fences()) or 'none'}, "
-        f"by rule {decision.rule} ({source}): {why}"
+        f"by rule {decision.rule} ({source}): {why}{doubts}"
     )
 
 

@@ -68,6 +68,11 @@ class Facts(Mapping[str, Fact]):
         """The value of fact `name`, None when unknown. Raises KeyError for a name that is no fact."""
         return self._facts[name].value
 
+    def doubts(self) -> dict[str, str]:
+        """What an answer must say of values that nobody knows anything of, by fact."""
+        said = {name: SERVER_FACTS[name].doubt(fact.value) for name, fact in self.items()}
+        return {name: each for name, each in said.items() if each is not None}
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain JSON types: ``{name: {"value": ..., "source": ...}}``, null for unknown."""
         return {name: {"value": fact.value, "source": fact.source} for name, fact in self.items()}

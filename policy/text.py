@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import textwrap
 import unicodedata
@@ -88,3 +89,23 @@ def code_point(character: str) -> str:
 
 def _is_unsafe(character: str) -> bool:
     return unicodedata.category(character) in _UNSAFE and character not in _JOINERS
+
+
+def first_sentence(text: str) -> str:
+    """A whole one, on one line, which is about three of 80 columns. What follows a colon is left out where it
+    makes the sentence longer than that.
+    """
+    ends = [
+        each.start()
+        for each in _END.finditer(text)
+        if text.count("(", 0, each.start()) == text.count(")", 0, each.start())
+    ]
+    stop = next((at for at in ends if text[at] != ":"), len(text))
+    if stop > _SHORT:
+        stop = next((at for at in ends if at <= _SHORT), stop)
+    return textwrap.shorten(f"{text[:stop].rstrip('.;')}.", _LONGEST, placeholder=" ...")
+
+
+_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)[.;:](?=\s|$)")
+_SHORT, _LONGEST = 160, 240
+"""Characters of a sentence, and of the longest that is not cut."""

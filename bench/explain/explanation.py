@@ -11,7 +11,6 @@ from ...io_backends.sglang.pools.host_pools import HostPool, assigned
 from ...policy import sentences
 from ...policy.cost import cost
 from ...policy.decide import Decision, decide
-from ...policy.fact_table import CONDITIONS
 from ...policy.facts import Facts
 from ...policy.format.layers import Policy
 from ...policy.unfenced import lost_here
@@ -70,11 +69,6 @@ class Explanation:
         """What rests on unknown facts, or None."""
         return sentences.unknown_note(self.decision, self.policy, self.facts)
 
-    def doubts(self) -> dict[str, str]:
-        """What is to be said of facts that nobody knows anything of, by fact."""
-        said = {name: CONDITIONS[name].doubt(fact.value) for name, fact in self.facts.items()}
-        return {name: each for name, each in said.items() if each is not None}
-
     def to_dict(self) -> dict[str, Any]:
         """`Decision.to_dict` and the rest, plain JSON types."""
         return {
@@ -89,6 +83,6 @@ class Explanation:
             "refused": self.refused,
             "fallback": self.fallback,
             "lost": list(self.lost),
-            "doubts": self.doubts(),
+            "doubts": self.facts.doubts(),
             "other_pools": serving.other_pools(self.decision, self.facts),
         }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +16,7 @@ from ...policy.format.schema import Default, Rule
 from ...policy.format.validators import USES
 from ...policy.match import word_of
 from ...policy.terminal import styled
+from ...policy.text import first_sentence
 from ..layout import pairs, table
 from . import pool_rows
 from .explanation import Explanation
@@ -50,29 +49,8 @@ def show_summary(out: Console, shown: Explanation) -> None:
     rows.insert(0, ("D2H backend", sentences.backend_sentence(decision)))
     rows.append(("Fences", sentences.fence_sentence(decision, backends)))
     rows.append(("Decided by", sentences.decided_by(decision, shown.policy)))
-    rows.append(("Why", " ".join(dict.fromkeys(_first_sentence(each.because) for each in decision.routes))))
+    rows.append(("Why", " ".join(dict.fromkeys(first_sentence(each.because) for each in decision.routes))))
     out.print(pairs(rows))
-
-
-def _first_sentence(text: str) -> str:
-    """A whole one, in about three lines of 80 columns; all of the text is in `show_explanation`.
-
-    What follows a colon is left out where it makes the sentence longer than that.
-    """
-    ends = [
-        each.start()
-        for each in _END.finditer(text)
-        if text.count("(", 0, each.start()) == text.count(")", 0, each.start())
-    ]
-    stop = next((at for at in ends if text[at] != ":"), len(text))
-    if stop > _SHORT:
-        stop = next((at for at in ends if at <= _SHORT), stop)
-    return textwrap.shorten(f"{text[:stop].rstrip('.;')}.", _LONGEST, placeholder=" ...")
-
-
-_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)[.;:](?=\s|$)")
-_SHORT, _LONGEST = 160, 240
-"""Characters of a sentence, and of the longest that is not cut."""
 
 
 def show_what_if(out: Console, now: Explanation, then: Explanation, other: Mapping[str, FactValue]) -> None:
@@ -161,7 +139,7 @@ def _warnings(shown: Explanation) -> list[tuple[str, str]]:
         rows.append(("Pools", shown.fallback))
     if shown.lost:
         rows.append(("Careful", sentences.lost_sentence(shown.lost, shown.policy)))
-    rows += [("Careful", f"{name}: {doubt}") for name, doubt in shown.doubts().items()]
+    rows += [("Careful", f"{name}: {doubt}") for name, doubt in shown.facts.doubts().items()]
     if note := shown.careful():
         rows.append(("Careful", note))
     return rows

@@ -219,7 +219,7 @@ def _measured(run: Results | serve_result.ServeResult) -> dict[str, int]:
     return {name: names.count(name) for name in dict.fromkeys(names)}
 
 
-_COLUMNS = (
+_LEGEND = (
     "change: of the figure. beside: how much slower in proportion to the nearest contender in which no code "
     "of this project runs, or to the link; 0 where it moved like one of them."
 )
@@ -261,7 +261,7 @@ def _show_lines(lines: Sequence[gate.GateLine], runs: Sequence[Results]) -> None
     told = (f"{count} {verdict}" for verdict, count in counts.items() if count or verdict != gate.UNTOLD)
     console.print(", ".join(told))
     verdicts = {line.verdict for line in lines}
-    said = [_COLUMNS, *(meaning for verdict, meaning in _MEANINGS.items() if verdict in verdicts)]
+    said = [_LEGEND, *(meaning for verdict, meaning in _MEANINGS.items() if verdict in verdicts)]
     console.print(" ".join(said), style="dim")
 
 

@@ -22,12 +22,13 @@ from typer.testing import CliRunner, Result
 
 from sglang_hicache.bench import examples, outputs
 from sglang_hicache.bench.cli import LAZY, _Group, app
-from sglang_hicache.bench.explain import launch_line, render
+from sglang_hicache.bench.explain import launch_line
 from sglang_hicache.bench.layout import table
 from sglang_hicache.io_backends.policy_files import policy_in_force
 from sglang_hicache.io_backends.sglang.diagnose import command_line
 from sglang_hicache.policy.facts import Facts
 from sglang_hicache.policy.terminal import console
+from sglang_hicache.policy.text import first_sentence
 
 TAKES_A_FILE = [
     (["race"], "--trace", ".json"),
@@ -143,7 +144,7 @@ def test_explain_answers_in_about_ten_lines(arguments: list[str]) -> None:
 def test_explain_gives_a_reason_in_whole_sentences() -> None:
     policy = policy_in_force()
     for because in [*(rule.because for rule in policy.rules), policy.default.because]:
-        short = render._first_sentence(because)
+        short = first_sentence(because)
         assert len(short) <= 230, short
         assert short.count("(") == short.count(")"), short
         assert because.startswith(short[:-1]), short
@@ -165,7 +166,7 @@ def test_explain_gives_a_reason_in_whole_sentences() -> None:
     ],
 )
 def test_a_reason_is_cut_where_a_sentence_ends(because: str, short: str) -> None:
-    assert render._first_sentence(because) == short
+    assert first_sentence(because) == short
 
 
 def test_explain_prints_the_command_to_run() -> None:

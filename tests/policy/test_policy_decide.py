@@ -496,9 +496,15 @@ def test_the_log_line_is_one_line():
         "by rule rule-0 (p.yaml): a long reason"
     )
     assert "\n" not in line
-    assert len(line) < 300
+    assert len(line) < 350
     unfenced = describe_decision(decide(policy(document()), FA3_ON_HOPPER))
-    assert unfenced.endswith("forwards that wait: none, by rule default (p.yaml): nothing else")
+    assert unfenced.endswith("forwards that wait: none, by rule default (p.yaml): nothing else.")
+
+
+def test_the_log_line_says_that_nobody_knows_the_gpu():
+    line = describe_decision(decide(policy(document()), Facts.given(gpu_arch="sm93")))
+    assert "by rule default (p.yaml): nothing else. Careful: gpu_arch: no GPU of sm93 is known" in line
+    assert "Careful" not in describe_decision(decide(policy(document()), FA3_ON_HOPPER))
 
 
 def test_the_log_line_names_every_backend_and_forward_that_a_write_may_meet():
