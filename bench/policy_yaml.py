@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.scalarstring import FoldedScalarString
+
+from ..policy.text import wrapped
 
 COLUMNS = 80
 _NEVER = 1 << 20
@@ -24,18 +25,6 @@ def as_yaml(policy: Mapping[str, Any]) -> str:
     out = io.StringIO()
     yaml.dump(_mapping(policy, 0), out)
     return out.getvalue()
-
-
-def wrapped(text: str, columns: int = COLUMNS, indent: str = "# ") -> list[str]:
-    """Lines that begin with `indent` and end at words; a longer word is left whole."""
-    return textwrap.wrap(
-        text,
-        columns,
-        initial_indent=indent,
-        subsequent_indent=indent,
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
 
 
 def _mapping(value: Mapping[str, Any], column: int) -> CommentedMap:
@@ -69,7 +58,7 @@ def _laid_out(value: Any, column: int, room: int) -> Any:
 def _folded(text: str, column: int) -> Any:
     folded: Any = FoldedScalarString(text)
     folded.fold_pos, at = [], -1
-    for line in wrapped(text, COLUMNS - column, "")[:-1]:
+    for line in wrapped(text, COLUMNS - column)[:-1]:
         at += len(line) + 1
         folded.fold_pos.append(at)
     return folded

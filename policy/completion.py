@@ -1,11 +1,13 @@
-"""What a shell completes a value with, of options whose valid names are a list."""
+"""What a shell completes a value with, of options whose valid names are a list.
+
+Not ``NAME=VALUE``: a shell adds a blank behind the ``=``, and what is typed behind that is another argument.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
 from .fact_spec import FactKind, FactSpec
-from .fact_table import ANY_ATTENTION, FACT_NAMES
 from .gpu_names import KNOWN_ARCHITECTURES
 
 Complete = Callable[[str], list[str]]
@@ -15,9 +17,7 @@ ARCHITECTURES = (*KNOWN_ARCHITECTURES, "cpu")
 
 
 def one_of(names: Iterable[str] | Callable[[], Iterable[str]]) -> Complete:
-    """Args:
-    names: the valid values, or what finds them, where that takes time or a package.
-    """
+    """Those of ``names`` that begin so; they may be what finds them, where that takes time or a package."""
 
     def complete(incomplete: str) -> list[str]:
         return [name for name in (names() if callable(names) else names) if name.startswith(incomplete)]
@@ -33,7 +33,3 @@ def of_fact(spec: FactSpec) -> Complete | None:
         FactKind.FLAG: ("true", "false"),
     }
     return one_of(names[spec.kind]) if spec.kind in names else None
-
-
-facts = one_of([f"{name}=" for name in (ANY_ATTENTION.name, *FACT_NAMES)])
-"""For an option that takes ``NAME=VALUE``."""

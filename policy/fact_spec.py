@@ -45,6 +45,7 @@ class FactSpec:
         called: what a message calls such a name; of a number or a text, what it is.
         values: of `FactKind.NAME`, the valid ones.
         unknown: why it is unknown where nobody gives it and detection does not look for it.
+        hidden: when not even a server knows it, so that a rule that adds fences by it may not match.
         default, default_because: SGLang's default, where it has one, and what is said of it.
         example: a value, for messages.
         metavar: of ``explain``'s option for it; without one, ``--fact`` gives it.
@@ -67,6 +68,7 @@ class FactSpec:
     called: str = ""
     values: tuple[str, ...] = ()
     unknown: str = ""
+    hidden: str = ""
     default: FactValue = None
     default_because: str = "SGLang's default"
     example: str = ""

@@ -185,6 +185,7 @@ FACTS: tuple[FactSpec, ...] = (
         "Whose build of FlashAttention-3 SGLang loads: that of its kernel package, or kernels-community's.",
         FactSource.MACHINE,
         called="FA3 build",
+        hidden="with SGLANG_USE_SGL_FA3_KERNEL=0 only SGLang's log says whose it loaded",
         values=FA3_BINARIES,
         compared=True,
     ),

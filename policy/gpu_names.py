@@ -83,7 +83,9 @@ def doubt(word: str) -> str | None:
     if arch == "cpu" or arch in KNOWN_ARCHITECTURES:
         return None
     known = ", ".join(KNOWN_ARCHITECTURES)
-    return f"no GPU of {arch} is known to this release, and no rule was made for one; known are {known}"
+    return (
+        f"no GPU of {arch} is known to this release, and no shipped rule was made for one; known are {known}"
+    )
 
 
 def memory_gib(word: str) -> int | None:

@@ -6,6 +6,8 @@ rich's markup or as a terminal's commands they end the program, or hide what was
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,12 +36,20 @@ def console(*, stderr: bool = False, columns: int | None = None) -> Console:
         stderr: standard error.
         columns: width where that is no terminal and COLUMNS is not set; rich assumes 80 without it.
     """
-    known = columns_of(sys.stderr if stderr else sys.stdout)
-    return _PlainConsole(stderr=stderr, highlight=False, width=None if known else columns)
+    stream = sys.stderr if stderr else sys.stdout
+    return _PlainConsole(
+        # Python has None for a stream that is closed.
+        file=io.StringIO() if stream is None else None,
+        stderr=stderr,
+        highlight=False,
+        width=columns_of(stream) or columns,
+        # rich takes a width of 0 from there, and what is no number.
+        _environ={name: value for name, value in os.environ.items() if name != "COLUMNS"},
+    )
 
 
 def tell(out: Console, text: str | Text) -> None:
-    """Print a sentence as :func:`~.text.say` does."""
+    """Print a sentence as :func:`~.text.say` does, but that a word longer than a line is broken."""
     out.print(text, soft_wrap=columns_of(out.file) is None)  # type: ignore[arg-type]
 
 

@@ -37,11 +37,15 @@ def escaped(text: str, *, allowed: str = "") -> str:
     )
 
 
-def columns_of(stream: TextIO) -> int | None:
-    """How wide what is written there is shown, as COLUMNS or else the terminal says; None if neither does."""
+def columns_of(stream: TextIO | None) -> int | None:
+    """How wide what is written there is shown, as COLUMNS or else the terminal says; None if neither does, or
+    the stream is closed, which Python has as None.
+    """
     said = os.environ.get("COLUMNS", "")
     if said.isascii() and said.isdigit() and int(said):
         return int(said)
+    if stream is None:
+        return None
     try:
         return os.get_terminal_size(stream.fileno()).columns or None
     except (OSError, ValueError):
@@ -67,13 +71,18 @@ def _wrapped(line: str, columns: int) -> str:
     if len(line) <= columns:
         return line
     indent = line[: len(line) - len(line.lstrip())]
-    return textwrap.fill(
-        line.strip(),
+    return "\n".join(wrapped(line.strip(), columns, indent))
+
+
+def wrapped(text: str, columns: int, indent: str = "") -> list[str]:
+    """Lines that begin with `indent` and end at words; a longer word is left whole."""
+    return textwrap.wrap(
+        text,
         columns,
         initial_indent=indent,
         subsequent_indent=indent,
-        break_long_words=False,
         break_on_hyphens=False,
+        break_long_words=False,
     )
 
 
@@ -98,14 +107,15 @@ def first_sentence(text: str) -> str:
     ends = [
         each.start()
         for each in _END.finditer(text)
-        if text.count("(", 0, each.start()) == text.count(")", 0, each.start())
+        if text.count("(", 0, each.start()) <= text.count(")", 0, each.start())
     ]
     stop = next((at for at in ends if text[at] != ":"), len(text))
     if stop > _SHORT:
         stop = next((at for at in ends if at <= _SHORT), stop)
-    return textwrap.shorten(f"{text[:stop].rstrip('.;')}.", _LONGEST, placeholder=" ...")
+    mark = text[stop] if text[stop : stop + 1] in ("!", "?") else "."
+    return textwrap.shorten(f"{text[:stop].rstrip('.;')}{mark}", _LONGEST, placeholder=" ...")
 
 
-_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)[.;:](?=\s|$)")
+_END = re.compile(r"(?:(?<!\bvs)(?<!\be\.g)(?<!\bi\.e)(?<!\bapprox)\.|[;:!?])(?=\s|$)")
 _SHORT, _LONGEST = 160, 240
 """Characters of a sentence, and of the longest that is not cut."""

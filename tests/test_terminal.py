@@ -8,6 +8,7 @@ import io
 import os
 import pty
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -135,6 +136,36 @@ def test_a_message_is_whole_where_nobody_knows_the_width(
     wrapped = capsys.readouterr().err.splitlines()
     assert len(wrapped) == 8
     assert wrapped[:4] == [line.rstrip() for line in wrapped[4:]]
+
+
+@pytest.mark.parametrize(
+    ("words", "stream", "status", "says"),
+    [
+        # Without an answer: what is refused is still refused.
+        (["explain", "--attention-backend", "fooo"], "stderr", 2, ""),
+        (["explain", "--attention-backend", "fooo"], "stdout", 2, "unknown attention backend 'fooo'"),
+        (["explain", "--attention-backend", "fa3", "--gpu-arch", "sm90"], "stderr", 0, "D2H backend"),
+        (["explain", "--attention-backend", "fa3", "--gpu-arch", "sm90"], "stdout", 0, ""),
+        (["bench", "list", str(ROOT / "bench" / "results" / "2026-11-28-h200")], "stdout", 0, ""),
+    ],
+)
+def test_a_closed_stream_changes_nothing_else(words: list[str], stream: str, status: int, says: str) -> None:
+    closed = {"stdout": ">&-", "stderr": "2>&-"}[stream]
+    hicache_io = [sys.executable, "-c", "from sglang_hicache.bench.cli import main; main()", *words]
+    command = f"{shlex.join(hicache_io)} {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert says in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("columns", ["0", "\u00b2", "wide", "-1", ""])
+def test_a_width_that_is_none_is_as_if_it_were_not_set(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys, "stdout", shown := io.StringIO())
+    out = console()
+    out.print("an answer")
+    assert (out.width, shown.getvalue()) == (80, "an answer\n")
 
 
 def test_a_terminals_own_width_counts() -> None:

@@ -20,8 +20,9 @@ from ...policy.facts import Facts
 from ...policy.format.layers import Policy
 from ...policy.format.load import MACHINE_VARIABLE, POLICY_VARIABLE, default_machine_file
 from ...policy.names import ATTENTION_BACKENDS, NO_SPECULATION
+from ...policy.text import wrapped
 from ..measure.results import CPU_WATERMARK
-from ..policy_yaml import as_yaml, wrapped
+from ..policy_yaml import COLUMNS, as_yaml
 from .calibration import Choice, Segment
 
 HEADER = "Written by hicache-io calibrate. Do not edit: run it again.\n"
@@ -145,7 +146,7 @@ def provenance(environment: Mapping[str, Any]) -> str:
 def to_yaml(made: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> str:
     """The file."""
     header = HEADER + (CPU_HEADER if environment["ran_on"] == "CPU" else "")
-    comments = [comment for line in header.splitlines() for comment in wrapped(line)]
+    comments = [comment for line in header.splitlines() for comment in wrapped(line, COLUMNS, "# ")]
     body = as_yaml({"version": 1, "extends": "default", "rules": list(made)})
     return "\n".join([*comments, body])
 

@@ -85,7 +85,6 @@ def explain(
             "--fact",
             metavar="NAME=VALUE",
             help="Any other fact, such as row_bytes=2048. May be repeated.",
-            complete=completion.facts,
         ),
     ] = None,
     policy: PolicyPath = None,
@@ -113,7 +112,6 @@ def explain(
             "--what-if",
             metavar="FACT=VALUE,...",
             help="Show the decision with these facts too, and what changes.",
-            complete=completion.facts,
         ),
     ] = None,
     matrix: Annotated[

@@ -74,7 +74,6 @@ def init(
             metavar="NAME=VALUE",
             help="Any other fact, such as attention_backend=fa3. May be repeated.",
             show_default=False,
-            autocompletion=completion.facts,
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,

@@ -12,8 +12,8 @@ from ...policy.decide import Decision
 from ...policy.fact_table import CONDITIONS, FORWARDS_OF
 from ...policy.facts import Facts
 from ...policy.names import NO_SPECULATION
-from ...policy.text import escaped
-from ..policy_yaml import COLUMNS, as_yaml, wrapped
+from ...policy.text import escaped, wrapped
+from ..policy_yaml import COLUMNS, as_yaml
 
 _PINNED = (
     "gpu_arch",
@@ -118,7 +118,7 @@ def _beside(written: str, comment: str, columns: int, *, at: int = _COMMENTS_AT)
     left = f"{written:<{at}}" if len(written) < at else f"{written}   "
     if columns - len(left) < _ROOM_FOR_COMMENT and len(left) + len("# ") + len(comment) > columns:
         return [*wrapped(comment, columns, " " * 6 + "# "), written]
-    first, *more = wrapped(comment, columns - len(left), "# ")
+    first, *more = wrapped(comment, columns - len(left), "# ") or ["#"]
     return [left + first, *(" " * len(left) + line for line in more)]
 
 
@@ -164,4 +164,4 @@ _WORDS_OF_YAML = ("true", "false", "null", "yes", "no", "on", "off", "y", "n")
 
 
 def _comment(text: str) -> str:
-    return "\n".join(wrapped(text))
+    return "\n".join(wrapped(text, COLUMNS, "# "))

@@ -59,10 +59,6 @@ def _many(metavar: str, text: str, names: Iterable[str] | Callable[[], Iterable[
     )
 
 
-def _option_names() -> list[str]:
-    return [f"{name}.{each.name}=" for name, spec in BACKENDS.items() for each in spec.options or ()]
-
-
 def _measurement(name: str, text: str) -> None:
     """Add the subcommand that runs one measurement (or ``all``)."""
 
@@ -95,7 +91,7 @@ def _measurement(name: str, text: str) -> None:
         ] = None,
         option: Annotated[
             list[str] | None,
-            _many("BACKEND.NAME=N", "Option of a backend, such as hybrid.staging_mb=128.", _option_names),
+            _many("BACKEND.NAME=N", "Option of a backend, such as hybrid.staging_mb=128."),
         ] = None,
         policy: Annotated[
             str | None, typer.Option(metavar="FILE", help="Policy that auto asks.", show_default=False)

@@ -13,11 +13,10 @@ import typer
 from rich.console import Console
 
 from ...policy.terminal import console as console_of
-from ...policy.text import answer, columns_of, say
+from ...policy.text import answer, columns_of, say, wrapped
 from .. import layout
 from ..json_option import Json
 from ..outputs import check_folder, refuse
-from ..policy_yaml import wrapped
 from ..saved import one_line
 from ..serve import report as serve_report
 from ..serve import result as serve_result
@@ -81,7 +80,7 @@ def _about(run: Mapping[str, Any]) -> str:
 
 def _cell(cell: serve_result.CellResult) -> str:
     """Its name, and the model that is served if that does not say it."""
-    model = str(cell.cell["model"]["name"])
+    model = str((cell.cell.get("model") or {}).get("name") or "")
     return one_line(cell.name if model.lower() in cell.name.lower() else f"{cell.name} of {model}")
 
 

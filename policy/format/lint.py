@@ -51,6 +51,10 @@ def _found(policy: Policy) -> Iterator[tuple[str, str]]:
                 fact = CONDITIONS[key]
                 if isinstance(asked, str) and (said := fact.remark(asked) or fact.doubt(asked)) is not None:
                     yield rule.name, f"{key}: {said}"
+        for key in rule.when.written().keys() - rule.unknown_matches():
+            if rule.use.fence_forward and (hidden := CONDITIONS[key].hidden):
+                missing = f"{key} may be unknown ({hidden}), and then this rule's fences are missing"
+                yield rule.name, f"{missing}: say unknown: [{key}]"
     for name, use in [*((rule.name, rule.use) for rule in policy.rules), ("default", policy.default.use)]:
         spec = policy.backends[use.backend]
         for option in spec.options or ():

@@ -353,6 +353,34 @@ def test_your_own_file_may_and_a_warning_names_what_is_lost(tmp_path: Path):
     assert "whether this policy takes a fence away is not known" in str(warning)
 
 
+@pytest.mark.parametrize(
+    ("when", "unknown", "fences", "warned"),
+    [
+        ("fa3_binary: [kernels_community]", "", "[extend, decode]", True),
+        ("fa3_binary: [kernels_community]", "unknown: [fa3_binary]", "[extend]", False),
+        ("fa3_binary: [kernels_community]", "unknown: match", "[extend]", False),
+        ("fa3_binary: [kernels_community]", "", "[]", False),
+        ("gpu_arch: [sm80]", "", "[extend]", False),
+    ],
+)
+def test_a_fence_by_a_fact_that_a_server_may_not_know_is_warned_of(
+    tmp_path: Path, when: str, unknown: str, fences: str, warned: bool
+):
+    """SGLang says in its log only whether the Hub's FA3 was loaded."""
+    path = tmp_path / "p.yaml"
+    lines = [
+        *("version: 1", "extends: default", "rules:", "  - name: hub"),
+        f"    when: {{{when}, attention_backend: [triton]}}",
+        f"    {unknown or '# none'}",
+        f"    use: {{backend: hybrid, fence_forward: {fences}}}",
+        "    because: mine",
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    found = [str(each) for each in warnings(load_policy(path)) if "fa3_binary may be unknown" in str(each)]
+    assert bool(found) == warned
+    assert all("say unknown: [fa3_binary]" in each for each in found)
+
+
 def test_a_fence_that_the_machine_file_adds_is_missed_too(machine: Path):
     rule = "{name: m, when: {gpu_arch: sm80}, use: {backend: hybrid, fence_forward: [decode]}, because: m}"
     machine.write_text(extending(rule))

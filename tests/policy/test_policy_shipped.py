@@ -217,6 +217,20 @@ def test_a_few_neighbouring_pages_do_not_change_who_writes():
             assert not [page for page in pages if page <= bound < 1.25 * page], rule.name
 
 
+@pytest.mark.parametrize("name", ["policy.md", "operations.md", "architecture.md"])
+def test_the_documents_name_the_bounds(name: str):
+    said = " ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split())
+    rules = {rule.name: rule.when.written() for rule in SHIPPED.rules}
+    for rule, words in (
+        ("layer-first-short-copies", "up to {} KiB"),
+        ("fa3-on-hopper-short-copies", "up to {} KiB beside FA3 on Hopper"),
+    ):
+        (stated,) = rules[rule]["write_entry_bytes"]
+        kib = int(re.sub(r"\D", "", str(stated))) // 1024
+        other = "beside FA3 on Hopper, where forwards wait: up to {} KiB"
+        assert words.format(kib) in said or other.format(kib) in said, (rule, kib)
+
+
 def test_every_reason_cites_where_it_comes_from():
     for rule in SHIPPED.rules:
         assert re.search(r"#\d{4,}|bench/results/\S+", rule.because), rule.name

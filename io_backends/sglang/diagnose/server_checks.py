@@ -48,9 +48,9 @@ def server(asked: Server, policy: Policy) -> Iterator[Finding]:
         f"{name.partition('_')[0]} {facts[name]}" for name in FORWARDS_OF if facts.value(name)
     )
     yield Finding("server", OK, f"{running} on {facts['gpu_arch']}; --hicache-io-backend {asked.backend}")
-    if said := CONDITIONS["gpu_arch"].doubt(facts.value("gpu_arch")):
-        yield Finding("GPU", WARNING, said, NEW_GPU)
     ours = asked.backend not in UPSTREAM_NAMES
+    if ours and (said := CONDITIONS["gpu_arch"].doubt(facts.value("gpu_arch"))):
+        yield Finding("GPU", WARNING, said, NEW_GPU)
     yield from _own_server(asked, policy) if ours else _upstream_server(asked.backend, facts)
     yield from _past_the_fence(asked, ours)
 

@@ -121,7 +121,7 @@ def test_an_architecture_that_nobody_knows_is_warned_of() -> None:
     found = run(*given, "--json")
     assert (found.exit_code, found.stderr) == (0, "")
     told = json.loads(found.stdout)
-    said = "no GPU of sm91 is known to this release, and no rule was made for one; known are sm70, "
+    said = "no GPU of sm91 is known to this release, and no shipped rule was made for one; known are sm70, "
     assert told["facts"]["gpu_arch"]["value"] == "sm91"
     assert told["doubts"]["gpu_arch"].startswith(said)
     for arguments in (given, (*given, "--verbose")):
