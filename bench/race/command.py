@@ -83,8 +83,8 @@ def race(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="How the server runs forwards and asks for writes: overlap (if nothing is said), pipeline, "
-            "synchronize, offload, retraction, no-overlap, speculative, states; several, or all.",
+            help=f"How the server runs forwards and asks for writes: {MODES[0]} (if nothing is said), "
+            f"{', '.join(MODES[1:])}; several, or all.",
             show_default=False,
             autocompletion=completion.one_of((*MODES, "all")),
         ),
