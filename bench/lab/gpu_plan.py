@@ -170,6 +170,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--cell", nargs="+", metavar="NAME", help="only these cells")
     parser.add_argument("--arm", nargs="+", metavar="NAME", help="only these arms")
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--at-once", type=int, metavar="N", help="servers that are up together")
     parser.add_argument(
         "--turns-lock",
         type=Path,
@@ -212,6 +213,8 @@ def main(given: Sequence[str] | None = None) -> int:
         steps = [replace(step, arms=[arm for arm in step.arms if arm in args.arm]) for step in steps]
     if args.rounds:
         steps = [replace(step, rounds=args.rounds) for step in steps]
+    if args.at_once:
+        steps = [replace(step, at_once=args.at_once) for step in steps]
     if args.rehearse:
         steps = [step.rehearsal() for step in steps]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped on the way out

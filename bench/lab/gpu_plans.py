@@ -160,7 +160,8 @@ PLANS: dict[str, list[PlannedCell]] = {
     ),
     "mla": [
         *_by_page("mlaheavy", (1, 64), PlannedCell("", LIMIT, model=models.MLA)),
-        # Experts as the original has: 31 GB of weights, of which 80 GB hold one beside a pool and graphs.
+        # Experts as the original has: 31 GB of weights, of which 80 GB hold one beside a pool and graphs
+        # (141 GB hold three: --at-once 3).
         *_by_page(
             "deepseek-v2-lite",
             (1, 64),
@@ -209,15 +210,17 @@ PLANS: dict[str, list[PlannedCell]] = {
     ),
     "tp2-bytes": [
         PlannedCell(
-            f"bytes-tp2-page{page}",
+            f"bytes-tp2-{prefix}page{page}",
             (NONE, "auto", damaged.NAME),
             ("chat",),
             rounds=1,
+            model=model,
             page_size=page,
             pool_tokens=16_384,
             tp=2,
             deterministic=True,
         )
+        for model, prefix in ((models.HEAVY, ""), (models.MLA, "mla-"))
         for page in (64, 1)
     ],
     "tp2": _by_page("kvheavy-tp2", (1, 64), PlannedCell("", LIMIT, tp=2)),
