@@ -20,7 +20,7 @@ TABLES = {
         "serve_verified",
         "serve_chat",
         "serve_prefill",
-        *["serve_arms"] * 10,
+        *["serve_arms"] * 11,
         "gpu_table",
         "gpu_table",
         "gpu_fence",

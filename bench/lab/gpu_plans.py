@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,12 @@ _BYTES = PlannedCell(
     pool_tokens=16_384,
     deterministic=True,
 )
-_INVARIANT = ("--moe-runner-backend", "triton")
-"""The one that SGLang takes for this model by itself rounds by the number of tokens in a batch."""
-_FEW_STATES = ("--max-mamba-cache-size", "96", "--disable-prefill-cuda-graph")
-"""Left to itself each server would fill the GPU with states, and the host with three times as many; and
-capture 58 graphs of prefills, which took longer than 2 minutes with four servers at once (H200)."""
+_SOON_UP = "--disable-prefill-cuda-graph"
+"""With experts or states SGLang captures 58 graphs of prefills: 2 minutes for four servers at once (H200)."""
+_INVARIANT = ("--moe-runner-backend", "triton", _SOON_UP)
+"""The runner that SGLang takes for this model by itself rounds by the number of tokens in a batch."""
+_FEW_STATES = ("--max-mamba-cache-size", "96", _SOON_UP)
+"""Left to itself each server would fill the GPU with states, and the host with three times as many."""
 
 PLANS: dict[str, list[PlannedCell]] = {
     "first": _by_page("kvheavy", (1, 64), PlannedCell("", LIMIT, rounds=3)),
@@ -179,14 +181,15 @@ PLANS: dict[str, list[PlannedCell]] = {
         (1, 64),
         PlannedCell("", ("none", "kernel", "auto", "null"), workloads=("gsp", "gsp-turns")),
     ),
-    # Which fences are needed on silicon: see the document on the FA3 crash. A minute of load for each arm, as
-    # often as there is time; bench/lab/experiments.py adds up.
+    # Which fences are needed on silicon: see the document on the FA3 crash. Turns of load for each arm, as
+    # long as there is time; bench/lab/experiments.py adds up.
     "experiments": [
         PlannedCell(
             f"experiments-{name}-page{page}",
             tuple(EXPERIMENTS),
             ("chat",),
             rounds=1000,
+            enough_s=inf,
             layout="layer_first",
             page_size=page,
             options=options + GRAPHS,
@@ -203,6 +206,7 @@ PLANS: dict[str, list[PlannedCell]] = {
             (NONE, *EXPERIMENTS),
             ("chat",),
             rounds=1000,
+            enough_s=inf,
             layout="layer_first",
             pool_tokens=16_384,
             deterministic=True,

@@ -25,6 +25,7 @@ from ..measure.tables import markdown_row
 from ..serve.account import ArmSummary
 from ..serve.arms import DEFAULT, NONE
 from ..serve.result import CellResult, ServeResult, load
+from .experiments import attention_of
 
 OWN = ("kernel", "direct")
 """SGLang's own ways, the one that `auto` is set against first: its default, and what it runs instead in
@@ -141,8 +142,12 @@ def arms_table(found: ServeResult) -> str:
     Raises:
         ValueError: nothing ran.
     """
+    attention = {cell.name: _served_attention(cell) for cell in found.cells}
+    # One for all: said once, as the option that was given.
+    apart = len(set(attention.values())) > 1
     rows = [
         [
+            *([attention[cell.name]] if apart else []),
             str(cell.cell["model"]["name"]),
             f"`{cell.cell['mem_layout']}`",
             str(cell.cell["page_size"]),
@@ -158,16 +163,24 @@ def arms_table(found: ServeResult) -> str:
         raise ValueError("no cell has a turn")
     machine = found.environment
     columns = ("model", "layout", "page", "load", "write-back", *_COLUMNS, "entries", "thread ms")
+    columns = ("attention", *columns) if apart else columns
+    options = "" if apart else f"; {' '.join(found.cells[0].cell['more'][:2])}"
     lines = [
         f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}, torch {machine['torch']}, "
-        f"SGLang {machine['sglang']}, {machine['date'][:10]}; "
-        f"{' '.join(found.cells[0].cell['more'][:2])}.",
+        f"SGLang {machine['sglang']}, {machine['date'][:10]}{options}.",
         "",
         markdown_row(columns),
         markdown_row(["---"] * len(columns)),
         *map(markdown_row, rows),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _served_attention(cell: CellResult) -> str:
+    """As the servers of a cell said, or where none was asked while it was up, as they were told."""
+    facts = cell.arms.values()
+    said = (_attention(each.server) for each in facts if each.server)
+    return next(said, "") or next((attention_of(each.args) for each in facts), "")
 
 
 def _by(arm: str, cell: CellResult) -> str:

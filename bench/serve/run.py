@@ -244,6 +244,7 @@ def _load_group(
             result.skipped.append(f"all arms, from round {number} on: no time left")
             say(f"{cell.name}: {result.skipped[-1]}")
             break
+        tried = False
         for name in given.workloads:
             for arm in order(list(by_arm), number, first):
                 if spent.get((name, arm), 0.0) > given.enough_s:
@@ -254,6 +255,7 @@ def _load_group(
                     say(f"{cell.name}: {result.skipped[-1]}")
                     continue
                 server = by_arm[arm].server
+                tried = True
                 try:
                     limit = max(1.0, min(given.turn_timeout_s, left))
                     asking = _asking(cell, name, number, server, made, limit)
@@ -271,6 +273,10 @@ def _load_group(
                 result.turns.append(turn)
                 say(f"{cell.name}: {_line(turn)}")
                 save(result)
+        if (
+            not tried
+        ):  # nor will a later round: each arm has had enough, or less time is left than a turn takes
+            break
 
 
 @contextmanager

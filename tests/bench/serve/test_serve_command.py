@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ pytest.importorskip("aiohttp")
 from sglang_hicache.bench import damaged
 from sglang_hicache.bench.cli import app
 from sglang_hicache.bench.lab import cell_server, gpu_plan, gpu_plans, gpu_stress
-from sglang_hicache.bench.serve import arms, models, null_backend, public, result, run, workloads
+from sglang_hicache.bench.serve import arms, models, null_backend, public, result, run, scrape, workloads
+from sglang_hicache.bench.serve.account import arm_round
 from sglang_hicache.bench.serve.arms import Cell
+from sglang_hicache.bench.serve.load import Loaded
 from sglang_hicache.bench.serve.models import ServedModel
 from sglang_hicache.bench.serve.result import CellResult
 from sglang_hicache.io_backends.interface import Backend
@@ -230,6 +233,52 @@ def test_a_cell_that_fails_does_not_stop_a_plan(
     assert "out of something" in capsys.readouterr().err
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == ["first-logs.tar.gz", "first.csv", "first.html", "first.json", "first.md"]
+
+
+@pytest.mark.parametrize(
+    ("enough_s", "budget_s", "turns", "lines"),
+    [(60.0, 1e6, 7, 0), (float("inf"), 95.0, 9, 1)],
+    ids=["each arm has had enough", "the time is up"],
+)
+def test_rounds_end_where_no_arm_gets_a_turn(
+    enough_s: float,
+    budget_s: float,
+    turns: int,
+    lines: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Turns of 10 s, and a thousand rounds were asked for."""
+    spent = [0.0]
+
+    class Clock(run.Budget):
+        def left_s(self) -> float:
+            return budget_s - spent[0]
+
+    def start(*_: Any) -> list[Any]:
+        return [SimpleNamespace(arm="auto", server=SimpleNamespace(url=""), turns=[])]
+
+    def turn(name: str, arm: str, number: int, *_: Any) -> Any:
+        spent[0] += 10
+        return arm_round(name, arm, number, Loaded((), 10.0, 0.0), scrape.Written()), {}
+
+    async def warm(*_: Any) -> list[None]:
+        return [None]
+
+    for name, fake in (("_start", start), ("_turn", turn), ("_warm_up", warm)):
+        monkeypatch.setattr(run, name, fake)
+    monkeypatch.setattr(run, "freeze_gc", lambda server: None)
+    monkeypatch.setattr(run, "_last_words", lambda each, result: None)
+    given = run.ServeOptions(("auto",), ("chat",), 1000, logs=tmp_path, enough_s=enough_s)
+    cell = Cell("x", MODEL, page_size=64, pool_tokens=4096, cpu_engine=True)
+    found = run.run_cell(cell, given, Clock(None), lambda line: None, lambda part: None)
+    assert len(found.turns) == turns
+    assert len(found.skipped) == lines
+
+
+def test_experiments_take_all_the_time_there_is() -> None:
+    for name in ("experiments", "experiments-bytes"):
+        assert all(step.enough_s == float("inf") for step in gpu_plans.PLANS[name])
 
 
 def test_a_plan_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -352,6 +352,15 @@ def test_each_arm_has_its_copies_and_the_schedulers_thread() -> None:
     assert "| `auto` (`hybrid`) | 15.0 (15.0 to 15.0) |" in auto
     assert auto.endswith("| 250 | 3.00 |")
     assert kernel.endswith("|  |  |")
+    # Only where cells differ in it, each row says which attention it had: by its server, or by its options.
+    other = a_page(1, 10.0)
+    other.cells[0].arms = {"auto": ArmFacts(args=["--attention-backend", "triton"])}
+    server = {**(cell.arms["auto"].server or {}), "attention_backend": "fa3"}
+    cell.arms = {"kernel": ArmFacts(), "auto": ArmFacts(server=server)}
+    assert "attention" not in arms_table(found).splitlines()[2]
+    both = arms_table(together([found, other])).splitlines()
+    assert both[2].startswith("| attention | model |")
+    assert [line.split(" | ")[0] for line in both[4:]] == ["| fa3", "| fa3", "| triton"]
     # A server of before these counters has none.
     del counters["submit_seconds"]
     assert arms_table(found).splitlines()[4:][0].endswith("|  |  |")
