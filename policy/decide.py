@@ -31,6 +31,7 @@ BACKEND_OPTION = "--hicache-io-backend"
 class Considered:
     """One rule that was looked at, the layer it is from, whether its conditions on the server hold, and why
     or why not. ``writes`` is what it asks of a write, in words, or None where it takes every write.
+    ``assumed`` and ``unknown`` are those of `Match`.
     """
 
     rule: str
@@ -39,6 +40,7 @@ class Considered:
     reason: str
     writes: str | None = None
     assumed: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -49,7 +51,13 @@ class Considered:
             "reason": self.reason,
             "writes": self.writes,
             "assumed": list(self.assumed),
+            "unknown": list(self.unknown),
         }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Considered:
+        """The inverse of `to_dict`. Raises KeyError or TypeError for anything else."""
+        return cls(**{**data, "assumed": tuple(data["assumed"]), "unknown": tuple(data["unknown"])})
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,10 @@ class Decision:
                 return index
         raise AssertionError("the last route takes every write")
 
+    def might_match(self) -> dict[str, tuple[str, ...]]:
+        """Rules that were passed over only because facts are unknown, with those facts."""
+        return {each.rule: each.unknown for each in self.considered if each.unknown}
+
     def fences(self) -> tuple[str, ...]:
         """The forwards that wait for the SM-side work of any route."""
         listed = {forward for route in self.routes for forward in route.fence_forward}
@@ -121,9 +133,7 @@ class Decision:
             routes=tuple(WriteRoute.from_dict(each) for each in data["routes"]),
             upstream_io_backend=data["upstream_io_backend"],
             facts={name: dict(fact) for name, fact in data["facts"].items()},
-            considered=tuple(
-                Considered(**{**each, "assumed": tuple(each["assumed"])}) for each in data["considered"]
-            ),
+            considered=tuple(Considered.from_dict(each) for each in data["considered"]),
             policy=data["policy"],
         )
 
@@ -166,10 +176,15 @@ def check_backend(name: str, backends: Backends) -> str:
 
 
 def describe_decision(decision: Decision) -> str:
-    """The one line that each scheduler logs: backends, fences, rule, why in short, and what nobody knows."""
+    """The one line that each scheduler logs: backends, fences, rule, why in short, what nobody knows, and
+    which rules were passed over for that alone.
+    """
     why = first_sentence(decision.because)
     found = Facts.from_dict(decision.facts).doubts()
     doubts = "".join(f" Careful: {name}: {doubt}" for name, doubt in found.items())
+    for rule, missing in decision.might_match().items():
+        verb = "are" if len(missing) > 1 else "is"
+        doubts += f" Careful: rule {rule} was passed over because {' and '.join(missing)} {verb} unknown."
     backends = " or ".join(dict.fromkeys(route.backend for route in decision.routes))
     # A file may extend the shipped policy, and the rule be of that.
     source = SHIPPED if decision.layer == SHIPPED else decision.policy
@@ -188,7 +203,9 @@ def _routes(policy: Policy, facts: Facts) -> tuple[tuple[WriteRoute, ...], tuple
         on_writes = rule.when.on_writes()
         writes = writes_in_words(on_writes) if on_writes else None
         layer = policy.layer(rule.name)
-        considered.append(Considered(rule.name, layer, found.matched, found.reason, writes, found.assumed))
+        considered.append(
+            Considered(rule.name, layer, found.matched, found.reason, writes, found.assumed, found.unknown)
+        )
         if found.matched:
             routes.append(_route(rule.name, layer, rule, facts))
             if not on_writes:

@@ -7,7 +7,6 @@ from .decide import Decision
 from .fact_table import ANY_ATTENTION, ATTENTION_FACTS, CONDITIONS
 from .facts import Facts
 from .format.layers import DEFAULT_RULE, OPTION, SHIPPED, Policy
-from .match import match
 from .names import NO_SPECULATION, UPSTREAM_NAMES
 from .routes import WriteRoute, writes_in_words
 
@@ -100,17 +99,10 @@ def upstream_sentence(decision: Decision) -> str:
     )
 
 
-def might_match(decision: Decision, policy: Policy, facts: Facts) -> dict[str, tuple[str, ...]]:
-    """Rules that were passed over only because facts are unknown, with those facts."""
-    passed = {each.rule for each in decision.considered if not each.matched}
-    unknown = {rule.name: match(rule, facts).unknown for rule in policy.rules if rule.name in passed}
-    return {name: missing for name, missing in unknown.items() if missing}
-
-
-def unknown_note(decision: Decision, policy: Policy, facts: Facts) -> str | None:
+def unknown_note(decision: Decision) -> str | None:
     """What rests on unknown facts, and the options that give them; None when nothing does."""
     assumed = {each.rule: each.assumed for each in decision.considered if each.matched and each.assumed}
-    passed = might_match(decision, policy, facts)
+    passed = decision.might_match()
     notes = []
     if assumed:
         rules = ", ".join(assumed)

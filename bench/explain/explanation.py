@@ -67,7 +67,7 @@ class Explanation:
 
     def careful(self) -> str | None:
         """What rests on unknown facts, or None."""
-        return sentences.unknown_note(self.decision, self.policy, self.facts)
+        return sentences.unknown_note(self.decision)
 
     def to_dict(self) -> dict[str, Any]:
         """`Decision.to_dict` and the rest, plain JSON types."""
@@ -79,7 +79,7 @@ class Explanation:
             "pools": [pool.to_dict() for pool in self.pools],
             "pools_unknown": self.pools_unknown,
             "gpu_memory": sentences.memory_sentence(self.decision, self.policy.backends),
-            "undecided": list(sentences.might_match(self.decision, self.policy, self.facts)),
+            "undecided": list(self.decision.might_match()),
             "refused": self.refused,
             "fallback": self.fallback,
             "lost": list(self.lost),

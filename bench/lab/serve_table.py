@@ -162,8 +162,9 @@ def arms_table(found: ServeResult) -> str:
     if not rows:
         raise ValueError("no cell has a turn")
     machine = found.environment
-    columns = ("model", "layout", "page", "load", "write-back", *_COLUMNS, "entries", "thread ms")
-    columns = ("attention", *columns) if apart else columns
+    columns = ["model", "layout", "page", "load", "write-back", *_COLUMNS, "entries", "thread ms"]
+    if apart:
+        columns.insert(0, "attention")
     options = "" if apart else f"; {' '.join(found.cells[0].cell['more'][:2])}"
     lines = [
         f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}, torch {machine['torch']}, "

@@ -507,6 +507,20 @@ def test_the_log_line_says_that_nobody_knows_the_gpu():
     assert "Careful" not in describe_decision(decide(policy(document()), FA3_ON_HOPPER))
 
 
+def test_the_one_line_names_rules_that_unknown_facts_alone_passed_over():
+    strict = {**UNKNOWN_MATCHES, "unknown": ["attention_backend"]}
+    decision = decide(policy(document(strict)), Facts.given(prefill_attention_backend="fa3", page_size=64))
+    assert decision.might_match() == {"rule-0": ("gpu_arch",)}
+    assert Decision.from_dict(decision.to_dict()) == decision
+    line = describe_decision(decision)
+    assert line.endswith(" Careful: rule rule-0 was passed over because gpu_arch is unknown.")
+    assert "\n" not in line
+    # A condition that is known not to hold passes the rule over by itself.
+    other = decide(policy(document(strict)), Facts.given(attention_backend="fa3", page_size=1))
+    assert (other.rule, other.might_match()) == ("default", {})
+    assert "Careful" not in describe_decision(other)
+
+
 def test_the_log_line_names_every_backend_and_forward_that_a_write_may_meet():
     line = describe_decision(decide(policy(ROUTED), FA3_ON_HOPPER))
     assert line.startswith(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -274,6 +275,26 @@ def test_rounds_end_where_no_arm_gets_a_turn(
     found = run.run_cell(cell, given, Clock(None), lambda line: None, lambda part: None)
     assert len(found.turns) == turns
     assert len(found.skipped) == lines
+
+
+@pytest.mark.parametrize("asked", [("gsp", "gsp-turns"), ("chat", "gsp")])
+def test_chats_fill_the_pools_before_sglangs_own_benchmark(
+    asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no small form, and the first server of a round would be the one that touches host memory."""
+    warmed: list[tuple[str, Any]] = []
+
+    async def ask(url: str, made: workloads.Workload, limit_s: float) -> Loaded:
+        warmed.append((url, made.requests))
+        return Loaded((), 0.1, 0.0)
+
+    monkeypatch.setattr(run, "ask", ask)
+    cell = Cell("x", MODEL, page_size=64, pool_tokens=4096)
+    up: Any = [SimpleNamespace(arm="auto", server=SimpleNamespace(url="http://a"))]
+    given = run.ServeOptions(("auto",), asked)
+    assert asyncio.run(run._warm_up(cell, up, given, run.Budget(None))) == [None]
+    chats = workloads.maker("chat")(4096, MODEL.vocab_size, run._WARM_UP_SEED)
+    assert warmed == [("http://a", workloads.warm_up(chats, int(4096 * cell.ratio)).requests)]
 
 
 def test_experiments_take_all_the_time_there_is() -> None:
