@@ -273,9 +273,8 @@ def _load_group(
                 result.turns.append(turn)
                 say(f"{cell.name}: {_line(turn)}")
                 save(result)
-        if (
-            not tried
-        ):  # nor will a later round: each arm has had enough, or less time is left than a turn takes
+        # Nor in a later round: each arm has had enough, or less time is left than a turn takes.
+        if not tried:
             break
 
 
