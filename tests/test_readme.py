@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,26 @@ def test_what_the_words_around_the_tables_say_of_answers() -> None:
     for arm in ("auto", *OWN_NAMES):
         assert same[arm] == {(48, 48)}, arm
     assert same["damaged"] == {(16, 48), (18, 48)}
+
+
+def test_what_the_documents_say_of_the_thread_in_servers() -> None:
+    """Of every cell of the documents in which `auto` took hybrid."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    row = re.compile(
+        r"^\|.* `(\w+)` \| \d+ \| \w[\w-]* \| `auto` \(`hybrid`\) \|.*\| ([\d.]+) \|$", re.MULTILINE
+    )
+    by_layout: dict[bool, list[float]] = {True: [], False: []}
+    for layout, thread_ms in row.findall(text):
+        by_layout[layout == "layer_first"].append(float(thread_ms))
+    assert all(len(found) >= 4 for found in by_layout.values())
+    ends = {key: (min(found), max(found)) for key, found in by_layout.items()}
+    others, layer_first = (f"{ends[key][0]:.1f} to {ends[key][1]:.1f}" for key in (False, True))
+    whole = f"{min(ends.values())[0]:.1f} to {max(high for _, high in ends.values()):.1f}"
+    for path, said in (
+        ("README.md", f"in servers {others} ms a write, in `layer_first` {layer_first} ("),
+        ("docs/operations.md", f"in servers {whole} ms for a write ("),
+    ):
+        assert said in " ".join((ROOT / path).read_text(encoding="utf-8").split()), path
 
 
 def test_saved_server_figures_are_from_a_gpu() -> None:
