@@ -8,8 +8,11 @@ from sglang_hicache.bench.lab.experiments import add_up, attention_of, markdown
 from sglang_hicache.bench.serve import arms, models
 from sglang_hicache.bench.serve.account import ArmRound, Distribution
 from sglang_hicache.bench.serve.arms import Cell
-from sglang_hicache.bench.serve.result import ArmFacts, CellResult, ServeResult
+from sglang_hicache.bench.serve.result import ArmFacts, CellResult, ServeResult, load
 from sglang_hicache.bench.serve.scrape import Written
+from sglang_hicache.io_backends.policy_files import default_policy
+
+ROOT = Path(__file__).parents[3]
 
 
 def turn(arm: str, number: int, **more: int) -> ArmRound:
@@ -58,3 +61,21 @@ def test_attention_of_each_phase() -> None:
     assert attention_of(["--attention-backend", "fa3"]) == "fa3"
     options = ["--prefill-attention-backend", "fa3", "--decode-attention-backend", "flashinfer"]
     assert attention_of(options) == "fa3 + flashinfer"
+
+
+def test_the_policy_says_how_long_servers_without_a_fence_lived() -> None:
+    """What it says of crashes that did not come is all that was seen, to the minute and the gigabyte."""
+    files = sorted((ROOT / "bench" / "results").glob("*/experiments*.json"))
+    (rule,) = (rule for rule in default_policy().rules if rule.name == "fa3-on-hopper")
+    said = " ".join(rule.because.split())
+    for path in files:
+        assert str(path.parent.relative_to(ROOT)) in said
+    unfenced = [each for each in add_up(map(load, files)) if each.fences == "none"]
+    assert unfenced
+    words = {0.5: "half a minute", 1.0: "a minute", 2.0: "two minutes"}
+    for each in unfenced:
+        assert words[round(each.seconds / 30) / 2] in said
+        assert f"{each.written_bytes / 1e9:.0f} GB" in said
+        assert each.died == each.differing == 0, "a fence was needed: say so in the reason"
+        if each.compared:
+            assert f"{each.compared} of {each.compared} answers" in said
