@@ -246,8 +246,8 @@ PLANS: dict[str, list[PlannedCell]] = {
             (models.MLA, "page_first_direct", ()),
             (models.SWA, "page_first", _INVARIANT),
             (models.SWA, "layer_first", _INVARIANT),
+            # SGLang's pool of states knows no layer_first.
             (models.MAMBA, "page_first", _FEW_STATES),
-            (models.MAMBA, "layer_first", _FEW_STATES),
         )
         for page in (1, 64)
     ]

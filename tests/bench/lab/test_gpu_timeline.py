@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_hicache.bench.lab.gpu_timeline import FIRST_KERNEL, StepTime, step_times, text
+from sglang_hicache.bench.lab.gpu_timeline import (
+    FIRST_KERNEL,
+    KindTime,
+    StepTime,
+    kind_times,
+    step_times,
+    text,
+)
 
 
 def event(name: str, stream: int, begin_ms: float, took_ms: float, **args: Any) -> dict[str, Any]:
@@ -41,3 +48,40 @@ def test_a_step_goes_from_its_first_kernel_to_the_next_ones() -> None:
 def test_a_trace_without_prefills_has_no_steps() -> None:
     assert step_times([event("gemm", 7, 1, 1)]) == []
     assert text([]) == "no steps"
+
+
+def test_work_beside_a_copy_to_the_host_is_told_apart() -> None:
+    events = [
+        event("before", 7, 5, 1),
+        event(FIRST_KERNEL, 7, 10, 1),
+        event("gemm", 7, 12, 4),
+        event("Memcpy DtoD (Device -> Device)", 7, 16, 1),
+        event(TO_HOST, 9, 17, 20, bytes=2**25),
+        event("Memcpy DtoD (Device -> Device)", 7, 20, 3),
+        event("gemm", 7, 23, 5),
+        event("gemm", 9, 24, 5),  # of another stream
+        event(TO_HOST, 7, 28, 0.01, bytes=8),  # a small one hides nothing
+        event("gemm", 7, 37, 6),
+    ]
+    for order in (events, events[::-1]):
+        assert [
+            KindTime(
+                each.kind,
+                each.beside,
+                each.count,
+                *(round(x, 6) for x in (each.took_us, each.most_us, each.idle_us)),
+            )
+            for each in kind_times(order)
+        ] == [
+            KindTime("Memcpy DtoD (Device -> Device)", False, 1, 1000, 1000, 0),
+            KindTime("Memcpy DtoD (Device -> Device)", True, 1, 3000, 3000, 3000),
+            KindTime(TO_HOST, True, 1, 10, 10, 0),
+            KindTime("kernel", False, 3, 4000, 6000, 3330),
+            KindTime("kernel", True, 1, 5000, 5000, 0),
+        ]
+    shown = text(step_times([*events, event(FIRST_KERNEL, 7, 50, 1)]), kind_times(events))
+    assert "\n  kernel, beside a copy to the host: 1 of 5000.0 us (at most 5,000.0), after 0.0 us" in shown
+
+
+def test_a_trace_without_prefills_has_no_kinds() -> None:
+    assert kind_times([event("gemm", 7, 1, 1)]) == []
