@@ -12,7 +12,9 @@ drain      copies from staging to host slots that lie scattered over several GiB
 write      one write of ``hybrid`` end to end: until the first gather is asked for, until the link is busy,
            how long it idles between copies
 small_copy how long a copy of 1 KiB to the host takes on another stream while one write goes on; SGLang copies
-           the token ids of each step to the host
+           the token ids of each step to the host. Also one of 12 bytes to memory that is not pinned
+           (flashinfer reads its index pointers so, before each prefill), one of 1 KiB from the host, and
+           one of 16 MiB on the device (a prefill with flashinfer makes one a layer)
 turns      the same, and the write's own time, by the bytes of a turn (:mod:`~.copy_interleaving`);
            and how much decode steps slow down, which wait for their ids, beside writes that never stop
 beside     how much a forward slows down beside ``hybrid``, by the gather's thread blocks
@@ -163,35 +165,34 @@ def _write(setting: Setting, case: Case, repeats: int) -> ProfiledPart:
 def _small_copies(
     setting: Setting, case: Case, repeats: int, quantum_bytes: int | None = None
 ) -> Iterator[ProfiledPart]:
-    import torch
 
     device = setting.device
     memory = setting.memory(case)
     task = setting.task(case, memory, forwards_wait=False)
     other = device.forward_stream()
-    source = torch.zeros(1024, dtype=torch.uint8, device=device.where)
-    target = torch.empty(1024, dtype=torch.uint8, pin_memory=device.where == "cuda")
 
-    def copy_us() -> float:
+    def copy_us(kind: str) -> float:
+        target, source = copied[kind]
         began = time.perf_counter_ns()
         with device.use_stream(other):
             target.copy_(source, non_blocking=True)
-        copied = device.record(other)
-        while not device.query(copied):
+        done = device.record(other)
+        while not device.query(done):
             pass
         return (time.perf_counter_ns() - began) / 1e3
 
-    def beside(submit: Callable[[Any], Any]) -> Mapping[str, float]:
+    def beside(submit: Callable[[Any], Any], kind: str) -> Mapping[str, float]:
         device.synchronize()
-        numbers = {"alone_us": copy_us()}
+        numbers = {"alone_us": copy_us(kind)}
         with device.use_stream(task.stream):
             submit(lambda event: None)
             end = device.record(task.stream)
-        took = [copy_us()]
+        took = [copy_us(kind)]
         while not device.query(end):
-            took.append(copy_us())
+            took.append(copy_us(kind))
         return numbers | {"first_us": took[0], "median_us": float(np.median(took)), "most_us": max(took)}
 
+    copied = _copies_of_forwards(device)
     for contender in contenders(task, setting.wanted):
         if contender.submit is None:
             continue
@@ -200,7 +201,8 @@ def _small_copies(
             for turn in range(repeats + 1):
                 write, _ = one_write(task, contender.submit)
                 numbers = {"ms": write["ms"], "gb_per_s": write["gb_per_s"], "thread_us": write["submit_us"]}
-                numbers |= beside(contender.submit)
+                for kind in copied:
+                    numbers |= {kind + name: us for name, us in beside(contender.submit, kind).items()}
                 if turn:
                     for name, value in numbers.items():
                         found.setdefault(name, []).append(value)
@@ -209,6 +211,24 @@ def _small_copies(
             yield ProfiledPart("small_copy", f"{contender.name}, {case}", spread)
         else:
             yield ProfiledPart("turns", f"{_turns(quantum_bytes)}, {contender.name}, {case}", spread)
+
+
+def _copies_of_forwards(device: Bench) -> dict[str, tuple[Any, Any]]:
+    """Where to and from, by what the names of its times begin with: see ``small_copy`` of this module."""
+    import torch
+
+    def on_device(nbytes: int) -> Any:
+        return torch.zeros(nbytes, dtype=torch.uint8, device=device.where)
+
+    def pinned(nbytes: int) -> Any:
+        return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.where == "cuda")
+
+    return {
+        "": (pinned(1024), on_device(1024)),
+        "pageable_": (torch.zeros(12, dtype=torch.uint8), on_device(12)),
+        "from_host_": (on_device(1024), pinned(1024)),
+        "on_device_": (on_device(2**24), on_device(2**24)),
+    }
 
 
 def _turns(quantum_bytes: int) -> str:
