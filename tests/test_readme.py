@@ -21,7 +21,7 @@ TABLES = {
         "serve_verified",
         "serve_chat",
         "serve_prefill",
-        *["serve_arms"] * 11,
+        *["serve_arms"] * 12,
         "gpu_table",
         "gpu_table",
         "gpu_fence",

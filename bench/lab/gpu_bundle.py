@@ -33,7 +33,7 @@ from typing import Any
 PYTHON = (3, 12)
 """Of the machines that the bundle is for."""
 
-PART_BYTES = 50 * 2**20
+PART_BYTES = 46 * 2**20
 """What travels at once is 64 MiB, with the checkout."""
 
 MANIFEST = "manifest.json"
