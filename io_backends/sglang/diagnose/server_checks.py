@@ -51,8 +51,22 @@ def server(asked: Server, policy: Policy) -> Iterator[Finding]:
     ours = asked.backend not in UPSTREAM_NAMES
     if ours and (said := CONDITIONS["gpu_arch"].doubt(facts.value("gpu_arch"))):
         yield Finding("GPU", WARNING, said, NEW_GPU)
+    yield from _loads(facts)
     yield from _own_server(asked, policy) if ours else _upstream_server(asked.backend, facts)
     yield from _past_the_fence(asked, ours)
+
+
+def _loads(facts: Facts) -> Iterator[Finding]:
+    """Of loads from the host, which are SGLang's own whoever writes back."""
+    if facts.value("mem_layout") == "page_first_direct" and facts.value("page_size") == 1:
+        yield Finding(
+            "loads",
+            WARNING,
+            "SGLang loads page_first_direct from the host by a copy for each page and layer. With pages of 1 "
+            "servers answered 3 to 4 chats a second, whoever wrote back, where page_first had 25 to 40 "
+            "(H200, docs/benchmarks.md)",
+            "--hicache-mem-layout page_first, or larger pages",
+        )
 
 
 def _own_server(asked: Server, policy: Policy) -> Iterator[Finding]:

@@ -251,6 +251,15 @@ class TestServer:
     def test_direct_beside_fa3_has_no_report(self) -> None:
         assert worst(self.found(self.server("direct", mem_layout="page_first_direct"))) == OK
 
+    @pytest.mark.parametrize("backend", ["auto", "direct"])
+    def test_loads_by_a_copy_for_each_token_are_slow(self, backend: str) -> None:
+        slow = of(self.found(self.server(backend, mem_layout="page_first_direct", page_size=1)), "loads")
+        assert slow.status == WARNING
+        assert "page_first" in slow.advice
+        for layout, page in (("page_first_direct", 64), ("page_first", 1)):
+            found = self.found(self.server(backend, mem_layout=layout, page_size=page))
+            assert "loads" not in {each.about for each in found}
+
     @pytest.mark.parametrize("about", ["decode retraction", "decode offload"])
     @pytest.mark.parametrize(("backend", "status"), [("kernel", WARNING), ("direct", WARNING), ("auto", OK)])
     def test_what_a_decode_server_writes_past_sglangs_fence(
