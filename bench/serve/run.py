@@ -144,6 +144,7 @@ def run_cell(
             if up:
                 _load_group(cell, up, made, given, budget, say, save, result, references)
             for each in up:
+                each.server.resume()
                 _last_words(each, result)
             say(f"{cell.name}: stopping {', '.join(each.arm for each in up) or 'nothing'}")
         save(result)
@@ -236,6 +237,8 @@ def _load_group(
         except serving.ServerError as error:
             result.arms[each.arm].problem = result.arms[each.arm].problem or str(error)
             say(f"{cell.name}: {each.arm}: {error}")
+    for each in up:
+        each.server.pause()
     first = (NONE, DEFAULT) if cell.exact() else ()
     took: dict[tuple[str, str], float] = {}
     spent: dict[tuple[str, str], float] = {}
@@ -260,7 +263,7 @@ def _load_group(
                     limit = max(1.0, min(given.turn_timeout_s, left))
                     asking = _asking(cell, name, number, server, made, limit)
                     known = [references.get((name, number, of)) for of in (NONE, DEFAULT)]
-                    with _alone(given.turns_lock):
+                    with _alone(given.turns_lock), _awake(server):
                         turn, answers = _turn(name, arm, number, server, asking, *known)
                 except (OSError, HTTPException, serving.ServerError) as error:
                     result.skipped.append(f"{name}, {arm}, round {number}: {error}")
@@ -286,6 +289,16 @@ def _alone(lock: Path | None) -> Iterator[None]:
     with lock.open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _awake(server: serving.ServerProcess) -> Iterator[None]:
+    """Inside, of the servers that are up this one alone runs: the others would take CPUs from it."""
+    server.resume()
+    try:
+        yield
+    finally:
+        server.pause()
 
 
 async def _warm_up(cell: Cell, up: Sequence[_Up], given: ServeOptions, budget: Budget) -> list[str | None]:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from typer.testing import CliRunner
@@ -236,6 +236,56 @@ def test_a_cell_that_fails_does_not_stop_a_plan(
     assert written == ["first-logs.tar.gz", "first.csv", "first.html", "first.json", "first.md"]
 
 
+class AwakeServer:
+    """Stands for a server of which it matters whether it runs.
+
+    Attributes:
+        awake: of all of them.
+    """
+
+    awake: ClassVar[set[str]] = set()
+    url = ""
+
+    def __init__(self, arm: str) -> None:
+        self.arm = arm
+        self.awake.add(arm)
+
+    def pause(self) -> None:
+        self.awake.discard(self.arm)
+
+    def resume(self) -> None:
+        self.awake.add(self.arm)
+
+
+def test_servers_sleep_while_another_has_its_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An idle scheduler polls, and the loaded one waits for the CPU."""
+    AwakeServer.awake.clear()
+    arms = ("kernel", "auto", "null")
+    during: list[tuple[str, set[str]]] = []
+    last: list[set[str]] = []
+
+    def turn(name: str, arm: str, number: int, *_: Any) -> Any:
+        during.append((arm, set(AwakeServer.awake)))
+        if arm == "auto":
+            raise OSError("it does not answer")
+        return arm_round(name, arm, number, Loaded((), 1.0, 0.0), scrape.Written()), {}
+
+    async def warm(*_: Any) -> list[None]:
+        assert AwakeServer.awake == set(arms)
+        return [None] * 3
+
+    up = [SimpleNamespace(arm=arm, server=AwakeServer(arm), turns=[]) for arm in arms]
+    for name, fake in (("_start", lambda *_: up), ("_turn", turn), ("_warm_up", warm)):
+        monkeypatch.setattr(run, name, fake)
+    monkeypatch.setattr(run, "freeze_gc", lambda server: None)
+    monkeypatch.setattr(run, "_last_words", lambda each, result: last.append(set(AwakeServer.awake)))
+    given = run.ServeOptions(arms, ("chat",), 2, logs=tmp_path)
+    cell = Cell("x", MODEL, page_size=64, pool_tokens=4096)
+    run.run_cell(cell, given, run.Budget(None), lambda line: None, lambda part: None)
+    assert during == [(arm, {arm}) for arm in (*arms, *arms[::-1])]
+    assert all(each.arm in awake for each, awake in zip(up, last, strict=True))
+
+
 @pytest.mark.parametrize(
     ("enough_s", "budget_s", "turns", "lines"),
     [(60.0, 1e6, 7, 0), (float("inf"), 95.0, 9, 1)],
@@ -257,7 +307,7 @@ def test_rounds_end_where_no_arm_gets_a_turn(
             return budget_s - spent[0]
 
     def start(*_: Any) -> list[Any]:
-        return [SimpleNamespace(arm="auto", server=SimpleNamespace(url=""), turns=[])]
+        return [SimpleNamespace(arm="auto", server=AwakeServer("auto"), turns=[])]
 
     def turn(name: str, arm: str, number: int, *_: Any) -> Any:
         spent[0] += 10

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytest.importorskip("aiohttp")
@@ -101,6 +107,36 @@ def test_a_server_that_cannot_freeze_its_collector_says_why(tmp_path: Any) -> No
         assert fake.frozen == 1
     with pytest.raises(serving.ServerError, match="POST /freeze_gc"):
         run.freeze_gc(server)  # it is gone
+
+
+def test_a_paused_server_stops_with_all_of_its_processes(tmp_path: Path) -> None:
+    child = "import time; time.sleep(600)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    server = serving.ServerProcess([], log=tmp_path / "log")
+    server.pause()  # not there yet
+    server._process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+
+    def states() -> set[str]:
+        group = [psutil.Process(server._process.pid)]
+        return {each.status() for each in (*group, *group[0].children())}
+
+    def eventually(wanted: Callable[[], bool]) -> bool:
+        until = time.monotonic() + 10
+        while not wanted() and time.monotonic() < until:
+            time.sleep(0.01)
+        return wanted()
+
+    try:
+        assert eventually(lambda: len(psutil.Process(server._process.pid).children()) == 1)
+        server.pause()
+        assert eventually(lambda: states() == {psutil.STATUS_STOPPED})
+        server.resume()
+        assert eventually(lambda: psutil.STATUS_STOPPED not in states())
+        server.pause()
+    finally:
+        server.close()  # ends it, paused as it is
+    assert server._process is None
+    server.resume()
 
 
 def test_metrics_are_read_over_http() -> None:
