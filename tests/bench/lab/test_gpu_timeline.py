@@ -61,7 +61,8 @@ def test_work_beside_a_copy_to_the_host_is_told_apart() -> None:
         event("gemm", 7, 23, 5),
         event("gemm", 9, 24, 5),  # of another stream
         event(TO_HOST, 7, 28, 0.01, bytes=8),  # a small one hides nothing
-        event("gemm", 7, 37, 6),
+        event("gemm", 7, 36.5, 6),  # outlasts the copy that it began beside
+        event("memset", 7, 40, 1),  # beside that kernel, in a graph
     ]
     for order in (events, events[::-1]):
         assert [
@@ -76,11 +77,11 @@ def test_work_beside_a_copy_to_the_host_is_told_apart() -> None:
             KindTime("Memcpy DtoD (Device -> Device)", False, 1, 1000, 1000, 0),
             KindTime("Memcpy DtoD (Device -> Device)", True, 1, 3000, 3000, 3000),
             KindTime(TO_HOST, True, 1, 10, 10, 0),
-            KindTime("kernel", False, 3, 4000, 6000, 3330),
-            KindTime("kernel", True, 1, 5000, 5000, 0),
+            KindTime("kernel", False, 3, 1000, 4000, 333.333333),
+            KindTime("kernel", True, 2, 5500, 6000, 4245),
         ]
     shown = text(step_times([*events, event(FIRST_KERNEL, 7, 50, 1)]), kind_times(events))
-    assert "\n  kernel, beside a copy to the host: 1 of 5000.0 us (at most 5,000.0), after 0.0 us" in shown
+    assert "\n  kernel, beside a copy to the host: 2 of 5500.0 us (at most 6,000.0), after 4245.0 us" in shown
 
 
 def test_a_trace_without_prefills_has_no_kinds() -> None:
