@@ -241,7 +241,8 @@ class ServerProcess:
     def pause(self) -> None:
         """Stop all of its processes until :meth:`resume`.
 
-        An idle scheduler of SGLang polls, and so takes a CPU, or half of one with another thread on its core.
+        An idle scheduler of SGLang polls, and so takes a CPU. While stopped, of all signals SIGKILL alone
+        ends them.
         """
         self._signal(signal.SIGSTOP)
 

@@ -165,7 +165,6 @@ def _write(setting: Setting, case: Case, repeats: int) -> ProfiledPart:
 def _small_copies(
     setting: Setting, case: Case, repeats: int, quantum_bytes: int | None = None
 ) -> Iterator[ProfiledPart]:
-
     device = setting.device
     memory = setting.memory(case)
     task = setting.task(case, memory, forwards_wait=False)

@@ -224,21 +224,22 @@ def _load_group(
     references: dict[tuple[str, int, str], Answers],
 ) -> None:
     by_arm = {each.arm: each for each in up}
-    say(f"{cell.name}: warming up")
-    with _alone(given.turns_lock):
+    servers = [each.server for each in up]
+    for server in servers:
+        server.pause()
+    with _alone(given.turns_lock), _awake(*servers):
+        say(f"{cell.name}: warming up")
         problems = asyncio.run(_warm_up(cell, up, given, budget))
-    for each, problem in zip(up, problems, strict=True):
-        if problem is not None:
-            result.arms[each.arm].problem = f"warming up: {problem}"
-            say(f"{cell.name}: {each.arm}: {result.arms[each.arm].problem}")
-    for each in up:
-        try:
-            freeze_gc(each.server)
-        except serving.ServerError as error:
-            result.arms[each.arm].problem = result.arms[each.arm].problem or str(error)
-            say(f"{cell.name}: {each.arm}: {error}")
-    for each in up:
-        each.server.pause()
+        for each, problem in zip(up, problems, strict=True):
+            if problem is not None:
+                result.arms[each.arm].problem = f"warming up: {problem}"
+                say(f"{cell.name}: {each.arm}: {result.arms[each.arm].problem}")
+        for each in up:
+            try:
+                freeze_gc(each.server)
+            except serving.ServerError as error:
+                result.arms[each.arm].problem = result.arms[each.arm].problem or str(error)
+                say(f"{cell.name}: {each.arm}: {error}")
     first = (NONE, DEFAULT) if cell.exact() else ()
     took: dict[tuple[str, str], float] = {}
     spent: dict[tuple[str, str], float] = {}
@@ -292,13 +293,15 @@ def _alone(lock: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def _awake(server: serving.ServerProcess) -> Iterator[None]:
-    """Inside, of the servers that are up this one alone runs: the others would take CPUs from it."""
-    server.resume()
+def _awake(*servers: serving.ServerProcess) -> Iterator[None]:
+    """Inside, of the servers that are up these alone run: others would take CPUs from them."""
+    for server in servers:
+        server.resume()
     try:
         yield
     finally:
-        server.pause()
+        for server in servers:
+            server.pause()
 
 
 async def _warm_up(cell: Cell, up: Sequence[_Up], given: ServeOptions, budget: Budget) -> list[str | None]:

@@ -63,9 +63,10 @@ def _loads(facts: Facts) -> Iterator[Finding]:
             "loads",
             WARNING,
             "SGLang loads page_first_direct from the host by a copy for each page and layer. With pages of 1 "
-            "servers answered 3 to 4 chats a second, whoever wrote back, where page_first had 25 to 40 "
+            "a small model answered 3 to 4 chats a second, whoever wrote back, and over 20 with page_first "
             "(H200, docs/benchmarks.md)",
-            "--hicache-mem-layout page_first, or larger pages",
+            # SGLang makes page_first with direct page_first_direct again.
+            "--hicache-mem-layout page_first with --hicache-io-backend auto or kernel, or larger pages",
         )
 
 

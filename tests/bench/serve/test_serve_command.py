@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -263,6 +264,7 @@ def test_servers_sleep_while_another_has_its_turn(monkeypatch: pytest.MonkeyPatc
     arms = ("kernel", "auto", "null")
     during: list[tuple[str, set[str]]] = []
     last: list[set[str]] = []
+    locked: list[Path | None] = []
 
     def turn(name: str, arm: str, number: int, *_: Any) -> Any:
         during.append((arm, set(AwakeServer.awake)))
@@ -270,14 +272,32 @@ def test_servers_sleep_while_another_has_its_turn(monkeypatch: pytest.MonkeyPatc
             raise OSError("it does not answer")
         return arm_round(name, arm, number, Loaded((), 1.0, 0.0), scrape.Written()), {}
 
-    async def warm(*_: Any) -> list[None]:
+    def all_awake(*_: Any) -> None:
         assert AwakeServer.awake == set(arms)
+        assert locked
+
+    async def warm(*_: Any) -> list[None]:
+        all_awake()
         return [None] * 3
 
+    @contextmanager
+    def alone(lock: Path | None) -> Iterator[None]:
+        assert not AwakeServer.awake  # whoever waits for the lock takes no CPU from who has it
+        locked.append(lock)
+        try:
+            yield
+        finally:
+            locked.pop()
+
     up = [SimpleNamespace(arm=arm, server=AwakeServer(arm), turns=[]) for arm in arms]
-    for name, fake in (("_start", lambda *_: up), ("_turn", turn), ("_warm_up", warm)):
+    for name, fake in (
+        ("_start", lambda *_: up),
+        ("_turn", turn),
+        ("_warm_up", warm),
+        ("_alone", alone),
+        ("freeze_gc", all_awake),
+    ):
         monkeypatch.setattr(run, name, fake)
-    monkeypatch.setattr(run, "freeze_gc", lambda server: None)
     monkeypatch.setattr(run, "_last_words", lambda each, result: last.append(set(AwakeServer.awake)))
     given = run.ServeOptions(arms, ("chat",), 2, logs=tmp_path)
     cell = Cell("x", MODEL, page_size=64, pool_tokens=4096)
