@@ -1,6 +1,6 @@
 """Where the time of one write goes: its parts, each measured alone, and all of them on one clock.
 
-    python -m sglang_hicache.bench.lab.profile --out profile.json [--cpu]
+    python -m sglang_hicache.bench.lab.profile --out profile.json [--only PART ...] [--cpu]
 
 gather     how long the gather of one chunk takes from before its launch, by thread blocks
 shape      the longest of them by warps a thread block, accesses a thread, and thread blocks
@@ -13,8 +13,9 @@ write      one write of ``hybrid`` end to end: until the first gather is asked f
            how long it idles between copies
 small_copy how long a copy of 1 KiB to the host takes on another stream while one write goes on; SGLang copies
            the token ids of each step to the host. Also one of 12 bytes to memory that is not pinned
-           (flashinfer reads its index pointers so, before each prefill), one of 1 KiB from the host, and
-           one of 16 MiB on the device (a prefill with flashinfer makes one a layer)
+           (flashinfer reads its index pointers so, before each prefill), the same 12 bytes read by a kernel
+           (:mod:`~.small_reads`), one of 1 KiB from the host, and one of 16 MiB on the device (a prefill with
+           flashinfer makes one a layer)
 turns      the same, and the write's own time, by the bytes of a turn (:mod:`~.copy_interleaving`);
            and how much decode steps slow down, which wait for their ids, beside writes that never stop
 beside     how much a forward slows down beside ``hybrid``, by the gather's thread blocks
@@ -26,8 +27,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ from ..measure.environment import describe_environment
 from ..measure.interference import interference
 from ..measure.memory import KvBuffers
 from ..measure.one_write import Setting
-from ..measure.results import CPU_WATERMARK, Spread
+from ..measure.results import CPU_WATERMARK, Row, Spread
 from ..measure.timing import link_ceiling, one_write
 from ..saved import write_json
 from .profile_alone import ProfiledPart, Size, drains, gathers, orders
@@ -53,6 +55,8 @@ from .trial import parsed, parser_of
 MODEL = "Qwen3-8B"
 CTAS_BESIDE = (16, 32, 64, 132)
 NO_TURNS = 2**62
+PARTS = ("alone", "write", "small_copy", "turns", "beside")
+"""What can be asked for; ``alone`` are those that need no backend."""
 
 
 def on_gpu() -> Size:
@@ -83,22 +87,35 @@ def on_cpu() -> Size:
     return Size(64, 256, (case,), case, (case,), (NO_TURNS,), ((MODEL, 1, 64, 256),), 2)
 
 
-def measure(device: Bench, size: Size) -> Iterator[ProfiledPart]:
-    """Every part."""
-    memory = KvBuffers(MODELS[MODEL], size.slots, device)
-    memory.refill()
-    yield from gathers(device, memory, size)
-    yield from drains(device, memory, size)
-    del memory
+def measure(device: Bench, size: Size, only: Collection[str] = PARTS) -> Iterator[ProfiledPart]:
+    """Every part, or those of :data:`PARTS` that are asked for."""
     setting = Setting(device, default_policy(), size.repeats, ("hybrid",))
-    yield from orders(setting, size)
-    for case in size.writes:
-        yield _write(setting, case, size.repeats)
-    for case in size.long:
-        yield from _small_copies(replace(setting, wanted=None), case, size.repeats)
+    if "alone" in only:
+        memory = KvBuffers(MODELS[MODEL], size.slots, device)
+        memory.refill()
+        yield from gathers(device, memory, size)
+        yield from drains(device, memory, size)
+        del memory
+        yield from orders(setting, size)
+    if "write" in only:
+        for case in size.writes:
+            yield _write(setting, case, size.repeats)
+    if "small_copy" in only:
+        for case in size.long:
+            yield from _small_copies(replace(setting, wanted=None), case, size.repeats)
+    if "turns" in only:
+        yield from _by_turns(setting, size)
+    if "beside" in only:
+        for ctas in CTAS_BESIDE:
+            setting.options = {"hybrid": {"gather_ctas": ctas}}
+            for row in interference(setting, size.beside):
+                yield ProfiledPart("beside", f"{row.forward}, {ctas} blocks", _of_interference(row))
+
+
+def _by_turns(setting: Setting, size: Size) -> Iterator[ProfiledPart]:
     for quantum_bytes in size.turns:
         other = Setting(
-            open_bench(device.where == "cpu", quantum_bytes=quantum_bytes),
+            open_bench(setting.device.where == "cpu", quantum_bytes=quantum_bytes),
             setting.policy,
             size.repeats,
         )
@@ -107,17 +124,12 @@ def measure(device: Bench, size: Size) -> Iterator[ProfiledPart]:
             other.wanted = ("copy_engine",) if case.layout == "layer_first" else ("hybrid",)
             yield from _small_copies(other, case, size.repeats, quantum_bytes)
             for row in interference(other, case, ("decode",)):
-                metrics = {
-                    name: each for name, each in row.metrics.items() if name in ("slow_down", "gb_per_s")
-                }
-                yield ProfiledPart(
-                    "turns", f"{_turns(quantum_bytes)}, {row.contender}, {case}, {row.forward}", metrics
-                )
-    for ctas in CTAS_BESIDE:
-        setting.options = {"hybrid": {"gather_ctas": ctas}}
-        for row in interference(setting, size.beside):
-            metrics = {name: each for name, each in row.metrics.items() if name in ("slow_down", "gb_per_s")}
-            yield ProfiledPart("beside", f"{row.forward}, {ctas} blocks", metrics)
+                what = f"{_turns(quantum_bytes)}, {row.contender}, {case}, {row.forward}"
+                yield ProfiledPart("turns", what, _of_interference(row))
+
+
+def _of_interference(row: Row) -> dict[str, Spread]:
+    return {name: each for name, each in row.metrics.items() if name in ("slow_down", "gb_per_s")}
 
 
 class Traced:
@@ -171,10 +183,9 @@ def _small_copies(
     other = device.forward_stream()
 
     def copy_us(kind: str) -> float:
-        target, source = copied[kind]
         began = time.perf_counter_ns()
         with device.use_stream(other):
-            target.copy_(source, non_blocking=True)
+            copied[kind]()
         done = device.record(other)
         while not device.query(done):
             pass
@@ -212,9 +223,12 @@ def _small_copies(
             yield ProfiledPart("turns", f"{_turns(quantum_bytes)}, {contender.name}, {case}", spread)
 
 
-def _copies_of_forwards(device: Bench) -> dict[str, tuple[Any, Any]]:
-    """Where to and from, by what the names of its times begin with: see ``small_copy`` of this module."""
+def _copies_of_forwards(device: Bench) -> dict[str, Callable[[], object]]:
+    """By what the names of its times begin with: see ``small_copy`` of this module."""
     import torch
+
+    def copy(target: Any, source: Any) -> Callable[[], object]:
+        return lambda: target.copy_(source, non_blocking=True)
 
     def on_device(nbytes: int) -> Any:
         return torch.zeros(nbytes, dtype=torch.uint8, device=device.where)
@@ -222,12 +236,14 @@ def _copies_of_forwards(device: Bench) -> dict[str, tuple[Any, Any]]:
     def pinned(nbytes: int) -> Any:
         return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.where == "cuda")
 
-    return {
-        "": (pinned(1024), on_device(1024)),
-        "pageable_": (torch.zeros(12, dtype=torch.uint8), on_device(12)),
-        "from_host_": (on_device(1024), pinned(1024)),
-        "on_device_": (on_device(2**24), on_device(2**24)),
+    copies = {
+        "": copy(pinned(1024), on_device(1024)),
+        "pageable_": copy(torch.zeros(12, dtype=torch.uint8), on_device(12)),
+        "from_host_": copy(on_device(1024), pinned(1024)),
+        "on_device_": copy(on_device(2**24), on_device(2**24)),
     }
+    reads = device.small_reads()
+    return copies if reads is None else {**copies, "by_kernel_": partial(reads.read, on_device(12))}
 
 
 def _turns(quantum_bytes: int) -> str:
@@ -282,8 +298,13 @@ def text(parts: list[ProfiledPart]) -> str:
     return "\n".join(lines)
 
 
-def profile(out: Path | None, *, cpu: bool) -> list[ProfiledPart]:
+def profile(out: Path | None, *, cpu: bool, only: Collection[str] = PARTS) -> list[ProfiledPart]:
     """Measure, print, and save in ``out`` after each part: who is stopped loses the one that ran.
+
+    Args:
+        out: the JSON file.
+        cpu: exercise the code without a GPU.
+        only: of :data:`PARTS`.
 
     Raises:
         DeviceUnavailableError: there is no GPU and ``cpu`` is not set.
@@ -298,7 +319,7 @@ def profile(out: Path | None, *, cpu: bool) -> list[ProfiledPart]:
     if watermark:
         print(watermark)
     found: list[ProfiledPart] = []
-    for part in measure(device, on_cpu() if cpu else on_gpu()):
+    for part in measure(device, on_cpu() if cpu else on_gpu(), only):
         found.append(part)
         print(text([part]), flush=True)
         if out is not None:
@@ -315,8 +336,12 @@ def profile(out: Path | None, *, cpu: bool) -> list[ProfiledPart]:
 
 def main() -> int:
     """The command line."""
-    args = parsed(parser_of(__doc__, out_required=False))
-    profile(args.out, cpu=args.cpu)
+    parser = parser_of(__doc__, out_required=False)
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS)
+    )
+    args = parsed(parser)
+    profile(args.out, cpu=args.cpu, only=args.only)
     return 0
 
 

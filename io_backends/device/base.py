@@ -40,6 +40,18 @@ class Staging(Protocol):
     nbytes: int
 
 
+class SmallReads(Protocol):
+    """Reads device tensors while a copy to the host is under way."""
+
+    def serves(self, values: Any) -> bool:
+        """Whether :meth:`read` takes this tensor."""
+        ...
+
+    def read(self, values: Any) -> Any:
+        """Its values in a new tensor on the host, behind the current stream's work; the host waits."""
+        ...
+
+
 class Device(Protocol):
     """One process's device. Every method enqueues and returns, except where it says otherwise."""
 
@@ -95,6 +107,13 @@ class Device(Protocol):
 
         Returns:
             int64 [n], which nothing changes afterwards.
+        """
+        ...
+
+    def small_reads(self) -> SmallReads | None:
+        """What reads small device tensors past the copy engine; None where no copies hold one.
+
+        Makes it anew, and waits for the device: asked before serving.
         """
         ...
 

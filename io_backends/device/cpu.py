@@ -81,6 +81,9 @@ class CpuDevice:
     def host_values(self, indices: npt.ArrayLike, after: CpuEvent | None = None) -> npt.NDArray[np.int64]:
         return np.asarray(indices, dtype=np.int64)
 
+    def small_reads(self) -> None:
+        """Nothing here is read by a copy."""
+
     def memory_free(self) -> None:
         """Ordinary memory is not SGLang's to run out of."""
 

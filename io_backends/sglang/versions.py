@@ -27,6 +27,8 @@ HOST_POOL = _S + "mem_cache.pool_host.base.HostKVCache"
 MHA_POOL = _S + "mem_cache.pool_host.mha.MHATokenToKVPoolHost"
 MLA_POOL = _S + "mem_cache.pool_host.mla.MLATokenToKVPoolHost"
 ADD_CLI_ARGS = _S + "server_args.ServerArgs.add_cli_args"
+FLASHINFER = _S + "layers.attention.flashinfer_backend.FlashInferAttnBackend"
+FLASHINFER_MLA = _S + "layers.attention.flashinfer_mla_backend.FlashInferMLAAttnBackend"
 FROM_CLI_ARGS = _S + "server_args.ServerArgs.from_cli_args"
 
 
@@ -56,6 +58,12 @@ SCHEDULER_POINTS = (
     HookPoint(HYBRID_CONTROLLER + "._move_write_operation", ("self", "op")),
 )
 """Wrapped in a scheduler that runs one of this project's backends, and only there. Alike in all releases."""
+
+PLANNER_POINTS = tuple(
+    HookPoint(backend + ".init_forward_metadata", ("self", "forward_batch"))
+    for backend in (FLASHINFER, FLASHINFER_MLA)
+)
+"""Wrapped beside those, in a server whose attention is flashinfer's. Alike in all releases."""
 
 
 class Arguments:
@@ -193,7 +201,7 @@ class Release:
     @property
     def points(self) -> tuple[HookPoint, ...]:
         """All that this project relies on."""
-        return self.launcher_points + self.scheduler_points
+        return self.launcher_points + self.scheduler_points + PLANNER_POINTS
 
     def own_draft_backends(self) -> tuple[str, ...]:
         """Attention backends that ``own_drafts`` names."""

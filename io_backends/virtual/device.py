@@ -114,6 +114,9 @@ class VirtualDevice:
         self._reader.synchronize()
         return values[0]
 
+    def small_reads(self) -> None:
+        """The host reads its memory itself."""
+
     def memory_free(self) -> None:
         """It is ordinary memory."""
 

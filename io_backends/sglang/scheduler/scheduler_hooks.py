@@ -6,12 +6,14 @@ import gc
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from ....policy.backend_spec import spec_of
+from ....policy.backend_spec import SmWork, spec_of
 from ....policy.decide import Decision, describe_decision
+from ....policy.fact_table import ATTENTION_FACTS
 from ....policy.log import logger_of
 from ...device import open_device
 from ...device.base import Device
@@ -45,6 +47,7 @@ class Active:
     speculative: bool
     unsafe_fences: str | None = None
     pools: tuple[HostPool, ...] = ()
+    plan_reads: AbstractContextManager[Any] | None = None
 
     def fence_forward(self, batch: Any) -> None:
         """Before a forward is launched: wait for SM-side D2H work if the decision says so."""
@@ -207,7 +210,27 @@ def _make_ready(scheduler: Any) -> None:
             _prepare(controller, _active)
             unsafe.leave_out_sglangs(controller, _active.unsafe_fences)
     _active.writeback.start(_step_tokens(scheduler))
+    _plan_past_copies(_active)
     _active.tell_metrics()
+
+
+def _plan_past_copies(active: Active) -> None:
+    """Let flashinfer's planning not wait for copies to the host, where it runs and something copies."""
+    planned_by_host = any(active.decision.facts[name]["value"] == "flashinfer" for name in ATTENTION_FACTS)
+    copies = any(spec_of(BACKENDS, r.backend).sm_work is not SmWork.TRANSFER for r in active.decision.routes)
+    reads = active.device.small_reads() if planned_by_host and copies else None
+    if reads is None:
+        return
+    problem = versions.check_points(versions.PLANNER_POINTS, versions.installed())
+    if problem is not None:
+        raise RefusedError(problem)
+    from .plan_reads import PlanReads  # torch is there by now
+
+    hooks.apply_or_refuse({point.target: ("AROUND", _around_plan) for point in versions.PLANNER_POINTS})
+    active.plan_reads = PlanReads(reads, active.writeback.counters)
+    logger.info(
+        "hicache-io: what flashinfer reads to plan a forward is read by a kernel while a write is on its way"
+    )
 
 
 def _step_tokens(scheduler: Any) -> int:
@@ -294,6 +317,15 @@ def _around_submit(original: Callable[..., Any], engine: Any, transfers: Any) ->
 def _around_move(original: Callable[..., Any], controller: Any, op: Any) -> Any:
     assert _active is not None
     return _active.writeback.move_write_operation(original, controller, op)
+
+
+def _around_plan(original: Callable[..., Any], backend: Any, *args: Any, **kwargs: Any) -> Any:
+    assert _active is not None
+    assert _active.plan_reads is not None
+    if not _active.writeback.copying():
+        return original(backend, *args, **kwargs)
+    with _active.plan_reads:
+        return original(backend, *args, **kwargs)
 
 
 def _before_reset(controller: Any, *args: Any, **kwargs: Any) -> None:

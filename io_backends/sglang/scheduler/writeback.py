@@ -250,6 +250,10 @@ class WriteBack:
         if self.metrics is not None:
             self._gauge()
 
+    def copying(self) -> bool:
+        """Whether a write is on its way to the host."""
+        return bool(self._in_flight) and not self._is_over(*self._in_flight[-1][::2])
+
     def _choose(self, transfer: Any, io_backend: str) -> tuple[Any, Route | None, bool, str | None]:
         """The way a pool's rows take, with the indices where that wants them, whether by host slot, and why
         this write does not take the way of its pool.

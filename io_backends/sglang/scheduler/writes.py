@@ -20,7 +20,8 @@ class Counters:
     ``by_backend`` counts pools written, by who copied them. Of those written in copy-engine entries,
     ``short_entry_writes`` had entries that were shorter on average than
     :data:`~sglang_hicache.io_backends.copy_engine.BREAK_EVEN_ENTRY_BYTES`. ``ordered_writes`` are those that
-    SGLang's kernel was given by ascending host slot. ``submit_seconds`` is the scheduler's thread in
+    SGLang's kernel was given by ascending host slot. ``plan_reads`` are values that attention was planned
+    from, read past a copy to the host (:mod:`~.plan_reads`). ``submit_seconds`` is the scheduler's thread in
     submissions, SGLang's own part of them included; ``gap_seconds`` what their rest takes of it later, in
     gaps between forwards, at polls, and where SGLang waits for one.
     """
@@ -33,6 +34,7 @@ class Counters:
     fallback_writes: int = 0
     short_entry_writes: int = 0
     ordered_writes: int = 0
+    plan_reads: int = 0
     submit_seconds: float = 0.0
     gap_seconds: float = 0.0
     by_backend: dict[str, int] = field(default_factory=dict)

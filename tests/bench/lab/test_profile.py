@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sglang_hicache.bench.lab import profile
 from sglang_hicache.bench.lab.profile_alone import ProfiledPart
@@ -39,6 +41,34 @@ def test_each_kind_of_copy_that_forwards_make_is_timed_beside_a_write() -> None:
     times = ("alone_us", "first_us", "median_us", "most_us")
     kinds = ("", "pageable_", "from_host_", "on_device_")
     assert {name for name in part.metrics if name.endswith(times)} == {a + b for a in kinds for b in times}
-    copies = profile._copies_of_forwards(setting.device)
-    assert [copies[kind][0].nbytes for kind in kinds] == [1024, 12, 1024, 2**24]
-    assert all(target.nbytes == source.nbytes for target, source in copies.values())
+
+
+def test_what_is_copied_and_read_beside_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    device = open_bench(True)
+    reads = SimpleNamespace(read=lambda values: read.append(values.nbytes))
+    monkeypatch.setattr(device, "small_reads", lambda: reads, raising=False)
+    copies = profile._copies_of_forwards(device)
+    copied: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda target, source, **_: copied.append((target.nbytes, source.nbytes))
+    )
+    for kind in ("", "pageable_", "from_host_", "on_device_", "by_kernel_"):
+        copies.pop(kind)()
+    assert copied == [(n, n) for n in (1024, 12, 1024, 2**24)]
+    assert (read, copies) == ([12], {})
+
+
+@pytest.mark.parametrize(
+    ("only", "parts"),
+    [
+        (["alone"], {"gather", "shape", "sm_store", "drain", "order"}),
+        (["write"], {"write"}),
+        (["small_copy"], {"small_copy"}),
+        (["beside"], {"beside"}),
+    ],
+)
+def test_only_what_is_asked_for_is_measured(only: list[str], parts: set[str]) -> None:
+    found = {part.part for part in profile.measure(open_bench(True), profile.on_cpu(), only)}
+    assert found <= parts
+    assert found

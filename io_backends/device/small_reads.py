@@ -1,0 +1,77 @@
+"""Small device tensors read by a kernel, which waits for no copy engine.
+
+All copies to the host share one copy engine, and a small one waits for a turn of whatever large one is under
+way (:mod:`~.copy_interleaving`): 0.6 ms each, also where the large one goes by another call, another context
+or to another kind of host memory; a kernel that writes the same bytes to pinned memory takes 0.03 ms beside
+it (bench/results/2026-11-28-h200-reads). So where the host must wait for a value anyway, it need not wait for
+write-back too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+WORD = 4
+"""Bytes that the kernel moves at once."""
+
+MOST_BYTES = 64 * 1024
+"""Of a tensor; a kernel moves them in microseconds. Index pointers of 4,096 requests are 16 KiB."""
+
+_BLOCK = 1024
+
+
+class SmallReads:
+    """Reads on the current stream, behind what is queued there; the host waits, as for torch's own copies.
+
+    Args:
+        torch: the module.
+        buffer: uint8 [:data:`MOST_BYTES`], host memory that the GPU may write, and nobody else has.
+        address: of its first byte, as the GPU sees it.
+
+    Compiles its kernel, and waits for it: make one before serving.
+    """
+
+    def __init__(self, torch: Any, buffer: Any, address: int) -> None:
+        self._torch, self._buffer, self._address = torch, buffer, address
+        self._compiled: Any = None
+
+    def prepare(self, device: Any) -> None:
+        """Compile the kernel by reading a tensor of that torch device; waits for it."""
+        self.read(self._torch.zeros(1, dtype=self._torch.int32, device=device))
+
+    def serves(self, values: Any) -> bool:
+        """Whether :meth:`read` takes this tensor: whole words, side by side, few enough, of plain numbers."""
+        nbytes = values.numel() * values.element_size()
+        return (
+            0 < nbytes <= MOST_BYTES
+            and not nbytes % WORD
+            and not values.data_ptr() % WORD
+            and values.is_contiguous()
+            and not values.dtype.is_complex
+        )
+
+    def read(self, values: Any) -> Any:
+        """A device tensor's values, in a new tensor on the host.
+
+        Args:
+            values: one that :meth:`serves`, on the current device.
+
+        Returns:
+            The same shape and dtype.
+        """
+        nbytes = values.numel() * values.element_size()
+        words = nbytes // WORD
+        self._launch(-(-words // _BLOCK), (values.data_ptr(), self._address, words, _BLOCK))
+        if values.is_cuda:
+            self._torch.cuda.current_stream().synchronize()
+        return self._buffer[:nbytes].view(values.dtype).reshape(values.shape).clone()
+
+    def _launch(self, grid: int, arguments: tuple[int, int, int, int]) -> None:
+        if self._compiled is not None:
+            # Past Triton's look-up of a kernel by its arguments.
+            self._compiled[grid, 1, 1](*arguments, stream=None)
+            return
+        # Triton comes late: a process that never reads so needs none of it.
+        from .small_reads_kernel import copy_words
+
+        self._compiled = copy_words[grid, 1, 1](*arguments, num_warps=4)

@@ -1,0 +1,70 @@
+"""What an attention backend reads from the GPU to plan a forward, past the copies of write-back.
+
+flashinfer plans each prefill on the host, from index pointers that it copies there one by one: five times the
+host waits for the forward before, and then for a turn of the copy to the host that is under way. Inside
+:meth:`PlanReads.plan` those reads are a kernel's, on the same stream, at the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ...device.base import SmallReads
+from .writes import Counters
+
+_CPU = ("cpu", torch.device("cpu"))
+
+
+class PlanReads(TorchFunctionMode):
+    """Inside, what reads a device tensor of this thread's to the host takes ``reads``, if that serves it.
+
+    Args:
+        reads: of the device.
+        counters: told of each.
+    """
+
+    def __init__(self, reads: SmallReads, counters: Counters) -> None:
+        super().__init__()
+        self._reads, self._counters = reads, counters
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        # What is called from here on is not intercepted.
+        if not kwargs and func in _WITH_VALUES and _waits(func, args) and self._on_device(args[0]):
+            self._counters.plan_reads += 1
+            return _WITH_VALUES[func](self._reads.read(args[0]))
+        return func(*args, **(kwargs or {}))
+
+    def _on_device(self, values: Any) -> bool:
+        if not values.is_cuda or values.device.index != torch.cuda.current_device():
+            return False
+        # A kernel would become part of the graph, and torch's own copy is refused there.
+        return self._reads.serves(values) and not torch.cuda.is_current_stream_capturing()
+
+
+def _itself(values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
+_WITH_VALUES: dict[Any, Callable[[torch.Tensor], Any]] = {
+    torch.Tensor.to: _itself,
+    torch.Tensor.cpu: _itself,
+    torch.Tensor.item: torch.Tensor.item,
+    torch.Tensor.tolist: torch.Tensor.tolist,
+    torch.Tensor.__int__: int,
+    torch.Tensor.__float__: float,
+    torch.Tensor.__bool__: bool,
+}
+"""What reads a tensor to the host, by what it makes of one that is there."""
+
+
+def _waits(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether that call copies to the host as it is, and is done when it returns."""
+    if func is torch.Tensor.to:
+        return len(args) == 2 and args[1] in _CPU
+    return len(args) == 1
