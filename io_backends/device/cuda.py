@@ -249,9 +249,8 @@ class CudaDevice:
         """See :class:`~.small_reads.SmallReads`; compiles its kernel."""
         torch = self._torch
         buffer = torch.empty(MOST_BYTES, dtype=torch.uint8, pin_memory=True)
-        reads = SmallReads(torch, buffer, self._driver.device_address(int(buffer.data_ptr())))
-        reads.prepare(torch.device("cuda", torch.cuda.current_device()))
-        return reads
+        device = torch.device("cuda", torch.cuda.current_device())
+        return SmallReads(torch, device, buffer, self._driver.device_address(int(buffer.data_ptr())))
 
     def memory_free(self) -> int:
         """Bytes, as the driver counts: what torch keeps for its next tensors is not free."""

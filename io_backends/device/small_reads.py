@@ -25,22 +25,25 @@ class SmallReads:
 
     Args:
         torch: the module.
+        device: torch's, of the tensors that are read.
         buffer: uint8 [:data:`MOST_BYTES`], host memory that the GPU may write, and nobody else has.
         address: of its first byte, as the GPU sees it.
 
     Compiles its kernel, and waits for it: make one before serving.
     """
 
-    def __init__(self, torch: Any, buffer: Any, address: int) -> None:
-        self._torch, self._buffer, self._address = torch, buffer, address
+    def __init__(self, torch: Any, device: Any, buffer: Any, address: int) -> None:
+        self._torch, self._device, self._buffer, self._address = torch, device, buffer, address
         self._compiled: Any = None
-
-    def prepare(self, device: Any) -> None:
-        """Compile the kernel by reading a tensor of that torch device; waits for it."""
-        self.read(self._torch.zeros(1, dtype=self._torch.int32, device=device))
+        self.read(torch.zeros(1, dtype=torch.int32, device=device))
 
     def serves(self, values: Any) -> bool:
-        """Whether :meth:`read` takes this tensor: whole words, side by side, few enough, of plain numbers."""
+        """Whether :meth:`read` takes this tensor now: whole words of the device, side by side, few enough.
+
+        None while a CUDA graph is captured, which the kernel would become part of.
+        """
+        if values.device != self._device:
+            return False
         nbytes = values.numel() * values.element_size()
         return (
             0 < nbytes <= MOST_BYTES
@@ -48,13 +51,14 @@ class SmallReads:
             and not values.data_ptr() % WORD
             and values.is_contiguous()
             and not values.dtype.is_complex
+            and not (values.is_cuda and self._torch.cuda.is_current_stream_capturing())
         )
 
     def read(self, values: Any) -> Any:
         """A device tensor's values, in a new tensor on the host.
 
         Args:
-            values: one that :meth:`serves`, on the current device.
+            values: one that it :meth:`serves`.
 
         Returns:
             The same shape and dtype.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -341,7 +342,7 @@ def problem_with(version: str) -> str | None:
     )
 
 
-def check_points(points: tuple[HookPoint, ...], version: str) -> str | None:
+def check_points(points: Iterable[HookPoint], version: str) -> str | None:
     """Compare ``points`` with the imported SGLang. None if all are there as expected, else what differs."""
     for point in points:
         owner_path, _, name = point.target.rpartition(".")

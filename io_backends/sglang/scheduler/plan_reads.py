@@ -20,7 +20,7 @@ _CPU = ("cpu", torch.device("cpu"))
 
 
 class PlanReads(TorchFunctionMode):
-    """Inside, what reads a device tensor of this thread's to the host takes ``reads``, if that serves it.
+    """Inside, what copies a device tensor to the host in this thread takes ``reads``, if that serves it.
 
     Args:
         reads: of the device.
@@ -35,16 +35,10 @@ class PlanReads(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         # What is called from here on is not intercepted.
-        if not kwargs and func in _WITH_VALUES and _waits(func, args) and self._on_device(args[0]):
+        if not kwargs and func in _WITH_VALUES and _waits(func, args) and self._reads.serves(args[0]):
             self._counters.plan_reads += 1
             return _WITH_VALUES[func](self._reads.read(args[0]))
         return func(*args, **(kwargs or {}))
-
-    def _on_device(self, values: Any) -> bool:
-        if not values.is_cuda or values.device.index != torch.cuda.current_device():
-            return False
-        # A kernel would become part of the graph, and torch's own copy is refused there.
-        return self._reads.serves(values) and not torch.cuda.is_current_stream_capturing()
 
 
 def _itself(values: torch.Tensor) -> torch.Tensor:

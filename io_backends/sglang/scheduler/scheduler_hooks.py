@@ -216,17 +216,21 @@ def _make_ready(scheduler: Any) -> None:
 
 def _plan_past_copies(active: Active) -> None:
     """Let flashinfer's planning not wait for copies to the host, where it runs and something copies."""
-    planned_by_host = any(active.decision.facts[name]["value"] == "flashinfer" for name in ATTENTION_FACTS)
-    copies = any(spec_of(BACKENDS, r.backend).sm_work is not SmWork.TRANSFER for r in active.decision.routes)
-    reads = active.device.small_reads() if planned_by_host and copies else None
+    if not any(active.decision.facts[name]["value"] == "flashinfer" for name in ATTENTION_FACTS):
+        return
+    if all(spec_of(BACKENDS, r.backend).sm_work is SmWork.TRANSFER for r in active.decision.routes):
+        return
+    # SGLang has imported what it plans with, and nothing else of these.
+    points = [each for each in versions.PLANNER_POINTS if each.target.rsplit(".", 2)[0] in sys.modules]
+    reads = active.device.small_reads() if points else None
     if reads is None:
         return
-    problem = versions.check_points(versions.PLANNER_POINTS, versions.installed())
+    problem = versions.check_points(points, versions.installed())
     if problem is not None:
         raise RefusedError(problem)
     from .plan_reads import PlanReads  # torch is there by now
 
-    hooks.apply_or_refuse({point.target: ("AROUND", _around_plan) for point in versions.PLANNER_POINTS})
+    hooks.apply_or_refuse({point.target: ("AROUND", _around_plan) for point in points})
     active.plan_reads = PlanReads(reads, active.writeback.counters)
     logger.info(
         "hicache-io: what flashinfer reads to plan a forward is read by a kernel while a write is on its way"

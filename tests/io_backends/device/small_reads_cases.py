@@ -18,7 +18,7 @@ GUARD = 64
 
 def reads_into(memory: torch.Tensor) -> SmallReads:
     inside = memory[GUARD : GUARD + MOST_BYTES]
-    return SmallReads(torch, inside, inside.data_ptr())
+    return SmallReads(torch, torch.device("cpu"), inside, inside.data_ptr())
 
 
 @given(
@@ -68,6 +68,7 @@ def test_what_is_not_served() -> None:
         bytes_[:3],
         bytes_[1:5],
         torch.zeros(4, dtype=torch.complex64),
+        torch.zeros(4, device="meta"),
     ):
         assert not reads.serves(values), values
     assert reads.serves(bytes_[4:8])

@@ -862,6 +862,33 @@ class TestGauges:
         assert said[-1] == 0.0
 
 
+class TestCopying:
+    """Whether something is on its way to the host, which small copies would wait for."""
+
+    def test_from_the_submission_to_the_end_of_the_last_write(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        done: list[Any] = []
+        monkeypatch.setattr(Finish, "query", lambda event: event in done)
+        write = Write(one_route(Named()), HostPool())
+        assert not write.writeback.copying()
+        first, second = (write(indices(8, 9)) for _ in range(2))
+        assert write.writeback.copying()
+        done.append(first.finish_event)
+        assert write.writeback.copying()
+        done.append(second.finish_event)
+        assert not write.writeback.copying()
+
+    def test_what_is_left_for_later_is_on_its_way_too(self) -> None:
+        later = Later()
+        write = Write(one_route(later), HostPool())
+        write(indices(8, 9))
+        assert write.writeback.copying()
+        (part,) = later.left
+        assert part.advanced == []
+        part.finishes = True
+        write.writeback.before_forward()
+        assert not write.writeback.copying()
+
+
 class TestInstances:
     """Two routes may name one backend, with other options."""
 
