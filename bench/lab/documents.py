@@ -19,7 +19,7 @@ from ..explain.matrix import markdown, matrix
 from ..measure import results
 from ..serve import result
 from . import coverage, experiments, fact_list, stress_table, submission_thread, targets, thread_floor
-from .gpu_table import fence_table, of_file
+from .gpu_table import fence_table, of_file, reads_table
 from .serve_table import arms_table, speed_table, summary_table, together, verified_table
 
 DOCUMENTS = ("README.md", "docs/*.md")
@@ -34,6 +34,9 @@ def _servers(make: Callable[[result.ServeResult], str]) -> Callable[[Sequence[Pa
 
 MAKERS: dict[str, Callable[[Sequence[Path]], str]] = {
     "gpu_table": lambda paths: "\n".join(map(of_file, paths)),
+    "gpu_reads": lambda paths: "\n".join(
+        reads_table(json.loads(path.read_text(encoding="utf-8"))) for path in paths
+    ),
     "gpu_fence": lambda paths: "\n".join(fence_table(results.load(path)) for path in paths),
     "gpu_targets": lambda paths: targets.table(results.merged(map(results.load, paths))),
     "coverage": lambda paths: "\n".join(map(coverage.table, paths)),

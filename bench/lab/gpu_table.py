@@ -143,6 +143,37 @@ def waits_table(profile: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+READS = {
+    "": "copied, pinned memory",
+    "pageable_": "copied, pageable memory",
+    "by_kernel_": "written by a kernel, pinned memory",
+}
+"""Ways in which a few bytes get to the host, by what the names of their times in :mod:`~.profile` begin with."""
+
+
+def reads_table(profile: Mapping[str, Any]) -> str:
+    """How long each of :data:`READS` takes beside one write, by who writes.
+
+    Args:
+        profile: what :mod:`~.profile` saved.
+    """
+    lines = [markdown_row(["beside", *READS.values()]), markdown_row(["---"] * (1 + len(READS)))]
+    for part in profile["parts"]:
+        if part["part"] != "small_copy":
+            continue
+        found = part["metrics"]
+        name, case = part["what"].split(", ", 1)
+        # As in waits_table.
+        if name != AUTO and found["thread_us"]["median"] < found["ms"]["median"] * 1e3 / 2:
+            cells = [
+                f"{found[way + 'median_us']['median'] / 1e3:.2f} ms, "
+                f"at most {found[way + 'most_us']['high'] / 1e3:.2f}"
+                for way in READS
+            ]
+            lines.append(markdown_row([f"{_title(name)}, {case}", *cells]))
+    return "\n".join(lines) + "\n"
+
+
 def steps_table(profile: Mapping[str, Any]) -> str:
     """How much decode steps, whose ids the host waits for, slow down by the bytes of a turn.
 

@@ -5,7 +5,11 @@ an H100 a copy of 1 KiB on another stream waited for all that was left of a writ
 ``turns`` of bench/results/2026-11-26-h100/profile.json). SGLang copies the token ids of every step that way.
 The engine looks for others when the stream it serves must wait for another stream's turn. Tried by hand on
 that GPU, and no help: streams of the highest priority for the small copies, 32 hardware queues instead of 8,
-and a wait that is over within microseconds, which the engine waits for too.
+and a wait that is over within microseconds, which the engine waits for too. Nor on an H200: the large copy as
+a peer's, as one between two places of device memory, in a batch, from another context, from a CUDA graph, or
+to host memory that the driver maps itself. There an operation on another engine (a copy of 4 bytes to the
+device or on it, a memset) between two copies of one stream lets others in too, but takes more of the link
+beside busy SMs than turns on two streams do.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Small device tensors read by a kernel, which waits for no copy engine.
 
 All copies to the host share one copy engine, and a small one waits for a turn of whatever large one is under
-way (:mod:`~.copy_interleaving`): 0.6 ms each, also where the large one goes by another call, another context
-or to another kind of host memory; a kernel that writes the same bytes to pinned memory takes 0.03 ms beside
-it (bench/results/2026-11-28-h200-reads). So where the host must wait for a value anyway, it need not wait for
-write-back too.
+way (:mod:`~.copy_interleaving`): 0.6 to 1.2 ms each on an H200, where a kernel that writes the same bytes to
+pinned memory takes 0.05 to 0.08 (bench/results/2026-11-28-h200-quiet/profile.json). So where the host must
+wait for a value anyway, it need not wait for write-back too.
 """
 
 from __future__ import annotations
