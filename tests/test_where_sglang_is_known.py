@@ -31,6 +31,7 @@ KNOWN_IN: Mapping[str, Mapping[str, str]] = {
     },
     "triton": {
         "io_backends/device/gather_kernel.py": "the gather",
+        "io_backends/device/small_reads_kernel.py": "reads past the copy engine",
         "bench/*idle_gpu.py": "asks whether a kernel compiles for a GPU that is not here",
     },
     "cuda": {"bench/*contenders.py": "measures the driver's own calls beside ours"},

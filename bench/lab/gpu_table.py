@@ -148,7 +148,7 @@ READS = {
     "pageable_": "copied, pageable memory",
     "by_kernel_": "written by a kernel, pinned memory",
 }
-"""Ways in which a few bytes get to the host, by what the names of their times in :mod:`~.profile` begin with."""
+"""How a few bytes get to the host, by what the names of their times in :mod:`~.profile` begin with."""
 
 
 def reads_table(profile: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ from .driver import MAX_COPIES_PER_CALL, Driver
 from .gather import Gather
 from .gather_plan import UNITS_PER_THREAD, WARPS
 from .host_memory import HostRange, HostRanges, host_extents
-from .small_reads import MOST_BYTES, SmallReads
+from .small_reads import MOST_BYTES, KernelReads
 
 logger = logger_of(__name__)
 
@@ -245,12 +245,12 @@ class CudaDevice:
             return np.asarray(indices.numpy(), dtype=np.int64)
         return self._index_reader().read(indices, after)
 
-    def small_reads(self) -> SmallReads:
-        """See :class:`~.small_reads.SmallReads`; compiles its kernel."""
+    def small_reads(self) -> KernelReads:
+        """See :class:`~.small_reads.KernelReads`; compiles its kernel."""
         torch = self._torch
         buffer = torch.empty(MOST_BYTES, dtype=torch.uint8, pin_memory=True)
         device = torch.device("cuda", torch.cuda.current_device())
-        return SmallReads(torch, device, buffer, self._driver.device_address(int(buffer.data_ptr())))
+        return KernelReads(torch, device, buffer, self._driver.device_address(int(buffer.data_ptr())))
 
     def memory_free(self) -> int:
         """Bytes, as the driver counts: what torch keeps for its next tensors is not free."""

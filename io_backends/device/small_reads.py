@@ -19,7 +19,7 @@ MOST_BYTES = 64 * 1024
 _BLOCK = 1024
 
 
-class SmallReads:
+class KernelReads:
     """Reads on the current stream, behind what is queued there; the host waits, as for torch's own copies.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sglang_hicache.bench.lab.gpu_table import steps_table, sustained_table, waits_table
+from sglang_hicache.bench.lab.gpu_table import reads_table, steps_table, sustained_table, waits_table
 from sglang_hicache.bench.measure.cases import Case
 from sglang_hicache.bench.measure.results import Results, Row, Spread
 
@@ -43,6 +43,21 @@ def test_small_copies_are_shown_with_the_longest_wait_of_all_repeats() -> None:
     assert waits_table(PROFILE).splitlines()[2:] == [
         "| `hybrid` | 0.60 ms, at most 0.78 (50.0 GB/s) |",
         "| `hybrid`, no turns | 0.60 ms, at most 20.00 (50.0 GB/s) |",
+    ]
+
+
+def test_reads_are_shown_by_the_way_they_take() -> None:
+    ways: dict[str, Any] = {"pageable_median_us": 1200.0, "by_kernel_median_us": 50.0}
+    most = {"most_us": (620.0, 780.0), "pageable_most_us": 1300.0, "by_kernel_most_us": (60.0, 90.0)}
+    slow = {**WRITE, "thread_us": 19_000.0}
+    parts = [
+        part("small_copy", f"auto, {CASE}", **most, **WRITE, **ways),
+        part("small_copy", f"hybrid, {CASE}", **most, **WRITE, **ways),
+        part("small_copy", f"sglang_direct, {CASE}", **most, **slow, **ways),
+        part("turns", f"no turns, hybrid, {CASE}", **most, **WRITE, **ways),
+    ]
+    assert reads_table({"parts": parts}).splitlines()[2:] == [
+        f"| `hybrid`, {CASE} | 0.60 ms, at most 0.78 | 1.20 ms, at most 1.30 | 0.05 ms, at most 0.09 |"
     ]
 
 

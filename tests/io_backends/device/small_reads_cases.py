@@ -9,16 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_hicache.io_backends.device.small_reads import MOST_BYTES, WORD, SmallReads
+from sglang_hicache.io_backends.device.small_reads import MOST_BYTES, WORD, KernelReads
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_small_reads.py"
 
 GUARD = 64
 
 
-def reads_into(memory: torch.Tensor) -> SmallReads:
+def reads_into(memory: torch.Tensor) -> KernelReads:
     inside = memory[GUARD : GUARD + MOST_BYTES]
-    return SmallReads(torch, torch.device("cpu"), inside, inside.data_ptr())
+    return KernelReads(torch, torch.device("cpu"), inside, inside.data_ptr())
 
 
 @given(
