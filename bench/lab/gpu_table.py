@@ -152,7 +152,7 @@ READS = {
 
 
 def reads_table(profile: Mapping[str, Any]) -> str:
-    """How long each of :data:`READS` takes beside one write, by who writes.
+    """How long each of :data:`READS` takes beside one write, by who writes: the first, and those behind it.
 
     Args:
         profile: what :mod:`~.profile` saved.
@@ -164,10 +164,11 @@ def reads_table(profile: Mapping[str, Any]) -> str:
         found = part["metrics"]
         name, case = part["what"].split(", ", 1)
         # As in waits_table.
-        if name != AUTO and found["thread_us"]["median"] < found["ms"]["median"] * 1e3 / 2:
+        if found["thread_us"]["median"] < found["ms"]["median"] * 1e3 / 2:
             cells = [
-                f"{found[way + 'median_us']['median'] / 1e3:.2f} ms, "
-                f"at most {found[way + 'most_us']['high'] / 1e3:.2f}"
+                f"{found[way + 'first_us']['median'] / 1e3:.2f}, "
+                f"{found[way + 'median_us']['median'] / 1e3:.2f}, "
+                f"at most {found[way + 'most_us']['high'] / 1e3:.2f} ms"
                 for way in READS
             ]
             lines.append(markdown_row([f"{_title(name)}, {case}", *cells]))

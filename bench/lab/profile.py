@@ -12,10 +12,10 @@ drain      copies from staging to host slots that lie scattered over several GiB
 write      one write of ``hybrid`` end to end: until the first gather is asked for, until the link is busy,
            how long it idles between copies
 small_copy how long a copy of 1 KiB to the host takes on another stream while one write goes on; SGLang copies
-           the token ids of each step to the host. Also one of 12 bytes to memory that is not pinned
-           (flashinfer reads its index pointers so, before each prefill), the same 12 bytes read by a kernel
-           (:mod:`~.small_reads`), one of 1 KiB from the host, and one of 16 MiB on the device (a prefill with
-           flashinfer makes one a layer)
+           the token ids of each step to the host. Also torch's ``.to("cpu")`` of 12 bytes, for which the host
+           waits (flashinfer reads its index pointers so, before each prefill), the same 12 bytes read by a
+           kernel (:mod:`~.small_reads`), one of 1 KiB from the host, and one of 16 MiB on the device (a
+           prefill with flashinfer makes one a layer)
 turns      the same, and the write's own time, by the bytes of a turn (:mod:`~.copy_interleaving`);
            and how much decode steps slow down, which wait for their ids, beside writes that never stop
 beside     how much a forward slows down beside ``hybrid``, by the gather's thread blocks
@@ -236,9 +236,9 @@ def _copies_of_forwards(device: Bench) -> dict[str, Callable[[], object]]:
     def pinned(nbytes: int) -> Any:
         return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.where == "cuda")
 
-    copies = {
+    copies: dict[str, Callable[[], object]] = {
         "": copy(pinned(1024), on_device(1024)),
-        "pageable_": copy(torch.zeros(12, dtype=torch.uint8), on_device(12)),
+        "pageable_": partial(torch.Tensor.to, on_device(12), "cpu"),
         "from_host_": copy(on_device(1024), pinned(1024)),
         "on_device_": copy(on_device(2**24), on_device(2**24)),
     }

@@ -48,7 +48,11 @@ class SmallReads(Protocol):
         ...
 
     def read(self, values: Any) -> Any:
-        """Its values in a new tensor on the host, behind the current stream's work; the host waits."""
+        """Its values in a new tensor on the host, behind the current stream's work; the host waits.
+
+        Raises:
+            RuntimeError: the device refuses, or that work has failed.
+        """
         ...
 
 
@@ -114,6 +118,9 @@ class Device(Protocol):
         """What reads small device tensors past the copy engine; None where no copies hold one.
 
         Makes it anew, and waits for the device: asked before serving.
+
+        Raises:
+            Exception: it cannot be made here; all else works without it.
         """
         ...
 

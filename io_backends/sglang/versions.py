@@ -28,9 +28,9 @@ HOST_POOL = _S + "mem_cache.pool_host.base.HostKVCache"
 MHA_POOL = _S + "mem_cache.pool_host.mha.MHATokenToKVPoolHost"
 MLA_POOL = _S + "mem_cache.pool_host.mla.MLATokenToKVPoolHost"
 ADD_CLI_ARGS = _S + "server_args.ServerArgs.add_cli_args"
+FROM_CLI_ARGS = _S + "server_args.ServerArgs.from_cli_args"
 FLASHINFER = _S + "layers.attention.flashinfer_backend.FlashInferAttnBackend"
 FLASHINFER_MLA = _S + "layers.attention.flashinfer_mla_backend.FlashInferMLAAttnBackend"
-FROM_CLI_ARGS = _S + "server_args.ServerArgs.from_cli_args"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,8 @@ PLANNER_POINTS = tuple(
     HookPoint(backend + ".init_forward_metadata", ("self", "forward_batch"))
     for backend in (FLASHINFER, FLASHINFER_MLA)
 )
-"""Wrapped beside those, in a server whose attention is flashinfer's. Alike in all releases."""
+"""Wrapped beside those where they are there, in a server whose attention is flashinfer's: for speed, so that
+no server is refused for want of them. Alike in all releases."""
 
 
 class Arguments:
@@ -202,7 +203,7 @@ class Release:
     @property
     def points(self) -> tuple[HookPoint, ...]:
         """All that this project relies on."""
-        return self.launcher_points + self.scheduler_points + PLANNER_POINTS
+        return self.launcher_points + self.scheduler_points
 
     def own_draft_backends(self) -> tuple[str, ...]:
         """Attention backends that ``own_drafts`` names."""

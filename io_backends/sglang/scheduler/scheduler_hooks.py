@@ -6,12 +6,11 @@ import gc
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ....policy.backend_spec import SmWork, spec_of
+from ....policy.backend_spec import spec_of
 from ....policy.decide import Decision, describe_decision
 from ....policy.fact_table import ATTENTION_FACTS
 from ....policy.log import logger_of
@@ -33,6 +32,9 @@ from .fences import Fences, forwards_of
 from .indices import draft_pool_of
 from .writeback import WriteBack
 
+if TYPE_CHECKING:
+    from .plan_reads import PlanReads
+
 logger = logger_of(__name__)
 
 
@@ -47,7 +49,7 @@ class Active:
     speculative: bool
     unsafe_fences: str | None = None
     pools: tuple[HostPool, ...] = ()
-    plan_reads: AbstractContextManager[Any] | None = None
+    plan_reads: PlanReads | None = None
 
     def fence_forward(self, batch: Any) -> None:
         """Before a forward is launched: wait for SM-side D2H work if the decision says so."""
@@ -215,22 +217,32 @@ def _make_ready(scheduler: Any) -> None:
 
 
 def _plan_past_copies(active: Active) -> None:
-    """Let flashinfer's planning not wait for copies to the host, where it runs and something copies."""
-    if not any(active.decision.facts[name]["value"] == "flashinfer" for name in ATTENTION_FACTS):
-        return
-    if all(spec_of(BACKENDS, r.backend).sm_work is SmWork.TRANSFER for r in active.decision.routes):
-        return
-    # SGLang has imported what it plans with, and nothing else of these.
-    points = [each for each in versions.PLANNER_POINTS if each.target.rsplit(".", 2)[0] in sys.modules]
-    reads = active.device.small_reads() if points else None
-    if reads is None:
-        return
-    problem = versions.check_points(points, versions.installed())
-    if problem is not None:
-        raise RefusedError(problem)
-    from .plan_reads import PlanReads  # torch is there by now
+    """Let flashinfer's planning not wait for copies to the host, where it runs.
 
-    hooks.apply_or_refuse({point.target: ("AROUND", _around_plan) for point in points})
+    Not with speculative decoding, whose planning may run beside a forward and would wait for its SMs. Values
+    are the same with and without it, so that no server is refused for want of it.
+    """
+    if active.speculative or not any(
+        active.decision.facts[name]["value"] == "flashinfer" for name in ATTENTION_FACTS
+    ):
+        return
+    # SGLang has imported what it plans with.
+    points = [each for each in versions.PLANNER_POINTS if each.target.rsplit(".", 2)[0] in sys.modules]
+    try:
+        reads = active.device.small_reads() if points else None
+        if reads is None:
+            return
+        problem = versions.check_points(points, versions.installed())
+        if problem is not None:
+            raise RefusedError(problem)
+        from .plan_reads import PlanReads  # torch is there by now
+
+        hooks.apply_or_refuse({point.target: ("AROUND", _around_plan) for point in points})
+    except Exception as error:
+        logger.warning(
+            "hicache-io: what flashinfer reads to plan a forward waits for the copies of a write: %s", error
+        )
+        return
     active.plan_reads = PlanReads(reads, active.writeback.counters)
     logger.info(
         "hicache-io: what flashinfer reads to plan a forward is read by a kernel while a write is on its way"
@@ -325,10 +337,10 @@ def _around_move(original: Callable[..., Any], controller: Any, op: Any) -> Any:
 
 def _around_plan(original: Callable[..., Any], backend: Any, *args: Any, **kwargs: Any) -> Any:
     assert _active is not None
-    assert _active.plan_reads is not None
-    if not _active.writeback.copying():
+    reads = _active.plan_reads
+    if reads is None or not reads.possible() or not _active.writeback.copying():
         return original(backend, *args, **kwargs)
-    with _active.plan_reads:
+    with reads:
         return original(backend, *args, **kwargs)
 
 

@@ -251,7 +251,7 @@ class WriteBack:
             self._gauge()
 
     def copying(self) -> bool:
-        """Whether a write is on its way to the host."""
+        """Whether the last write is on its way to the host. Metrics hear of it if it is seen to be over."""
         return bool(self._in_flight) and not self._is_over(*self._in_flight[-1][::2])
 
     def _choose(self, transfer: Any, io_backend: str) -> tuple[Any, Route | None, bool, str | None]:

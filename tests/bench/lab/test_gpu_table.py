@@ -48,6 +48,7 @@ def test_small_copies_are_shown_with_the_longest_wait_of_all_repeats() -> None:
 
 def test_reads_are_shown_by_the_way_they_take() -> None:
     ways: dict[str, Any] = {"pageable_median_us": 1200.0, "by_kernel_median_us": 50.0}
+    ways |= {"first_us": 100.0, "pageable_first_us": 900.0, "by_kernel_first_us": 300.0}
     most = {"most_us": (620.0, 780.0), "pageable_most_us": 1300.0, "by_kernel_most_us": (60.0, 90.0)}
     slow = {**WRITE, "thread_us": 19_000.0}
     parts = [
@@ -57,7 +58,9 @@ def test_reads_are_shown_by_the_way_they_take() -> None:
         part("turns", f"no turns, hybrid, {CASE}", **most, **WRITE, **ways),
     ]
     assert reads_table({"parts": parts}).splitlines()[2:] == [
-        f"| `hybrid`, {CASE} | 0.60 ms, at most 0.78 | 1.20 ms, at most 1.30 | 0.05 ms, at most 0.09 |"
+        f"| {name}, {CASE} | 0.10, 0.60, at most 0.78 ms | 0.90, 1.20, at most 1.30 ms | "
+        "0.30, 0.05, at most 0.09 ms |"
+        for name in ("`auto`", "`hybrid`")
     ]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sglang_hicache.io_backends.device.small_reads import MOST_BYTES, WORD, KernelReads
 
@@ -67,8 +68,20 @@ def test_what_is_not_served() -> None:
         torch.zeros(4, 4, dtype=torch.int32).t(),
         bytes_[:3],
         bytes_[1:5],
-        torch.zeros(4, dtype=torch.complex64),
+        torch.zeros(4, dtype=torch.complex64).conj(),
+        torch._neg_view(torch.ones(4, dtype=torch.int32)),
+        torch.ones(4, requires_grad=True),
+        torch.nn.Parameter(torch.ones(4)),
+        torch.eye(4).to_sparse(),
+        torch.eye(4).to_sparse_csr(),
         torch.zeros(4, device="meta"),
+        FakeTensorMode().from_tensor(torch.zeros(4)),
     ):
         assert not reads.serves(values), values
+    with torch.no_grad():
+        assert reads.serves(torch.ones(4, requires_grad=True))
+    with torch.inference_mode():
+        values = torch.arange(4)
+        assert reads.serves(values)
+        assert torch.equal(reads.read(values), values)
     assert reads.serves(bytes_[4:8])

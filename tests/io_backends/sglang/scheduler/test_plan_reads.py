@@ -24,7 +24,7 @@ from sglang_hicache.io_backends.sglang.scheduler.plan_reads import PlanReads  # 
 
 
 class Reads:
-    """Takes int32 for the device's and int64 for the host's; what it read is one more, so that it shows."""
+    """Takes int32 for the device's and int64 for the host's; what it read is doubled, so that it shows."""
 
     def __init__(self) -> None:
         self.read_shapes: list[tuple[int, ...]] = []
@@ -34,7 +34,7 @@ class Reads:
 
     def read(self, values: Any) -> Any:
         self.read_shapes.append(tuple(values.shape))
-        return values.to(torch.int64) + 1
+        return values.to(torch.int64) * 2
 
 
 VALUES = torch.tensor([3, 4, 5], dtype=torch.int32)
@@ -43,17 +43,16 @@ VALUES = torch.tensor([3, 4, 5], dtype=torch.int32)
 @pytest.mark.parametrize(
     ("call", "found"),
     [
-        (lambda values: values.to("cpu").tolist(), [4, 5, 6]),
-        (lambda values: values.to(torch.device("cpu")).tolist(), [4, 5, 6]),
-        (lambda values: values.cpu().tolist(), [4, 5, 6]),
-        (lambda values: values.tolist(), [4, 5, 6]),
-        (lambda values: values[1].item(), 5),
-        (lambda values: int(values[1]), 5),
-        (lambda values: float(values[1]), 5.0),
-        (lambda values: bool(values[0] - 4), False),
-        (lambda values: int(values.max()), 6),
+        (lambda values: values.to("cpu").tolist(), [6, 8, 10]),
+        (lambda values: values.to(torch.device("cpu")).tolist(), [6, 8, 10]),
+        (lambda values: values.cpu().tolist(), [6, 8, 10]),
+        (lambda values: values.tolist(), [6, 8, 10]),
+        (lambda values: values[1].item(), 8),
+        (lambda values: int(values[1]), 8),
+        (lambda values: float(values[1]), 8.0),
+        (lambda values: int(values.max()), 10),
         # As flashinfer's plan does.
-        (lambda values: (values.to("cpu")[1:] - values.to("cpu")[:-1]).max().to(torch.int64).item(), 1),
+        (lambda values: (values.to("cpu")[1:] - values.to("cpu")[:-1]).max().to(torch.int64).item(), 2),
     ],
 )
 def test_reads_in_every_spelling(call: Callable[[Any], Any], found: object) -> None:
@@ -62,8 +61,16 @@ def test_reads_in_every_spelling(call: Callable[[Any], Any], found: object) -> N
         assert call(VALUES) == found
     assert counters.plan_reads == len(reads.read_shapes) > 0
     before = list(reads.read_shapes)
-    assert call(VALUES) != found or found == 1  # torch's own again
+    assert call(VALUES) != found  # torch's own again
     assert reads.read_shapes == before
+
+
+def test_a_condition_is_a_read() -> None:
+    reads = Reads()
+    with PlanReads(reads, Counters()):
+        assert VALUES[0]
+        assert not VALUES[0] - 3
+    assert reads.read_shapes == [(), ()]
 
 
 @pytest.mark.parametrize(
@@ -99,8 +106,8 @@ def test_planning_inside_planning() -> None:
     plan = PlanReads(reads, counters)
     with plan:
         with plan:
-            assert VALUES.tolist() == [4, 5, 6]
-        assert VALUES.tolist() == [4, 5, 6]
+            assert VALUES.tolist() == [6, 8, 10]
+        assert VALUES.tolist() == [6, 8, 10]
     assert VALUES.tolist() == [3, 4, 5]
     assert counters.plan_reads == 2
 
@@ -136,6 +143,7 @@ def planner(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Planner]]:
         planner.init_forward_metadata = lambda *args: around(*args)  # type: ignore[method-assign]
 
     monkeypatch.setattr(scheduler_hooks.hooks, "apply_or_refuse", apply)
+    monkeypatch.setattr(PlanReads, "possible", staticmethod(lambda: True))  # asks the driver
     monkeypatch.setattr(versions, "installed", lambda: versions.SUPPORTED[-1])
     yield planner
     scheduler_hooks._active = None
@@ -146,10 +154,18 @@ def decision(backend: str = "auto", **facts: Any) -> Decision:
     return decide(default_policy(), Facts.given(**{**known, **facts}), backend=backend)
 
 
-def active(decided: Decision, reads: Reads | None) -> tuple[Active, SimpleNamespace]:
+def active(
+    decided: Decision, reads: Reads | Exception | None, *, speculative: bool = False
+) -> tuple[Active, SimpleNamespace]:
+    def small_reads() -> Reads | None:
+        if isinstance(reads, Exception):
+            raise reads
+        return reads
+
     writeback = SimpleNamespace(counters=Counters(), copying=lambda: writeback.busy, busy=False)
-    device: Any = SimpleNamespace(name="cuda", small_reads=lambda: reads)
-    scheduler_hooks._active = Active(decided, device, writeback, None, speculative=False)  # type: ignore[arg-type]
+    device: Any = SimpleNamespace(name="cuda", small_reads=small_reads)
+    given: Any = writeback
+    scheduler_hooks._active = Active(decided, device, given, None, speculative=speculative)
     scheduler_hooks._plan_past_copies(scheduler_hooks._active)
     return scheduler_hooks._active, writeback
 
@@ -159,7 +175,7 @@ def test_planning_reads_past_copies_while_there_are_some(planner: type[Planner])
     _, writeback = active(decision(attention_backend="flashinfer"), reads)
     assert planner().init_forward_metadata(VALUES) == [3, 4, 5]
     writeback.busy = True
-    assert planner().init_forward_metadata(VALUES) == [4, 5, 6]
+    assert planner().init_forward_metadata(VALUES) == [6, 8, 10]
     writeback.busy = False
     assert planner().init_forward_metadata(VALUES) == [3, 4, 5]
     assert writeback.counters.plan_reads == len(reads.read_shapes) == 1
@@ -170,8 +186,6 @@ def test_planning_reads_past_copies_while_there_are_some(planner: type[Planner])
     [
         (decision(attention_backend="triton"), Reads()),
         (decision(attention_backend="fa3"), Reads()),
-        # Nothing of it is on the copy engine.
-        (decision("fenced_kernel", attention_backend="flashinfer"), Reads()),
         # A device without copies that hold anybody up.
         (decision(attention_backend="flashinfer"), None),
     ],
@@ -183,6 +197,30 @@ def test_servers_that_have_nothing_of_it(
     found, _ = active(decided, reads)
     assert found.plan_reads is None
     assert planner.init_forward_metadata is before
+
+
+def test_planning_ends_it_with_an_error_too(planner: type[Planner]) -> None:
+    _, writeback = active(decision(attention_backend="flashinfer"), Reads())
+    writeback.busy = True
+    with pytest.raises(AttributeError):
+        planner().init_forward_metadata(None)
+    assert VALUES.tolist() == [3, 4, 5]
+
+
+def test_nothing_is_asked_while_a_graph_is_captured(
+    planner: type[Planner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, writeback = active(decision(attention_backend="flashinfer"), Reads())
+    writeback.busy = True
+    monkeypatch.setattr(PlanReads, "possible", staticmethod(lambda: False))
+    monkeypatch.setattr(writeback, "copying", lambda: pytest.fail("an event was asked"))
+    assert planner().init_forward_metadata(VALUES) == [3, 4, 5]
+
+
+def test_speculative_planning_is_left_alone(planner: type[Planner]) -> None:
+    """It may run beside a forward, and a kernel of its would wait for the SMs."""
+    found, _ = active(decision(attention_backend="flashinfer"), Reads(), speculative=True)
+    assert found.plan_reads is None
 
 
 def test_one_of_two_attention_backends_is_enough(planner: type[Planner]) -> None:
@@ -200,7 +238,38 @@ def test_what_sglang_has_not_imported_is_not_looked_at(
     assert MODULE not in sys.modules
 
 
-def test_a_planner_that_looks_different_is_refused(planner: type[Planner]) -> None:
-    planner.init_forward_metadata = lambda self, batch: None  # type: ignore[method-assign]
-    with pytest.raises(RefusedError, match=r"init_forward_metadata takes \('self', 'batch'\)"):
-        active(decision(attention_backend="flashinfer"), Reads())
+@pytest.mark.parametrize("what", ["no kernel", "another planner", "no hook"])
+def test_a_server_that_cannot_have_it_serves_without(
+    planner: type[Planner], what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reads: Reads | Exception = Reads()
+    said = what
+    if what == "no kernel":
+        reads = RuntimeError("no kernel")
+    elif what == "another planner":
+        planner.init_forward_metadata = lambda self, batch: [1]  # type: ignore[method-assign]
+        said = "init_forward_metadata takes ('self', 'batch')"
+    else:
+
+        def refuse(hooks: Any) -> None:
+            raise RefusedError("no hook")
+
+        monkeypatch.setattr(scheduler_hooks.hooks, "apply_or_refuse", refuse)
+    before = planner.init_forward_metadata
+    with caplog.at_level("WARNING"):
+        found, writeback = active(decision(attention_backend="flashinfer"), reads)
+    writeback.busy = True
+    assert found.plan_reads is None
+    assert planner.init_forward_metadata is before
+    (line,) = caplog.messages
+    assert line.startswith(
+        "hicache-io: what flashinfer reads to plan a forward waits for the copies of a write: "
+    )
+    assert said in line
+
+
+def test_a_hook_that_is_left_behind_changes_nothing(planner: type[Planner]) -> None:
+    found, writeback = active(decision(attention_backend="flashinfer"), Reads())
+    writeback.busy = True
+    found.plan_reads = None
+    assert planner().init_forward_metadata(VALUES) == [3, 4, 5]
