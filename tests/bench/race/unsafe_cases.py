@@ -136,9 +136,12 @@ def test_a_scheduler_takes_sglangs_own_fence_away_too(
     monkeypatch.setattr(scheduler_hooks, "_active", active)
     monkeypatch.setattr(scheduler_hooks, "_prepare", lambda *_: None)
     monkeypatch.setattr(scheduler_hooks, "metrics_of", lambda _: None)
+    planned: list[Any] = []
+    monkeypatch.setattr(scheduler_hooks, "_plan_past_copies", planned.append)
     scheduler_hooks._make_ready(scheduler)
     assert controller.write_fence_stream == (None if fences == "none" else "forward stream")
     assert started == [100]
+    assert planned == [active]
 
 
 @pytest.mark.parametrize(
