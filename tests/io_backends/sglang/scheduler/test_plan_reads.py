@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from own_process import run_cases
 
 from sglang_hicache.io_backends.policy_files import default_policy
 from sglang_hicache.io_backends.sglang import versions
@@ -197,6 +199,11 @@ def test_servers_that_have_nothing_of_it(
     found, _ = active(decided, reads)
     assert found.plan_reads is None
     assert planner.init_forward_metadata is before
+
+
+@pytest.mark.sglang
+def test_the_hook_on_sglangs_own_planners(subtests: pytest.Subtests, plain_python: Sequence[str]) -> None:
+    run_cases(subtests, Path(__file__).with_name("plan_reads_cases.py"), {}, plain_python)
 
 
 def test_planning_ends_it_with_an_error_too(planner: type[Planner]) -> None:
